@@ -1,1 +1,7 @@
-//! vmig
+//! vmig gives any hypervisor or emulator that can call C live migration.
+//!
+//! The modules below stand in floor order: a module uses only those listed before it (tests/floors.rs keeps it so).
+
+pub mod error;
+pub mod section;
+pub mod wire;

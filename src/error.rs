@@ -1,0 +1,242 @@
+//! One error type: an errno for C, a sentence for people, and the place it belongs to for programs.
+
+use std::cell::RefCell;
+use std::ffi::{CStr, CString, c_char};
+use std::fmt;
+
+/// Shorthand for results of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, where, and as which errno.
+///
+/// The structured parts travel to the peer and show up in both APIs; the text stands on its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    errno: i32,
+    text: String,
+    place: Box<Place>,
+}
+
+/// Where an error belongs; every part is optional.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// `source` or `destination`.
+    pub side: Option<String>,
+    /// Phase of the migration, such as `setup` or `complete`.
+    pub phase: Option<String>,
+    /// Section (device or RAM block) by name.
+    pub section: Option<String>,
+    /// Field within the section.
+    pub field: Option<String>,
+    /// What would have been right.
+    pub expected: Option<String>,
+    /// What was found.
+    pub got: Option<String>,
+}
+
+impl Error {
+    /// An error from a positive errno and a sentence.
+    pub fn new(errno: i32, text: impl Into<String>) -> Self {
+        debug_assert!(errno > 0, "errno values are positive here and negated once, at the C door");
+        Self { errno, text: text.into(), place: Box::default() }
+    }
+
+    /// `EINVAL` with a sentence.
+    pub fn invalid(text: impl Into<String>) -> Self {
+        Self::new(libc::EINVAL, text)
+    }
+
+    /// The calling thread's errno, as `what: strerror`.
+    pub fn last_os(what: impl fmt::Display) -> Self {
+        Self::from_io(what, &std::io::Error::last_os_error())
+    }
+
+    /// An I/O error, as `what: strerror`; one without an errno becomes `EIO`.
+    pub fn from_io(what: impl fmt::Display, error: &std::io::Error) -> Self {
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        Self::new(errno, format!("{what}: {}", strerror(errno)))
+    }
+
+    /// Memory that follows guest, peer or file could not be had.
+    pub fn no_memory(what: impl fmt::Display, bytes: u64) -> Self {
+        Self::new(libc::ENOMEM, format!("no memory for {what} ({bytes} bytes)"))
+    }
+
+    /// The positive errno.
+    pub fn errno(&self) -> i32 {
+        self.errno
+    }
+
+    /// The structured part.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The sentence, without its place.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Puts `prefix: ` before the sentence.
+    pub fn context(mut self, prefix: impl fmt::Display) -> Self {
+        self.text = format!("{prefix}: {}", self.text);
+        self
+    }
+
+    /// Names the side unless one is named already: the innermost knows best.
+    pub fn on_side(mut self, side: &str) -> Self {
+        self.place.side.get_or_insert_with(|| side.to_owned());
+        self
+    }
+
+    /// Names the phase unless one is named already.
+    pub fn in_phase(mut self, phase: &str) -> Self {
+        self.place.phase.get_or_insert_with(|| phase.to_owned());
+        self
+    }
+
+    /// Names the section unless one is named already.
+    pub fn in_section(mut self, section: impl Into<String>) -> Self {
+        self.place.section.get_or_insert_with(|| section.into());
+        self
+    }
+
+    /// Names the field unless one is named already.
+    pub fn in_field(mut self, field: impl Into<String>) -> Self {
+        self.place.field.get_or_insert_with(|| field.into());
+        self
+    }
+
+    /// Adds what was expected and what was found.
+    pub fn expected_got(mut self, expected: impl fmt::Display, got: impl fmt::Display) -> Self {
+        self.place.expected = Some(expected.to_string());
+        self.place.got = Some(got.to_string());
+        self
+    }
+
+    /// The error as a JSON object with the keys side, phase, section, field, expected, got, errno, text.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut map = serde_json::Map::new();
+        let parts = [
+            ("side", &self.place.side),
+            ("phase", &self.place.phase),
+            ("section", &self.place.section),
+            ("field", &self.place.field),
+            ("expected", &self.place.expected),
+            ("got", &self.place.got),
+        ];
+        for (key, value) in parts {
+            if let Some(value) = value {
+                map.insert(key.to_owned(), value.clone().into());
+            }
+        }
+        map.insert("errno".to_owned(), self.errno.into());
+        map.insert("text".to_owned(), self.text.clone().into());
+        map.into()
+    }
+
+    /// Reads what [`to_json`](Self::to_json) wrote; strings of a peer are cut to a limit.
+    pub fn from_json(value: &serde_json::Value) -> Option<Self> {
+        const TEXT_MAX: usize = 4096;
+        let get = |key: &str| {
+            let text = value.get(key)?.as_str()?;
+            Some(text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect::<String>())
+        };
+        let errno = value.get("errno").and_then(serde_json::Value::as_i64).unwrap_or(0);
+        let errno = i32::try_from(errno).ok().filter(|n| (1..4096).contains(n)).unwrap_or(libc::EIO);
+        Some(Self {
+            errno,
+            text: get("text")?,
+            place: Box::new(Place {
+                side: get("side"),
+                phase: get("phase"),
+                section: get("section"),
+                field: get("field"),
+                expected: get("expected"),
+                got: get("got"),
+            }),
+        })
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = &self.place;
+        for part in [&place.side, &place.phase].into_iter().flatten() {
+            write!(f, "{part}: ")?;
+        }
+        if let Some(section) = &place.section {
+            write!(f, "section '{section}'")?;
+            if let Some(field) = &place.field {
+                write!(f, " field '{field}'")?;
+            }
+            write!(f, ": ")?;
+        }
+        f.write_str(&self.text)?;
+        if let (Some(expected), Some(got)) = (&place.expected, &place.got) {
+            write!(f, " (expected {expected}, got {got})")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// The text of an errno, without Rust's "(os error N)" tail.
+pub fn strerror(errno: i32) -> String {
+    let text = std::io::Error::from_raw_os_error(errno).to_string();
+    match text.rfind(" (os error") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
+
+thread_local! {
+    static LAST: RefCell<CString> = RefCell::default();
+}
+
+/// Keeps `error` as this thread's last message and returns its errno, negated.
+pub fn set_last(error: &Error) -> i32 {
+    let text: Vec<u8> = error.to_string().into_bytes().into_iter().filter(|b| *b != 0).collect();
+    LAST.with(|last| *last.borrow_mut() = CString::new(text).unwrap_or_default());
+    -error.errno()
+}
+
+/// This thread's last message; empty if nothing failed yet. Valid until the thread's next failure.
+pub fn last_message() -> *const c_char {
+    LAST.with(|last| last.borrow().as_ptr())
+}
+
+/// This thread's last message as Rust text.
+pub fn last_text() -> String {
+    LAST.with(|last| CStr::to_string_lossy(&last.borrow()).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sentence_names_its_place_once() {
+        let error = Error::invalid("bad value").in_field("divisor").in_section("uart").in_section("outer");
+        let error = error.expected_got(1, 2).in_phase("complete").on_side("destination");
+        assert_eq!(
+            error.to_string(),
+            "destination: complete: section 'uart' field 'divisor': bad value (expected 1, got 2)"
+        );
+    }
+
+    #[test]
+    fn json_round_trip_keeps_everything() {
+        let error = Error::new(libc::ENOENT, "no such block").in_section("ram").expected_got("a", "b");
+        assert_eq!(Error::from_json(&error.to_json()), Some(error));
+    }
+
+    #[test]
+    fn json_of_a_peer_is_not_trusted() {
+        let hostile = serde_json::json!({"errno": -7, "text": "a\u{1b}[2Jb\n".repeat(4000)});
+        let error = Error::from_json(&hostile).unwrap();
+        assert_eq!(error.errno(), libc::EIO);
+        assert!(error.text().len() <= 4096 && !error.text().contains('\u{1b}'));
+    }
+}

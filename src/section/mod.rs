@@ -1,0 +1,103 @@
+//! What a migration carries besides RAM: sections, and the ordered list of them.
+
+pub mod table;
+
+use crate::error::Result;
+use crate::wire::input::Input;
+
+/// Bytes still to be sent by a section.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// Must be sent before the guest may run on the destination.
+    pub must_precopy: u64,
+    /// May also be sent afterwards.
+    pub can_postcopy: u64,
+}
+
+impl Pending {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.must_precopy.saturating_add(self.can_postcopy)
+    }
+}
+
+/// What part of a section a body belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// First body of an iterative section.
+    Start,
+    /// Body sent while the guest runs.
+    Iterate,
+    /// Last body of an iterative section, guest stopped.
+    End,
+    /// Whole state of a device, in one body.
+    Full,
+}
+
+/// What applies a parsed body to the device. Runs once, with the big lock held.
+pub type Apply<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
+
+/// State that travels in the stream under a name.
+///
+/// Saving appends a body to a buffer, so the big lock is never held while a peer is waited for. Loading is two steps:
+/// `parse` takes the body from the stream without the big lock and without touching the device; what it returns is
+/// then run with the lock. A truncated body therefore never leaves a device half loaded.
+pub trait Section: Send + Sync {
+    /// Whether the section takes part in this migration. \[bql\] or not.
+    fn is_active(&self) -> bool {
+        true
+    }
+
+    /// True: START/PART/END bodies. False: one FULL body.
+    fn is_iterative(&self) -> bool {
+        false
+    }
+
+    /// A FULL section that goes out in the setup walk, while the guest still runs.
+    fn is_early(&self) -> bool {
+        false
+    }
+
+    /// Body of START. \[bql\]
+    fn setup(&self, _out: &mut Vec<u8>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Cheap guess of what is left. Called in every loop, without the big lock.
+    fn pending_estimate(&self) -> Result<Pending> {
+        Ok(Pending::default())
+    }
+
+    /// Exact amount left. Called when the estimate is below the threshold, without the big lock.
+    fn pending_exact(&self) -> Result<Pending> {
+        self.pending_estimate()
+    }
+
+    /// Body of PART; at most about `budget` bytes. True: nothing left for now. Without the big lock.
+    fn iterate(&self, _out: &mut Vec<u8>, _budget: u64) -> Result<bool> {
+        Ok(true)
+    }
+
+    /// Body of END (iterative) or FULL, guest stopped (or running, if early). \[bql\]
+    fn complete(&self, out: &mut Vec<u8>) -> Result<()>;
+
+    /// Undoes `setup`; called exactly once for each setup that was tried. \[bql\]
+    fn cleanup(&self) {}
+
+    /// Called once before the first body arrives. \[bql\]
+    fn load_setup(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes one body of `version` from `input`. Without the big lock.
+    fn parse<'a>(&'a self, part: Part, version: u32, input: &mut dyn Input) -> Result<Apply<'a>>;
+
+    /// Undoes `load_setup`, told whether the migration succeeded; exactly once. \[bql\]
+    fn load_cleanup(&self, _ok: bool) {}
+
+    /// Entry for the stream's JSON description (keys `vmsd_name`, `version`, `fields`, `subsections`), for FULL
+    /// sections. `body` is what `complete` appended.
+    fn describe(&self, body: &[u8]) -> serde_json::Value {
+        serde_json::json!({"fields": [{"name": "data", "type": "buffer", "size": body.len()}]})
+    }
+}
