@@ -2,6 +2,10 @@
 //!
 //! The modules below stand in floor order: a module uses only those listed before it (tests/floors.rs keeps it so).
 
+pub mod bitmap;
 pub mod error;
+pub mod options;
+pub mod pacing;
 pub mod section;
+pub mod sys;
 pub mod wire;

@@ -1,0 +1,380 @@
+//! The one table of options: parameters and capabilities, with QEMU's names, types and ranges where QEMU has them.
+//!
+//! The table feeds `vmig_set`/`vmig_get` (and whatever else speaks of options). A migration takes a copy when it
+//! starts; options marked live are looked up while it runs.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{Error, Result};
+
+/// What an option holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Type {
+    /// `on`/`off` (also true/false, yes/no, 1/0).
+    Bool,
+    /// Bytes (or bytes per second), with an optional suffix K, M, G, T (powers of 1024).
+    Size,
+    /// A number of milliseconds.
+    Millis,
+    /// One of a few words; the value is its index.
+    Choice(&'static [&'static str]),
+}
+
+/// One row of the table.
+#[derive(Debug)]
+pub struct Row {
+    /// Kebab-case name.
+    pub name: &'static str,
+    /// Type.
+    pub kind: Type,
+    /// Our default.
+    pub default: u64,
+    /// QEMU's default, used by `defaults=qemu`; the same number where QEMU has no such option.
+    pub qemu: u64,
+    /// Smallest and largest value.
+    pub range: (u64, u64),
+    /// May change while a migration runs.
+    pub live: bool,
+    /// One sentence.
+    pub doc: &'static str,
+}
+
+/// An option by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+#[expect(missing_docs, reason = "each variant is a row of TABLE, which documents it")]
+pub enum Opt {
+    MaxBandwidth,
+    AvailSwitchoverBandwidth,
+    DowntimeLimit,
+    ReturnPath,
+    Events,
+    SwitchoverAck,
+    ZeroPageDetection,
+    Autostart,
+    Peer,
+    ConnectTimeout,
+    StallTimeout,
+    StopTimeout,
+    ConvergenceRounds,
+    ConvergenceTime,
+    Machine,
+    Defaults,
+}
+
+const ANY: (u64, u64) = (0, u64::MAX);
+const BOOL: (u64, u64) = (0, 1);
+const HOUR: u64 = 3_600_000;
+
+const fn row(name: &'static str, kind: Type, default: u64, range: (u64, u64), live: bool, doc: &'static str) -> Row {
+    Row { name, kind, default, qemu: default, range, live, doc }
+}
+
+/// Every option, in the order of [`Opt`].
+pub static TABLE: [Row; 16] = [
+    Row {
+        qemu: 128 << 20,
+        ..row(
+            "max-bandwidth",
+            Type::Size,
+            0,
+            ANY,
+            true,
+            "Bytes per second at most while the guest runs; 0 = no limit. QEMU's default is 128M, from the days of \
+             gigabit networks.",
+        )
+    },
+    row(
+        "avail-switchover-bandwidth",
+        Type::Size,
+        0,
+        ANY,
+        true,
+        "Bytes per second to expect at the switchover; 0 = what was measured.",
+    ),
+    row(
+        "downtime-limit",
+        Type::Millis,
+        300,
+        (0, 2_000_000),
+        true,
+        "The guest is stopped only when what is left should take at most this many milliseconds.",
+    ),
+    Row {
+        qemu: 0,
+        ..row(
+            "return-path",
+            Type::Bool,
+            1,
+            BOOL,
+            false,
+            "Let the destination answer. On by default: without it success means only that all bytes were written.",
+        )
+    },
+    Row { qemu: 0, ..row("events", Type::Bool, 1, BOOL, false, "Queue events for vmig_next_event.") },
+    row(
+        "switchover-ack",
+        Type::Bool,
+        0,
+        BOOL,
+        false,
+        "Stop the guest only after the destination agreed; needs return-path.",
+    ),
+    row(
+        "zero-page-detection",
+        Type::Choice(&["none", "legacy"]),
+        1,
+        (0, 1),
+        false,
+        "legacy: pages full of zeros travel as nine bytes; none: every page is sent whole.",
+    ),
+    row(
+        "autostart",
+        Type::Bool,
+        1,
+        BOOL,
+        false,
+        "Start the guest when it has arrived (unless it was paused); off: it waits for vmig_start.",
+    ),
+    row(
+        "peer",
+        Type::Choice(&["vmig", "qemu"]),
+        0,
+        (0, 1),
+        false,
+        "Who listens at the destination of an outgoing migration. vmig: both sides compare what they have before the \
+         guest is touched; qemu: QEMU's own rules.",
+    ),
+    row("connect-timeout", Type::Millis, 10_000, (1, HOUR), false, "Milliseconds to wait for a connection."),
+    row(
+        "stall-timeout",
+        Type::Millis,
+        30_000,
+        (1, HOUR),
+        false,
+        "Milliseconds without a byte from or to the peer after which it counts as lost.",
+    ),
+    row(
+        "stop-timeout",
+        Type::Millis,
+        5_000,
+        (1, HOUR),
+        false,
+        "Milliseconds the vCPUs have to leave the guest after the stop hook returned.",
+    ),
+    row(
+        "convergence-rounds",
+        Type::Size,
+        8,
+        (0, 1000),
+        true,
+        "Further rounds at most, beyond the first moment the guest might be stopped, while each shrinks what is left \
+         by a tenth; 0 = stop at the first moment, as QEMU does.",
+    ),
+    row("convergence-time", Type::Millis, 2_000, (0, HOUR), true, "Milliseconds at most for these further rounds."),
+    // Text options keep their value beside the table.
+    row(
+        "machine",
+        Type::Choice(&[]),
+        0,
+        ANY,
+        false,
+        "Machine name in the stream; the same on both sides. Default none.",
+    ),
+    row(
+        "defaults",
+        Type::Choice(&["vmig", "qemu"]),
+        0,
+        (0, 1),
+        false,
+        "Setting it puts every option back to that default.",
+    ),
+];
+
+/// The values of one guest.
+#[derive(Debug)]
+pub struct Options {
+    values: [AtomicU64; TABLE.len()],
+    machine: std::sync::Mutex<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let values = std::array::from_fn(|i| AtomicU64::new(TABLE[i].default));
+        Self { values, machine: std::sync::Mutex::new("none".to_owned()) }
+    }
+}
+
+impl Options {
+    /// A copy for one migration.
+    pub fn snapshot(&self) -> Self {
+        let values = std::array::from_fn(|i| AtomicU64::new(self.values[i].load(Ordering::Acquire)));
+        Self { values, machine: std::sync::Mutex::new(self.machine()) }
+    }
+
+    /// An option's number.
+    pub fn get(&self, option: Opt) -> u64 {
+        self.values[option as usize].load(Ordering::Acquire)
+    }
+
+    /// An on/off option.
+    pub fn on(&self, option: Opt) -> bool {
+        self.get(option) != 0
+    }
+
+    /// A time option.
+    pub fn time(&self, option: Opt) -> std::time::Duration {
+        std::time::Duration::from_millis(self.get(option))
+    }
+
+    /// The machine name.
+    pub fn machine(&self) -> String {
+        self.machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// Sets an option from text. `busy`: a migration runs, so only live options may change.
+    pub fn set_text(&self, name: &str, text: &str, busy: bool) -> Result<()> {
+        let (index, row) = find(name)?;
+        if busy && !row.live {
+            return Err(Error::new(
+                libc::EBUSY,
+                format!("option '{name}' cannot change while a migration runs; set it before"),
+            ));
+        }
+        if row.name == "machine" {
+            if text.is_empty() || text.len() > 255 || !text.bytes().all(|b| b.is_ascii_graphic()) {
+                return Err(Error::invalid("option 'machine' takes 1 to 255 printable ASCII characters"));
+            }
+            *self.machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = text.to_owned();
+            return Ok(());
+        }
+        let value = parse(row, text)?;
+        if row.name == "defaults" {
+            for (slot, row) in self.values.iter().zip(&TABLE) {
+                slot.store(if value == 1 { row.qemu } else { row.default }, Ordering::Release);
+            }
+        }
+        self.values[index].store(value, Ordering::Release);
+        Ok(())
+    }
+
+    /// An option as text that [`set_text`](Self::set_text) takes.
+    pub fn get_text(&self, name: &str) -> Result<String> {
+        let (index, row) = find(name)?;
+        let value = self.values[index].load(Ordering::Acquire);
+        Ok(match row.kind {
+            _ if row.name == "machine" => self.machine(),
+            Type::Bool => (if value == 0 { "off" } else { "on" }).to_owned(),
+            Type::Choice(words) => {
+                usize::try_from(value).ok().and_then(|i| words.get(i)).copied().unwrap_or_default().to_owned()
+            }
+            Type::Size | Type::Millis => value.to_string(),
+        })
+    }
+}
+
+fn find(name: &str) -> Result<(usize, &'static Row)> {
+    TABLE
+        .iter()
+        .enumerate()
+        .find(|(_, row)| row.name == name)
+        .ok_or_else(|| Error::new(libc::ENOENT, format!("there is no option '{}'", name.escape_default())))
+}
+
+fn parse(row: &Row, text: &str) -> Result<u64> {
+    let (min, max) = row.range;
+    let wrong =
+        |what: &str| Error::invalid(format!("option '{}' takes {what}, not '{}'", row.name, text.escape_default()));
+    let value = match row.kind {
+        Type::Bool => match text {
+            "on" | "true" | "yes" | "1" => 1,
+            "off" | "false" | "no" | "0" => 0,
+            _ => return Err(wrong("on or off")),
+        },
+        Type::Choice(words) => {
+            let index = words.iter().position(|w| *w == text);
+            index.ok_or_else(|| wrong(&format!("one of {}", words.join(", "))))? as u64
+        }
+        Type::Millis => text.parse().map_err(|_| wrong("a whole number of milliseconds"))?,
+        Type::Size => size(text).ok_or_else(|| wrong("a whole number, with K, M, G or T behind it if you like"))?,
+    };
+    if value < min || value > max {
+        return Err(wrong(&format!("a value between {min} and {max}")));
+    }
+    Ok(value)
+}
+
+fn size(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.bytes().last()? {
+        b'k' | b'K' => (&text[..text.len() - 1], 10),
+        b'm' | b'M' => (&text[..text.len() - 1], 20),
+        b'g' | b'G' => (&text[..text.len() - 1], 30),
+        b't' | b'T' => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    digits.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_in_the_order_of_the_enum() {
+        let last = TABLE[Opt::Defaults as usize].name;
+        assert_eq!((last, Opt::Defaults as usize + 1), ("defaults", TABLE.len()));
+        assert_eq!(TABLE[Opt::DowntimeLimit as usize].name, "downtime-limit");
+        assert_eq!(TABLE[Opt::StopTimeout as usize].name, "stop-timeout");
+        assert_eq!(TABLE[Opt::Machine as usize].name, "machine");
+    }
+
+    #[test]
+    fn what_get_returns_set_takes() {
+        let options = Options::default();
+        for row in &TABLE {
+            let text = options.get_text(row.name).unwrap();
+            options.set_text(row.name, &text, false).unwrap();
+            assert_eq!(options.get_text(row.name).unwrap(), text, "{}", row.name);
+        }
+    }
+
+    #[test]
+    fn values_are_checked() {
+        let options = Options::default();
+        options.set_text("max-bandwidth", "10G", false).unwrap();
+        assert_eq!(options.get(Opt::MaxBandwidth), 10 << 30);
+        for (name, text) in [
+            ("max-bandwidth", "-1"),
+            ("max-bandwidth", "+1"),
+            ("max-bandwidth", ""),
+            ("max-bandwidth", "99999999999T"),
+            ("downtime-limit", "2000001"),
+            ("downtime-limit", "3 "),
+            ("return-path", "maybe"),
+            ("peer", "xen"),
+            ("machine", ""),
+            ("machine", "a b"),
+        ] {
+            let error = options.set_text(name, text, false).unwrap_err();
+            assert_eq!(error.errno(), libc::EINVAL, "{name}={text}: {error}");
+        }
+        assert_eq!(options.set_text("colour", "red", false).unwrap_err().errno(), libc::ENOENT);
+    }
+
+    #[test]
+    fn only_live_options_change_while_a_migration_runs() {
+        let options = Options::default();
+        options.set_text("max-bandwidth", "1M", true).unwrap();
+        assert_eq!(options.set_text("peer", "qemu", true).unwrap_err().errno(), libc::EBUSY);
+    }
+
+    #[test]
+    fn defaults_of_qemu() {
+        let options = Options::default();
+        options.set_text("defaults", "qemu", false).unwrap();
+        assert_eq!((options.get(Opt::MaxBandwidth), options.on(Opt::ReturnPath)), (128 << 20, false));
+        options.set_text("defaults", "vmig", false).unwrap();
+        assert_eq!((options.get(Opt::MaxBandwidth), options.on(Opt::ReturnPath)), (0, true));
+    }
+}

@@ -1,0 +1,214 @@
+//! Moving bytes between descriptors and memory, and waiting for descriptors.
+#![allow(unsafe_code, reason = "system calls live here")]
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+
+/// The most pieces one vectored write takes (`IOV_MAX` of Linux).
+pub const IOV_MAX: usize = 1024;
+
+/// A piece of memory the kernel may read. Guest memory changes under us, so it is never a `&[u8]`.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct Piece<'a>(libc::iovec, PhantomData<&'a [u8]>);
+
+impl<'a> Piece<'a> {
+    /// A piece of our own memory.
+    pub fn of(bytes: &'a [u8]) -> Self {
+        Self(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }, PhantomData)
+    }
+
+    /// A piece of somebody else's memory.
+    ///
+    /// # Safety
+    /// `start` must stay readable for `len` bytes for as long as `'a`; its bytes may change meanwhile.
+    pub unsafe fn raw(start: *const u8, len: usize) -> Self {
+        Self(libc::iovec { iov_base: start.cast_mut().cast(), iov_len: len }, PhantomData)
+    }
+
+    /// Bytes in the piece.
+    pub fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Drops the first `n` bytes (at most all).
+    pub fn advance(&mut self, n: usize) {
+        let n = n.min(self.0.iov_len);
+        // SAFETY: n is at most the piece's length, so the result stays inside it or one past its end.
+        self.0.iov_base = unsafe { self.0.iov_base.byte_add(n) };
+        self.0.iov_len -= n;
+    }
+}
+
+/// What kind of descriptor bytes go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FdKind {
+    /// Both directions, `shutdown`, no SIGPIPE.
+    Socket,
+    /// One direction.
+    Pipe,
+    /// A regular file or device: always ready.
+    File,
+}
+
+/// Finds out what `fd` is.
+pub fn kind_of(fd: BorrowedFd<'_>) -> Result<FdKind> {
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: stat points to room for one struct stat.
+    if unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) } < 0 {
+        return Err(Error::last_os(format!("fd {}", fd.as_raw_fd())));
+    }
+    // SAFETY: fstat succeeded, so it filled the struct.
+    let mode = unsafe { stat.assume_init() }.st_mode & libc::S_IFMT;
+    Ok(match mode {
+        libc::S_IFSOCK => FdKind::Socket,
+        libc::S_IFIFO => FdKind::Pipe,
+        _ => FdKind::File,
+    })
+}
+
+/// Whether `fd` was opened for reading and for writing.
+pub fn access_of(fd: BorrowedFd<'_>) -> Result<(bool, bool)> {
+    // SAFETY: F_GETFL takes no pointer.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(Error::last_os(format!("fd {}", fd.as_raw_fd())));
+    }
+    let mode = flags & libc::O_ACCMODE;
+    Ok((mode != libc::O_WRONLY, mode != libc::O_RDONLY))
+}
+
+/// A close-on-exec copy of a caller's descriptor, so that the caller may close theirs.
+pub fn duplicate(fd: i32) -> Result<OwnedFd> {
+    if fd < 0 {
+        return Err(Error::new(libc::EBADF, format!("fd {fd} is not a descriptor")));
+    }
+    // SAFETY: only borrowed for the call below; fcntl reports EBADF if the number is not open.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    fd.try_clone_to_owned().map_err(|e| Error::from_io(format!("fd {}", fd.as_raw_fd()), &e))
+}
+
+/// Switches `O_NONBLOCK` on.
+pub fn set_nonblocking(fd: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: F_GETFL takes no pointer.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    // SAFETY: F_SETFL takes an integer.
+    if flags < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return Err(Error::last_os("fcntl(O_NONBLOCK)"));
+    }
+    Ok(())
+}
+
+/// Sets the permission bits of a socket that is not bound yet; bind(2) gives them to the file it creates.
+pub fn set_mode(fd: BorrowedFd<'_>, mode: u32) -> Result<()> {
+    // SAFETY: fchmod takes no pointer.
+    if unsafe { libc::fchmod(fd.as_raw_fd(), mode) } < 0 {
+        return Err(Error::last_os("fchmod"));
+    }
+    Ok(())
+}
+
+/// Writes pieces once. `Ok(None)`: the descriptor is full, wait for it.
+pub fn write(fd: BorrowedFd<'_>, kind: FdKind, pieces: &[Piece<'_>]) -> io::Result<Option<usize>> {
+    let pieces = &pieces[..pieces.len().min(IOV_MAX)];
+    let sent = if kind == FdKind::Socket {
+        // SAFETY: an all-zero msghdr is valid: no name, no control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = pieces.as_ptr().cast_mut().cast();
+        message.msg_iovlen = pieces.len();
+        // SAFETY: each Piece is an iovec whose memory is readable (its constructor's promise); sendmsg only reads.
+        unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) }
+    } else {
+        let count = i32::try_from(pieces.len()).unwrap_or(i32::MAX);
+        // SAFETY: as above; writev only reads the pieces.
+        unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr().cast(), count) }
+    };
+    transferred(sent)
+}
+
+/// Reads once. `Ok(None)`: nothing there yet, wait for it; `Ok(Some(0))`: the end.
+pub fn read(fd: BorrowedFd<'_>, kind: FdKind, buf: &mut [u8]) -> io::Result<Option<usize>> {
+    let got = if kind == FdKind::Socket {
+        // SAFETY: buf is writable for its length.
+        unsafe { libc::recv(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len(), libc::MSG_DONTWAIT) }
+    } else {
+        // SAFETY: buf is writable for its length.
+        unsafe { libc::read(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len()) }
+    };
+    transferred(got)
+}
+
+fn transferred(n: isize) -> io::Result<Option<usize>> {
+    if let Ok(n) = usize::try_from(n) {
+        return Ok(Some(n));
+    }
+    let error = io::Error::last_os_error();
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+        _ => Err(error),
+    }
+}
+
+/// What ended a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ready {
+    /// The descriptor is ready, or broken: the next call tells.
+    Fd,
+    /// The other descriptor was raised.
+    Woken,
+    /// Neither, in time.
+    TimedOut,
+}
+
+/// Waits until `fd` is ready for reading (or writing), `wake` is readable, or the deadline passes.
+pub fn wait(
+    fd: Option<BorrowedFd<'_>>,
+    writing: bool,
+    wake: BorrowedFd<'_>,
+    deadline: Option<Instant>,
+) -> Result<Ready> {
+    let events = if writing { libc::POLLOUT } else { libc::POLLIN };
+    let mut fds = [
+        libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 },
+        libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events, revents: 0 },
+    ];
+    loop {
+        let timeout = deadline.map_or(-1, |at| millis_up(at.saturating_duration_since(Instant::now())));
+        // SAFETY: fds is a live array of two entries; poll ignores negative descriptors.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) };
+        if n < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            return Err(Error::from_io("poll", &error));
+        }
+        if fds[0].revents != 0 {
+            return Ok(Ready::Woken);
+        }
+        if fds[1].revents != 0 {
+            return Ok(Ready::Fd);
+        }
+        if deadline.is_some_and(|at| at <= Instant::now()) {
+            return Ok(Ready::TimedOut);
+        }
+    }
+}
+
+fn millis_up(left: Duration) -> i32 {
+    i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+}
+
+/// Sleeps for `time`, or until `wake` is readable (true).
+pub fn sleep(wake: &impl AsFd, time: Duration) -> Result<bool> {
+    Ok(wait(None, false, wake.as_fd(), Some(Instant::now() + time))? == Ready::Woken)
+}
