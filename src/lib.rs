@@ -2,10 +2,12 @@
 //!
 //! The modules below stand in floor order: a module uses only those listed before it (tests/floors.rs keeps it so).
 
-pub mod bitmap;
 pub mod error;
+pub mod sys;
+pub mod bitmap;
 pub mod options;
 pub mod pacing;
-pub mod section;
-pub mod sys;
+pub mod status;
+pub mod ram;
 pub mod wire;
+pub mod section;

@@ -1,4 +1,11 @@
-//! Bytes <-> values of the migration stream. Pure: no I/O, no threads; every limit on what a peer may send is here.
+//! Bytes <-> values of the migration stream: QEMU's stream, version 3, as QEMU 10.0 speaks it, and what two vmigs add.
+//!
+//! Pure: no I/O, no threads. Every limit on what a peer may send is in here.
 
+pub mod command;
+pub mod hello;
 pub mod input;
 pub mod output;
+pub mod ram;
+pub mod reply;
+pub mod stream;

@@ -1,0 +1,541 @@
+//! Where a migration stands: its state, its numbers, its news, its first error, and whether it may still be cancelled.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_utils::CachePadded;
+
+use crate::error::{Error, Result};
+use crate::sys::eventfd::{EventFd, Wake};
+
+/// News kept for a reader who does not come; the oldest are dropped.
+const NEWS_MAX: usize = 256;
+
+/// States of a migration: QEMU's names, and one of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum State {
+    /// No migration yet.
+    None = 0,
+    /// Connecting or listening, and preparing.
+    Setup = 1,
+    /// A cancel was asked for and is being carried out.
+    Cancelling = 2,
+    /// Ended by a cancel; the guest runs on at the source.
+    Cancelled = 3,
+    /// Data moves; at the source the guest runs.
+    Active = 4,
+    /// The guest is stopped; devices and the last pages move.
+    Device = 5,
+    /// Ended well.
+    Completed = 6,
+    /// Ended by an error; before the handover the guest runs on at the source.
+    Failed = 7,
+    /// The guest was handed over and the answer got lost: who runs it is decided by `resolve`.
+    SwitchoverUnknown = 8,
+}
+
+/// Every state, in the order of their numbers.
+pub const STATES: [State; 9] = [
+    State::None,
+    State::Setup,
+    State::Cancelling,
+    State::Cancelled,
+    State::Active,
+    State::Device,
+    State::Completed,
+    State::Failed,
+    State::SwitchoverUnknown,
+];
+
+impl State {
+    /// The name QEMU and its tools use.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::None => "none",
+            State::Setup => "setup",
+            State::Cancelling => "cancelling",
+            State::Cancelled => "cancelled",
+            State::Active => "active",
+            State::Device => "device",
+            State::Completed => "completed",
+            State::Failed => "failed",
+            State::SwitchoverUnknown => "switchover-unknown",
+        }
+    }
+
+    /// Whether a migration in this state is over.
+    pub fn is_final(self) -> bool {
+        matches!(self, State::None | State::Cancelled | State::Completed | State::Failed)
+    }
+
+    /// Whether `self -> to` is a move a migration may make.
+    pub fn may_become(self, to: State) -> bool {
+        use State::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, Setup, SwitchoverUnknown};
+        match self {
+            None | Cancelled | Completed | Failed => to == Setup,
+            Setup => matches!(to, Active | Cancelling | Failed),
+            Active => matches!(to, Device | Completed | Cancelling | Failed),
+            Device => matches!(to, Completed | Cancelling | Failed | SwitchoverUnknown),
+            Cancelling => matches!(to, Cancelled | Failed),
+            SwitchoverUnknown => matches!(to, Completed | Failed),
+        }
+    }
+}
+
+/// Which half this guest is in the present (or last) migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The guest leaves.
+    Source,
+    /// The guest arrives.
+    Destination,
+}
+
+impl Side {
+    /// `source` or `destination`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        }
+    }
+}
+
+/// Numbers that move while a migration runs. Bytes, bytes per second, nanoseconds.
+#[derive(Debug, Default)]
+#[expect(missing_docs, reason = "Snapshot documents each")]
+pub struct Counters {
+    pub total: AtomicU64,
+    pub remaining: CachePadded<AtomicU64>,
+    pub transferred: CachePadded<AtomicU64>,
+    pub normal_pages: CachePadded<AtomicU64>,
+    pub zero_pages: CachePadded<AtomicU64>,
+    pub iteration: AtomicU64,
+    pub dirty_rate: AtomicU64,
+    pub bandwidth: AtomicU64,
+    pub expected_downtime: AtomicU64,
+    pub setup: AtomicU64,
+    pub stop: AtomicU64,
+    pub downtime: AtomicU64,
+}
+
+impl Counters {
+    fn all(&self) -> [&AtomicU64; 12] {
+        [
+            &self.total,
+            &self.remaining,
+            &self.transferred,
+            &self.normal_pages,
+            &self.zero_pages,
+            &self.iteration,
+            &self.dirty_rate,
+            &self.bandwidth,
+            &self.expected_downtime,
+            &self.setup,
+            &self.stop,
+            &self.downtime,
+        ]
+    }
+}
+
+/// Stores a duration in a counter of nanoseconds.
+pub fn store_time(counter: &AtomicU64, time: Duration) {
+    counter.store(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
+
+/// The numbers at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// State.
+    pub state: State,
+    /// Which half, if any migration was started yet.
+    pub side: Option<Side>,
+    /// Dirty-log syncs so far; 1 is the first pass over all pages.
+    pub iteration: u64,
+    /// Guest RAM that migrates, in bytes.
+    pub total: u64,
+    /// RAM still to send, in bytes.
+    pub remaining: u64,
+    /// Bytes on the wire.
+    pub transferred: u64,
+    /// Pages sent whole.
+    pub normal_pages: u64,
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// Bytes per second the guest dirtied between the last two syncs.
+    pub dirty_rate: u64,
+    /// Bytes per second over the last 100 ms.
+    pub bandwidth: u64,
+    /// Nanoseconds since the start, final once ended.
+    pub elapsed: u64,
+    /// Nanoseconds the setup took.
+    pub setup: u64,
+    /// Nanoseconds the guest would be stopped if it were stopped now.
+    pub expected_downtime: u64,
+    /// Nanoseconds the stop hook and handlers took.
+    pub stop: u64,
+    /// Nanoseconds the guest was stopped by the migration.
+    pub downtime: u64,
+    /// Nanoseconds until completion at the present rates; `u64::MAX` while unknown.
+    pub eta: u64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: State,
+    side: Option<Side>,
+    error: Option<Error>,
+    news: VecDeque<Snapshot>,
+    events: bool,
+    /// The handover may have been seen by the peer: no way back.
+    committed: bool,
+    started: Option<Instant>,
+    ended: Option<Instant>,
+    wake: Arc<Wake>,
+}
+
+/// Status of one guest's migrations, shared by all threads.
+#[derive(Debug)]
+pub struct Status {
+    shared: Mutex<Shared>,
+    changed: Condvar,
+    readable: EventFd,
+    /// The moving numbers.
+    pub counters: Counters,
+}
+
+impl Status {
+    /// No migration yet.
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            shared: Mutex::new(Shared {
+                state: State::None,
+                side: None,
+                error: None,
+                news: VecDeque::with_capacity(NEWS_MAX),
+                events: true,
+                committed: false,
+                started: None,
+                ended: None,
+                wake: Arc::new(Wake::new()?),
+            }),
+            changed: Condvar::new(),
+            readable: EventFd::new()?,
+            counters: Counters::default(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a migration, or says why not. What it returns ends every wait of the migration when raised.
+    pub fn begin(&self, side: Side, events: bool) -> Result<Arc<Wake>> {
+        let mut shared = self.lock();
+        if !shared.state.is_final() {
+            let text = format!("a migration is in progress (state {})", shared.state.name());
+            return Err(Error::new(libc::EBUSY, text));
+        }
+        shared.wake = Arc::new(Wake::new()?);
+        for counter in self.counters.all() {
+            counter.store(0, Ordering::Relaxed);
+        }
+        shared.side = Some(side);
+        shared.error = None;
+        shared.events = events;
+        shared.committed = false;
+        shared.started = Some(Instant::now());
+        shared.ended = None;
+        self.become_locked(&mut shared, State::Setup);
+        Ok(Arc::clone(&shared.wake))
+    }
+
+    fn become_locked(&self, shared: &mut Shared, to: State) {
+        debug_assert!(shared.state.may_become(to), "{} -> {}", shared.state.name(), to.name());
+        shared.state = to;
+        if to.is_final() {
+            shared.ended = Some(Instant::now());
+        }
+        if shared.events {
+            if shared.news.len() == NEWS_MAX {
+                shared.news.pop_front();
+            }
+            let snapshot = self.snapshot_of(shared);
+            shared.news.push_back(snapshot);
+            self.readable.set();
+        }
+        self.changed.notify_all();
+    }
+
+    /// Moves on; `ECANCELED` if a cancel came first.
+    pub fn advance(&self, to: State) -> Result<()> {
+        let mut shared = self.lock();
+        if shared.state == State::Cancelling {
+            return shared.wake.check();
+        }
+        self.become_locked(&mut shared, to);
+        Ok(())
+    }
+
+    /// A point worth telling (a new iteration) without a change of state.
+    pub fn tell(&self) {
+        let mut shared = self.lock();
+        if shared.events && shared.news.len() < NEWS_MAX {
+            let snapshot = self.snapshot_of(&shared);
+            shared.news.push_back(snapshot);
+            self.readable.set();
+        }
+    }
+
+    /// From here on the peer may own the guest. Loses against a cancel that came first.
+    pub fn commit(&self) -> Result<()> {
+        let mut shared = self.lock();
+        shared.wake.check()?;
+        shared.committed = true;
+        Ok(())
+    }
+
+    /// Whether [`commit`](Self::commit) won.
+    pub fn is_committed(&self) -> bool {
+        self.lock().committed
+    }
+
+    /// Asks a running migration to end. Nothing to do if none runs; refused once the guest was handed over.
+    pub fn cancel(&self) -> Result<()> {
+        let mut shared = self.lock();
+        if shared.state.is_final() || shared.state == State::Cancelling {
+            return Ok(());
+        }
+        if shared.committed {
+            return Err(Error::new(libc::EBUSY, "too late to cancel: the guest was handed over to the destination"));
+        }
+        self.become_locked(&mut shared, State::Cancelling);
+        shared.wake.raise();
+        Ok(())
+    }
+
+    /// Keeps the first error of the migration and ends its waits.
+    pub fn fail(&self, error: Error) {
+        let mut shared = self.lock();
+        if shared.state.is_final() || shared.state == State::Cancelling {
+            return;
+        }
+        shared.error.get_or_insert(error);
+        shared.wake.raise();
+    }
+
+    /// Fails if another thread of the migration failed, with its error.
+    pub fn check(&self) -> Result<()> {
+        let shared = self.lock();
+        match &shared.error {
+            Some(error) => Err(error.clone()),
+            None if shared.committed => Ok(()),
+            None => shared.wake.check(),
+        }
+    }
+
+    /// The first error so far, or `error` if there was none: what a failing phase should report, since an error
+    /// elsewhere is often what broke it.
+    pub fn cause(&self, error: Error) -> Error {
+        self.lock().error.clone().unwrap_or(error)
+    }
+
+    /// Ends the migration: completed, failed, or (if a cancel was asked for) cancelled.
+    pub fn end(&self, result: Result<()>) {
+        let mut shared = self.lock();
+        match result {
+            Ok(()) => self.become_locked(&mut shared, State::Completed),
+            Err(_) if shared.state == State::Cancelling => {
+                shared.error = None;
+                self.become_locked(&mut shared, State::Cancelled);
+            }
+            Err(error) => {
+                let side = shared.side.map_or("", Side::name);
+                shared.error = Some(shared.error.take().unwrap_or(error).on_side(side));
+                self.become_locked(&mut shared, State::Failed);
+            }
+        }
+    }
+
+    /// The handover's answer got lost, for the reason given.
+    pub fn end_unknown(&self, error: Error) {
+        let mut shared = self.lock();
+        shared.error = Some(error);
+        self.become_locked(&mut shared, State::SwitchoverUnknown);
+    }
+
+    /// The present state.
+    pub fn state(&self) -> State {
+        self.lock().state
+    }
+
+    /// The error of the present or last migration.
+    pub fn error(&self) -> Option<Error> {
+        self.lock().error.clone()
+    }
+
+    /// Waits until no migration runs (true), or until the deadline. An unknown switchover counts as ended: only a
+    /// decision from outside goes on from there.
+    pub fn wait(&self, deadline: Option<Instant>) -> bool {
+        let mut shared = self.lock();
+        loop {
+            if shared.state.is_final() || shared.state == State::SwitchoverUnknown {
+                return true;
+            }
+            shared = match deadline {
+                None => self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    let left = at.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    self.changed.wait_timeout(shared, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    /// The numbers now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.snapshot_of(&self.lock())
+    }
+
+    fn snapshot_of(&self, shared: &Shared) -> Snapshot {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let c = &self.counters;
+        let until = shared.ended.unwrap_or_else(Instant::now);
+        let elapsed = shared.started.map_or(Duration::ZERO, |at| until.saturating_duration_since(at));
+        let (remaining, bandwidth, dirty) = (get(&c.remaining), get(&c.bandwidth), get(&c.dirty_rate));
+        Snapshot {
+            state: shared.state,
+            side: shared.side,
+            iteration: get(&c.iteration),
+            total: get(&c.total),
+            remaining,
+            transferred: get(&c.transferred),
+            normal_pages: get(&c.normal_pages),
+            zero_pages: get(&c.zero_pages),
+            dirty_rate: dirty,
+            bandwidth,
+            elapsed: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
+            setup: get(&c.setup),
+            expected_downtime: get(&c.expected_downtime),
+            stop: get(&c.stop),
+            downtime: get(&c.downtime),
+            eta: eta(shared.state, remaining, bandwidth, dirty),
+        }
+    }
+
+    /// The next piece of news, oldest first.
+    pub fn next_news(&self) -> Option<Snapshot> {
+        let mut shared = self.lock();
+        let next = shared.news.pop_front();
+        if shared.news.is_empty() {
+            self.readable.clear();
+        }
+        next
+    }
+
+    /// Readable while there is news.
+    pub fn event_fd(&self) -> &EventFd {
+        &self.readable
+    }
+}
+
+/// What is left shrinks by bandwidth minus dirty rate; `u64::MAX` if it does not shrink.
+fn eta(state: State, remaining: u64, bandwidth: u64, dirty_rate: u64) -> u64 {
+    if state.is_final() {
+        return 0;
+    }
+    let net = bandwidth.saturating_sub(dirty_rate);
+    match crate::pacing::time_for(remaining, net) {
+        Some(time) if bandwidth > 0 => u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+        _ => u64::MAX,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn started() -> Status {
+        let status = Status::new().unwrap();
+        status.begin(Side::Source, true).unwrap();
+        status
+    }
+
+    #[test]
+    fn legal_moves_only() {
+        let count = STATES.iter().flat_map(|a| STATES.iter().filter(|b| a.may_become(**b))).count();
+        assert_eq!(count, 4 + 3 + 4 + 4 + 2 + 2);
+        for (number, state) in STATES.iter().enumerate() {
+            assert_eq!(*state as usize, number);
+            assert!(!state.may_become(*state) && !state.may_become(State::None), "{state:?}");
+        }
+    }
+
+    #[test]
+    fn news_tells_every_state_once() {
+        let status = started();
+        status.advance(State::Active).unwrap();
+        status.end(Err(Error::invalid("broken")));
+        let names: Vec<_> = std::iter::from_fn(|| status.next_news()).map(|s| s.state.name()).collect();
+        assert_eq!(names, ["setup", "active", "failed"]);
+        assert_eq!(status.error().unwrap().to_string(), "source: broken");
+    }
+
+    #[test]
+    fn news_is_bounded() {
+        let status = started();
+        for _ in 0..2 * NEWS_MAX {
+            status.tell();
+        }
+        status.advance(State::Active).unwrap();
+        let news: Vec<_> = std::iter::from_fn(|| status.next_news()).collect();
+        assert_eq!((news.len(), news.last().unwrap().state), (NEWS_MAX, State::Active));
+    }
+
+    #[test]
+    fn cancel_or_commit_but_not_both() {
+        let status = started();
+        status.advance(State::Active).unwrap();
+        status.cancel().unwrap();
+        status.cancel().unwrap();
+        assert_eq!(status.commit().unwrap_err().errno(), libc::ECANCELED);
+        status.end(status.check());
+        assert_eq!((status.state(), status.error()), (State::Cancelled, None));
+
+        let status = started();
+        status.advance(State::Active).unwrap();
+        status.commit().unwrap();
+        assert_eq!(status.cancel().unwrap_err().errno(), libc::EBUSY);
+    }
+
+    #[test]
+    fn the_first_error_wins() {
+        let status = started();
+        status.fail(Error::invalid("first"));
+        status.fail(Error::invalid("second"));
+        assert_eq!(status.check().unwrap_err().text(), "first");
+        assert_eq!(status.cause(Error::invalid("third")).text(), "first");
+        assert!(status.begin(Side::Source, true).is_err());
+    }
+
+    #[test]
+    fn wait_has_a_deadline() {
+        let status = started();
+        assert!(!status.wait(Some(Instant::now() + Duration::from_millis(5))));
+        status.end(Err(Error::invalid("x")));
+        assert!(status.wait(None));
+    }
+
+    #[test]
+    fn no_eta_while_the_guest_is_faster_than_the_link() {
+        assert_eq!(eta(State::Active, 1000, 10, 10), u64::MAX);
+        assert_eq!(eta(State::Active, 1000, 1010, 10), 1_000_000_000);
+        assert_eq!(eta(State::Active, 1000, 0, 0), u64::MAX);
+    }
+}

@@ -1,0 +1,205 @@
+//! The hello: what two vmigs tell each other before the stream begins.
+//!
+//! A frame is the magic `VMIG`, a version, a length (all be32) and JSON. The source says what it has and offers
+//! features; the destination compares it with what it has itself and answers with the features it takes, or with
+//! every difference it found. Unknown keys are ignored, so that old and new may meet.
+
+use serde_json::{Value, json};
+
+use super::input::Input;
+use super::output::Put;
+use super::stream::SectionName;
+use crate::error::{Error, Result};
+
+/// First word of a hello.
+pub const MAGIC: u32 = 0x564d_4947;
+const VERSION: u32 = 1;
+const LEN_MAX: u64 = 1 << 20;
+/// Differences listed at most.
+const ERRORS_MAX: usize = 256;
+
+/// What the source says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Machine name.
+    pub machine: String,
+    /// Page size.
+    pub page_size: u64,
+    /// RAM blocks whose bytes travel, as (name, length).
+    pub blocks: Vec<(String, u64)>,
+    /// Sections that will come.
+    pub sections: Vec<SectionName>,
+}
+
+/// What the destination answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Nothing differs: go on.
+    Welcome,
+    /// Everything that differs.
+    Refused(Vec<Error>),
+}
+
+fn put_frame(out: &mut Vec<u8>, json: &Value) -> Result<()> {
+    let text = json.to_string();
+    if text.len() as u64 > LEN_MAX {
+        return Err(Error::new(libc::E2BIG, "the hello is too long: too many devices or RAM blocks"));
+    }
+    let len = u32::try_from(text.len()).unwrap_or(u32::MAX);
+    out.u32(MAGIC);
+    out.u32(VERSION);
+    out.u32(len);
+    out.bytes(text.as_bytes());
+    Ok(())
+}
+
+fn read_frame(input: &mut dyn Input, who: &str) -> Result<Value> {
+    let magic = input.u32()?;
+    if magic != MAGIC {
+        let text = format!("{who} did not answer as a vmig does; for a QEMU set option 'peer' to qemu");
+        return Err(Error::new(libc::EPROTO, text).expected_got(format!("{MAGIC:#010x}"), format!("{magic:#010x}")));
+    }
+    let version = input.u32()?;
+    if version != VERSION {
+        let text = format!("{who} speaks another version of the hello");
+        return Err(Error::new(libc::ENOTSUP, text).expected_got(VERSION, version));
+    }
+    let len = u64::from(input.u32()?);
+    let bytes = input.blob("the hello", len, LEN_MAX)?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::invalid(format!("the hello of {who} is not JSON: {e}")))
+}
+
+/// Writes a hello.
+pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
+    let blocks: Vec<Value> = hello.blocks.iter().map(|(name, len)| json!({"name": name, "length": len})).collect();
+    let section = |s: &SectionName| json!({"name": s.name, "instance": s.instance, "version": s.version});
+    let sections: Vec<Value> = hello.sections.iter().map(section).collect();
+    let json = json!({
+        "library": env!("CARGO_PKG_VERSION"),
+        "machine": hello.machine,
+        "page-size": hello.page_size,
+        "ram": blocks,
+        "devices": sections,
+    });
+    put_frame(out, &json)
+}
+
+/// Reads a hello.
+pub fn read(input: &mut dyn Input) -> Result<Hello> {
+    let json = read_frame(input, "the source")?;
+    parse(&json).ok_or_else(|| Error::invalid("the source's hello lacks machine, page-size, ram or devices"))
+}
+
+fn parse(json: &Value) -> Option<Hello> {
+    let text = |v: &Value, key: &str| Some(v.get(key)?.as_str()?.to_owned());
+    let word = |v: &Value, key: &str| u32::try_from(v.get(key)?.as_u64()?).ok();
+    let blocks = json.get("ram")?.as_array()?.iter();
+    let sections = json.get("devices")?.as_array()?.iter();
+    Some(Hello {
+        machine: text(json, "machine")?,
+        page_size: json.get("page-size")?.as_u64()?,
+        blocks: blocks.map(|b| Some((text(b, "name")?, b.get("length")?.as_u64()?))).collect::<Option<_>>()?,
+        sections: sections
+            .map(|s| {
+                let (name, instance, version) = (text(s, "name")?, word(s, "instance")?, word(s, "version")?);
+                Some(SectionName { name, instance, version })
+            })
+            .collect::<Option<_>>()?,
+    })
+}
+
+/// Writes an answer.
+pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
+    let json = match answer {
+        Answer::Welcome => json!({"library": env!("CARGO_PKG_VERSION"), "features": []}),
+        Answer::Refused(errors) => {
+            let errors: Vec<Value> = errors.iter().take(ERRORS_MAX).map(Error::to_json).collect();
+            json!({"library": env!("CARGO_PKG_VERSION"), "errors": errors})
+        }
+    };
+    put_frame(out, &json)
+}
+
+/// Reads an answer.
+pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
+    let json = read_frame(input, "the destination")?;
+    match json.get("errors").and_then(Value::as_array) {
+        None => Ok(Answer::Welcome),
+        Some(errors) => Ok(Answer::Refused(
+            errors.iter().take(ERRORS_MAX).filter_map(Error::from_json).map(|e| e.on_side("destination")).collect(),
+        )),
+    }
+}
+
+/// All differences in one error: the first one's place and errno, everybody's words.
+pub fn join(errors: &[Error]) -> Error {
+    let Some(first) = errors.first() else {
+        return Error::new(libc::EPROTO, "the destination refused without giving a reason");
+    };
+    if errors.len() == 1 {
+        return first.clone();
+    }
+    let list: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    let text = format!("{} differences: {}", errors.len(), list.join("; "));
+    Error::new(first.errno(), text).on_side(first.place().side.as_deref().unwrap_or("destination"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::input::Slice;
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello {
+            machine: "none".into(),
+            page_size: 4096,
+            blocks: vec![("low".into(), 0x1000), ("high".into(), 0x4000)],
+            sections: vec![SectionName { name: "uart".into(), instance: 0, version: 2 }],
+        }
+    }
+
+    #[test]
+    fn round_trip() {
+        let mut out = Vec::new();
+        put(&mut out, &hello()).unwrap();
+        assert_eq!(read(&mut Slice::new(&out)).unwrap(), hello());
+        for len in 0..out.len() {
+            assert_eq!(read(&mut Slice::new(&out[..len])).unwrap_err().errno(), libc::EIO, "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn answers_carry_every_difference() {
+        let errors = vec![
+            Error::invalid("no RAM block 'x'").on_side("destination"),
+            Error::invalid("missing").in_section("uart").on_side("destination"),
+        ];
+        for answer in [Answer::Welcome, Answer::Refused(errors.clone())] {
+            let mut out = Vec::new();
+            put_answer(&mut out, &answer).unwrap();
+            assert_eq!(read_answer(&mut Slice::new(&out)).unwrap(), answer);
+        }
+        assert_eq!(
+            join(&errors).to_string(),
+            "destination: 2 differences: destination: no RAM block 'x'; destination: section 'uart': missing"
+        );
+    }
+
+    #[test]
+    fn hostile_hellos_are_refused() {
+        let frame = |json: &str| {
+            let mut out = Vec::new();
+            out.u32(MAGIC);
+            out.u32(VERSION);
+            out.u32(u32::try_from(json.len()).unwrap());
+            out.bytes(json.as_bytes());
+            read(&mut Slice::new(&out)).unwrap_err()
+        };
+        let deep = format!("{}{}", "[".repeat(10_000), "]".repeat(10_000));
+        for json in ["", "{", "[]", "{}", &deep, r#"{"machine":1,"page-size":1,"ram":[],"devices":[]}"#] {
+            assert_eq!(frame(json).errno(), libc::EINVAL);
+        }
+        let long = [MAGIC.to_be_bytes(), VERSION.to_be_bytes(), [0xff; 4]].concat();
+        assert_eq!(read(&mut Slice::new(&long)).unwrap_err().errno(), libc::EINVAL);
+    }
+}

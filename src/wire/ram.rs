@@ -1,0 +1,193 @@
+//! Bodies of the `ram` section: words of address and flags, names, pages.
+
+use super::input::Input;
+use super::output::Put;
+use crate::error::{Error, Result};
+use crate::ram::PAGE;
+
+/// Version of the section.
+pub const VERSION: u32 = 4;
+/// Name of the section.
+pub const NAME: &str = "ram";
+/// Blocks a peer may announce.
+pub const BLOCKS_MAX: usize = crate::ram::BLOCKS_MAX;
+
+const ZERO: u64 = 0x002;
+const MEM_SIZE: u64 = 0x004;
+const PAGE_DATA: u64 = 0x008;
+const EOS: u64 = 0x010;
+const CONTINUE: u64 = 0x020;
+const XBZRLE: u64 = 0x040;
+const HOOK: u64 = 0x080;
+const MULTIFD_FLUSH: u64 = 0x200;
+
+/// One record of a body. `name`: none means the block of the record before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// The list of blocks follows, these many bytes of guest RAM in all.
+    Setup {
+        /// Sum of the blocks' lengths.
+        total: u64,
+    },
+    /// A page of zeros.
+    Zero {
+        /// Block.
+        name: Option<String>,
+        /// Offset in the block.
+        offset: u64,
+    },
+    /// A page; its bytes follow.
+    Page {
+        /// Block.
+        name: Option<String>,
+        /// Offset in the block.
+        offset: u64,
+    },
+    /// End of the body.
+    End,
+}
+
+/// Reads a record, up to a page's bytes.
+pub fn read(input: &mut dyn Input) -> Result<Record> {
+    let at = input.position();
+    let word = input.u64()?;
+    let (offset, flags) = (word & !(PAGE - 1), word & (PAGE - 1));
+    let name = |input: &mut dyn Input| match flags & CONTINUE {
+        0 => input.counted_string().map(Some),
+        _ => Ok(None),
+    };
+    match flags & !CONTINUE {
+        ZERO => {
+            let name = name(input)?;
+            match input.u8()? {
+                0 => Ok(Record::Zero { name, offset }),
+                fill => Err(wrong(at, format!("a page filled with {fill:#04x} instead of zeros"))),
+            }
+        }
+        PAGE_DATA => Ok(Record::Page { name: name(input)?, offset }),
+        MEM_SIZE => Ok(Record::Setup { total: offset }),
+        EOS => Ok(Record::End),
+        HOOK => read(input),
+        XBZRLE => Err(wrong(at, "XBZRLE pages are not supported; switch xbzrle off at the source".to_owned())),
+        MULTIFD_FLUSH => Err(wrong(at, "multifd is not supported; switch it off at the source".to_owned())),
+        _ => Err(wrong(at, format!("unknown combination of flags {flags:#x}"))),
+    }
+}
+
+fn wrong(at: u64, text: String) -> Error {
+    Error::invalid(format!("byte {at:#x}: {text}")).in_section(NAME)
+}
+
+/// Reads the blocks that follow a setup record, as (name, length).
+pub fn read_blocks(input: &mut dyn Input, total: u64) -> Result<Vec<(String, u64)>> {
+    let mut blocks = Vec::new();
+    let mut left = total;
+    while left > 0 {
+        let at = input.position();
+        if blocks.len() == BLOCKS_MAX {
+            return Err(wrong(at, format!("more than {BLOCKS_MAX} RAM blocks")));
+        }
+        let name = input.counted_string()?;
+        let len = input.u64()?;
+        if len == 0 || len % PAGE != 0 || len > left {
+            let text = format!("RAM block '{}' has {len} bytes, of {left} that are left", name.escape_default());
+            return Err(wrong(at, text));
+        }
+        left -= len;
+        blocks.push((name, len));
+    }
+    Ok(blocks)
+}
+
+/// Writes the setup record.
+pub fn put_setup<'a>(out: &mut Vec<u8>, blocks: impl Iterator<Item = (&'a str, u64)> + Clone) -> Result<()> {
+    let total: u64 = blocks.clone().map(|(_, len)| len).sum();
+    out.u64(total | MEM_SIZE);
+    for (name, len) in blocks {
+        out.counted_string(name)?;
+        out.u64(len);
+    }
+    Ok(())
+}
+
+/// Most bytes a page record takes before the page itself.
+pub const RECORD_MAX: usize = 8 + 1 + 255 + 1;
+
+/// Writes a record of a zero page.
+pub fn put_zero(out: &mut Vec<u8>, name: Option<&str>, offset: u64) -> Result<()> {
+    put_word(out, name, offset | ZERO)?;
+    out.u8(0);
+    Ok(())
+}
+
+/// Writes what comes before a page's bytes.
+pub fn put_page(out: &mut Vec<u8>, name: Option<&str>, offset: u64) -> Result<()> {
+    put_word(out, name, offset | PAGE_DATA)
+}
+
+fn put_word(out: &mut Vec<u8>, name: Option<&str>, word: u64) -> Result<()> {
+    match name {
+        Some(name) => {
+            out.u64(word);
+            out.counted_string(name)
+        }
+        None => {
+            out.u64(word | CONTINUE);
+            Ok(())
+        }
+    }
+}
+
+/// Ends a body.
+pub fn put_end(out: &mut Vec<u8>) {
+    out.u64(EOS);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::input::Slice;
+    use super::*;
+
+    #[test]
+    fn records_round_trip() {
+        let mut out = Vec::new();
+        put_zero(&mut out, Some("ram"), 0x3000).unwrap();
+        put_page(&mut out, None, 0x4000).unwrap();
+        put_end(&mut out);
+        assert_eq!(out[..13], *b"\0\0\0\0\0\0\x30\x02\x03ram\0");
+        let mut input = Slice::new(&out);
+        let name = Some("ram".to_owned());
+        assert_eq!(read(&mut input).unwrap(), Record::Zero { name, offset: 0x3000 });
+        assert_eq!(read(&mut input).unwrap(), Record::Page { name: None, offset: 0x4000 });
+        assert_eq!(read(&mut input).unwrap(), Record::End);
+    }
+
+    #[test]
+    fn impossible_flags_are_refused() {
+        for flags in 0..PAGE {
+            let known = matches!(flags & !CONTINUE, ZERO | PAGE_DATA | MEM_SIZE | EOS | HOOK);
+            let mut bytes = (0x5000 | flags).to_be_bytes().to_vec();
+            bytes.extend([0; 2]);
+            bytes.extend(EOS.to_be_bytes());
+            assert_eq!(read(&mut Slice::new(&bytes)).is_ok(), known, "flags {flags:#x}");
+        }
+    }
+
+    #[test]
+    fn a_page_is_not_filled_with_anything_but_zero() {
+        let error = read(&mut Slice::new(&[0, 0, 0, 0, 0, 0, 0, 0x22, 7])).unwrap_err();
+        assert_eq!(error.to_string(), "section 'ram': byte 0x0: a page filled with 0x07 instead of zeros");
+    }
+
+    #[test]
+    fn block_lists_are_checked() {
+        let mut out = Vec::new();
+        put_setup(&mut out, [("low", 0x2000), ("high", 0x1000)].into_iter()).unwrap();
+        let mut input = Slice::new(&out);
+        assert_eq!(read(&mut input).unwrap(), Record::Setup { total: 0x3000 });
+        let blocks = read_blocks(&mut input, 0x3000).unwrap();
+        assert_eq!(blocks, [("low".to_owned(), 0x2000), ("high".to_owned(), 0x1000)]);
+        assert!(read_blocks(&mut Slice::new(&out[8..]), 0x2000).is_err(), "names the end of the list");
+        assert!(read_blocks(&mut Slice::new(&out[8..]), 0x1000).is_err(), "a block larger than the total");
+    }
+}

@@ -1,0 +1,116 @@
+//! Replies: what a destination tells a source on the return path.
+
+use super::input::Input;
+use super::output::Put;
+use crate::error::{Error, Result};
+
+const SHUT: u16 = 1;
+const PONG: u16 = 2;
+const SWITCHOVER_ACK: u16 = 7;
+/// Ours, between two vmigs only: be64 length and a JSON error follow.
+const ERROR: u16 = 0x5600;
+/// Longest JSON error.
+const ERROR_MAX: u64 = 64 << 10;
+
+/// The replies of a precopy migration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// The last one: 0 = loaded, anything else = failed.
+    Shut(u32),
+    /// Answer to a PING.
+    Pong(u32),
+    /// The destination is ready for the guest to stop.
+    SwitchoverAck,
+    /// Why a SHUT with an error is about to follow.
+    Error(Error),
+}
+
+/// Reads a reply.
+pub fn read(input: &mut dyn Input) -> Result<Reply> {
+    let at = input.position();
+    let number = input.u16()?;
+    let len = input.u16()?;
+    let want = match number {
+        SHUT | PONG => 4,
+        SWITCHOVER_ACK | ERROR => 0,
+        3 | 4 => return Err(Error::invalid(format!("reply byte {at:#x}: a page request outside of postcopy"))),
+        _ => return Err(Error::invalid(format!("reply byte {at:#x}: unknown reply {number:#x}"))),
+    };
+    if len != want {
+        let text = format!("reply byte {at:#x}: reply {number:#x} has the wrong length");
+        return Err(Error::invalid(text).expected_got(want, len));
+    }
+    Ok(match number {
+        SHUT => Reply::Shut(input.u32()?),
+        PONG => Reply::Pong(input.u32()?),
+        SWITCHOVER_ACK => Reply::SwitchoverAck,
+        _ => {
+            let len = input.u64()?;
+            let json = input.blob("the destination's error", len, ERROR_MAX)?;
+            let json = serde_json::from_slice(&json).unwrap_or_default();
+            let unreadable = || Error::new(libc::EIO, "the destination failed; its error could not be read");
+            Reply::Error(Error::from_json(&json).unwrap_or_else(unreadable).on_side("destination"))
+        }
+    })
+}
+
+/// Writes a reply.
+pub fn put(out: &mut Vec<u8>, reply: &Reply) {
+    match reply {
+        Reply::Shut(status) => {
+            out.u16(SHUT);
+            out.u16(4);
+            out.u32(*status);
+        }
+        Reply::Pong(value) => {
+            out.u16(PONG);
+            out.u16(4);
+            out.u32(*value);
+        }
+        Reply::SwitchoverAck => {
+            out.u16(SWITCHOVER_ACK);
+            out.u16(0);
+        }
+        Reply::Error(error) => {
+            let json = error.to_json().to_string();
+            out.u16(ERROR);
+            out.u16(0);
+            out.u64(json.len() as u64);
+            out.bytes(json.as_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::input::Slice;
+    use super::*;
+
+    #[test]
+    fn round_trip_and_refusals() {
+        let error = Error::invalid("no such block").in_section("ram").on_side("destination");
+        for reply in [Reply::Shut(3), Reply::Pong(1), Reply::SwitchoverAck, Reply::Error(error)] {
+            let mut out = Vec::new();
+            put(&mut out, &reply);
+            assert_eq!(read(&mut Slice::new(&out)).unwrap(), reply);
+            for len in 0..out.len() {
+                assert!(read(&mut Slice::new(&out[..len])).is_err(), "{reply:?} cut at {len}");
+            }
+            out[3] ^= 1;
+            assert_eq!(read(&mut Slice::new(&out)).unwrap_err().errno(), libc::EINVAL);
+        }
+        for number in [0u16, 3, 4, 5, 8, 0x5601] {
+            let bytes = [number.to_be_bytes(), [0, 0]].concat();
+            assert_eq!(read(&mut Slice::new(&bytes)).unwrap_err().errno(), libc::EINVAL, "{number}");
+        }
+    }
+
+    #[test]
+    fn an_unreadable_error_is_still_an_error() {
+        let bytes = b"\x56\x00\0\0\0\0\0\0\0\0\0\x02{}";
+        let Reply::Error(error) = read(&mut Slice::new(bytes)).unwrap() else { panic!("not an error") };
+        assert!(error.text().contains("could not be read"));
+        let long = b"\x56\x00\0\0\xff\xff\xff\xff\xff\xff\xff\xff";
+        assert_eq!(read(&mut Slice::new(long)).unwrap_err().errno(), libc::EINVAL);
+    }
+}
