@@ -10,4 +10,5 @@ pub mod pacing;
 pub mod status;
 pub mod ram;
 pub mod wire;
+pub mod transport;
 pub mod section;

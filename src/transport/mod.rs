@@ -1,0 +1,77 @@
+//! How bytes get to the other side: one trait, and its kinds by the scheme of a URI.
+
+pub mod channel;
+pub mod socket;
+pub mod stream;
+pub mod uri;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::sys::eventfd::Wake;
+use crate::sys::io::Piece;
+use channel::FdChannel;
+use uri::Uri;
+
+/// A connection to the other side. All calls are safe from several threads; one reads, one writes.
+pub trait Channel: Send + Sync + std::fmt::Debug {
+    /// Reads once, waiting for at most `limit` (for ever without); 0 is the end. `ETIMEDOUT` if nothing came,
+    /// `ECANCELED` if the migration's wake was raised meanwhile.
+    fn read(&self, buf: &mut [u8], limit: Option<Duration>) -> Result<usize>;
+
+    /// Writes once, waiting for room for at most `limit`; returns how many bytes went.
+    fn write(&self, pieces: &[Piece<'_>], limit: Duration) -> Result<usize>;
+
+    /// No more writes: the peer sees the end of the stream.
+    fn close_write(&self);
+
+    /// Ends both directions; calls of other threads that wait come back.
+    fn shutdown(&self);
+
+    /// Whether the peer can answer on this channel.
+    fn is_two_way(&self) -> bool;
+}
+
+/// Connects to `uri`.
+pub fn connect(uri: &Uri, wake: &Arc<Wake>, limit: Duration) -> Result<Arc<dyn Channel>> {
+    Ok(match uri {
+        Uri::Tcp { .. } | Uri::Unix { .. } => Arc::new(socket::connect(uri, wake, limit)?),
+        Uri::Fd(fd) => Arc::new(FdChannel::of_caller(*fd, true, wake)?),
+    })
+}
+
+/// What waits for a source.
+#[derive(Debug)]
+pub enum Listener {
+    /// A listening socket.
+    Socket(socket::Listener),
+    /// A connection that exists already.
+    Ready(Arc<FdChannel>),
+}
+
+/// Listens at `uri`.
+pub fn listen(uri: &Uri, wake: &Arc<Wake>) -> Result<Listener> {
+    Ok(match uri {
+        Uri::Tcp { .. } | Uri::Unix { .. } => Listener::Socket(socket::Listener::new(uri)?),
+        Uri::Fd(fd) => Listener::Ready(Arc::new(FdChannel::of_caller(*fd, false, wake)?)),
+    })
+}
+
+impl Listener {
+    /// Where it listens, as a URI; with the real port.
+    pub fn address(&self) -> Option<&str> {
+        match self {
+            Listener::Socket(listener) => Some(listener.address()),
+            Listener::Ready(_) => None,
+        }
+    }
+
+    /// Waits for the source; only a raised wake ends the wait.
+    pub fn accept(self, wake: &Arc<Wake>) -> Result<Arc<dyn Channel>> {
+        Ok(match self {
+            Listener::Socket(listener) => Arc::new(listener.accept(wake)?),
+            Listener::Ready(channel) => channel,
+        })
+    }
+}

@@ -1,0 +1,244 @@
+//! Buffered reading and counted writing over a channel.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Channel;
+use crate::error::{Error, Result};
+use crate::ram::PAGE_BYTES;
+use crate::sys::io::Piece;
+use crate::wire::input::{Input, PEEK_MAX, ends_early};
+
+/// Room of a reader: large enough that a system call is rare, small enough to stay in the cache while it is copied out.
+const BUFFER: usize = 256 << 10;
+/// Room for the small messages of a return path.
+const BUFFER_SMALL: usize = 4 << 10;
+
+/// The reading side of a stream.
+#[derive(Debug)]
+pub struct StreamInput {
+    channel: Arc<dyn Channel>,
+    limit: Option<Duration>,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// Position in the stream of `buffer[start]`.
+    position: u64,
+}
+
+impl StreamInput {
+    /// Reads a migration stream; fails when the peer is silent for `limit`.
+    pub fn new(channel: Arc<dyn Channel>, limit: Duration) -> Self {
+        Self::with_room(channel, Some(limit), BUFFER)
+    }
+
+    /// Reads replies, which may take as long as they like.
+    pub fn of_replies(channel: Arc<dyn Channel>) -> Self {
+        Self::with_room(channel, None, BUFFER_SMALL)
+    }
+
+    fn with_room(channel: Arc<dyn Channel>, limit: Option<Duration>, room: usize) -> Self {
+        Self { channel, limit, buffer: vec![0; room].into_boxed_slice(), start: 0, end: 0, position: 0 }
+    }
+
+    /// Makes at least `n` bytes available, `n` at most the room.
+    fn need(&mut self, n: usize) -> Result<()> {
+        while self.end - self.start < n {
+            if self.start == self.end {
+                (self.start, self.end) = (0, 0);
+            } else if self.buffer.len() - self.start < n {
+                self.buffer.copy_within(self.start..self.end, 0);
+                (self.start, self.end) = (0, self.end - self.start);
+            }
+            let got = self.channel.read(&mut self.buffer[self.end..], self.limit)?;
+            if got == 0 {
+                let have = self.end - self.start;
+                return Err(ends_early(self.position + have as u64, (n - have) as u64));
+            }
+            self.end += got;
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, n: usize) {
+        self.start += n;
+        self.position += n as u64;
+    }
+
+    /// Takes a page in place and gives it to `f`.
+    pub fn page(&mut self, f: impl FnOnce(&[u8; PAGE_BYTES])) -> Result<()> {
+        self.need(PAGE_BYTES)?;
+        let (page, _) = self.buffer[self.start..self.end].split_first_chunk().ok_or_else(|| ends_early(0, 0))?;
+        f(page);
+        self.advance(PAGE_BYTES);
+        Ok(())
+    }
+
+    /// Whether the stream ended: true at its end, false if there is another byte.
+    pub fn at_end(&mut self) -> Result<bool> {
+        if self.start < self.end {
+            return Ok(false);
+        }
+        (self.start, self.end) = (0, 0);
+        self.end = self.channel.read(&mut self.buffer, self.limit)?;
+        Ok(self.end == 0)
+    }
+}
+
+impl Input for StreamInput {
+    fn read(&mut self, buf: &mut [u8]) -> Result<()> {
+        let mut filled = 0;
+        while filled < buf.len() {
+            self.need(1)?;
+            let n = (self.end - self.start).min(buf.len() - filled);
+            buf[filled..filled + n].copy_from_slice(&self.buffer[self.start..self.start + n]);
+            self.advance(n);
+            filled += n;
+        }
+        Ok(())
+    }
+
+    fn peek(&mut self, n: usize) -> Result<&[u8]> {
+        debug_assert!(n <= PEEK_MAX);
+        self.need(n)?;
+        Ok(&self.buffer[self.start..self.start + n])
+    }
+
+    fn position(&self) -> u64 {
+        self.position
+    }
+}
+
+/// The writing side of a stream.
+#[derive(Debug)]
+pub struct StreamOutput {
+    channel: Arc<dyn Channel>,
+    limit: Duration,
+    written: u64,
+}
+
+impl StreamOutput {
+    /// Writes to `channel`; fails when the peer takes nothing for `limit`.
+    pub fn new(channel: Arc<dyn Channel>, limit: Duration) -> Self {
+        Self { channel, limit, written: 0 }
+    }
+
+    /// Bytes written so far.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Writes all bytes.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.write_pieces(&mut [Piece::of(bytes)])
+    }
+
+    /// Writes all pieces, in order; leaves them empty.
+    pub fn write_pieces(&mut self, pieces: &mut [Piece<'_>]) -> Result<()> {
+        let mut rest = pieces;
+        loop {
+            let skip = rest.iter().take_while(|p| p.is_empty()).count();
+            rest = &mut rest[skip..];
+            if rest.is_empty() {
+                return Ok(());
+            }
+            let mut sent = self.channel.write(rest, self.limit)?;
+            if sent == 0 {
+                return Err(Error::new(libc::EIO, "the channel takes no more bytes"));
+            }
+            self.written += sent as u64;
+            for piece in rest.iter_mut() {
+                let n = sent.min(piece.len());
+                piece.advance(n);
+                sent -= n;
+                if sent == 0 {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::super::channel::FdChannel;
+    use super::*;
+    use crate::sys::eventfd::Wake;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn pair() -> (Arc<dyn Channel>, Arc<dyn Channel>, Arc<Wake>) {
+        let (a, b) = UnixStream::pair().unwrap();
+        let wake = Arc::new(Wake::new().unwrap());
+        let channel = |s: UnixStream| Arc::new(FdChannel::new(OwnedFd::from(s), &wake).unwrap());
+        (channel(a), channel(b), Arc::clone(&wake))
+    }
+
+    #[test]
+    fn what_is_written_in_pieces_is_read_in_others() {
+        let (a, b, _) = pair();
+        let sent: Vec<u8> = (0..3_000_000u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
+        let reader = std::thread::spawn({
+            let sent = sent.clone();
+            move || {
+                let mut input = StreamInput::new(b, SECOND);
+                let mut at = 0;
+                for step in (0..).map(|n: usize| [1, 7, 4096, 90_001, 300_000][n % 5]) {
+                    let step = step.min(sent.len() - at);
+                    if step == 0 {
+                        break;
+                    }
+                    assert_eq!(input.peek(1).unwrap(), &sent[at..=at]);
+                    let mut got = vec![0; step];
+                    match step {
+                        4096 => input.page(|page| got.copy_from_slice(page)).unwrap(),
+                        _ => input.read(&mut got).unwrap(),
+                    }
+                    assert_eq!(got, &sent[at..at + step]);
+                    at += step;
+                    assert_eq!(input.position(), at as u64);
+                }
+                assert!(input.at_end().unwrap());
+                assert_eq!(input.u8().unwrap_err().errno(), libc::EIO);
+            }
+        });
+        let mut output = StreamOutput::new(Arc::clone(&a), SECOND);
+        let mut pieces: Vec<Piece> = sent.chunks(1000).map(Piece::of).collect();
+        output.write_pieces(&mut pieces).unwrap();
+        assert_eq!(output.written(), sent.len() as u64);
+        a.close_write();
+        reader.join().unwrap();
+    }
+
+    #[test]
+    fn a_silent_peer_is_noticed_both_ways() {
+        let (a, b, _) = pair();
+        let short = Duration::from_millis(20);
+        let error = StreamInput::new(Arc::clone(&b), short).u8().unwrap_err();
+        assert_eq!(error.to_string(), "the peer sent no byte for 0.02 seconds");
+        let error = StreamOutput::new(a, short).write(&vec![0; 64 << 20]).unwrap_err();
+        assert_eq!(error.errno(), libc::ETIMEDOUT);
+    }
+
+    #[test]
+    fn a_wake_ends_a_wait() {
+        let (_a, b, wake) = pair();
+        let reader = std::thread::spawn(move || StreamInput::of_replies(b).u8().unwrap_err().errno());
+        wake.raise();
+        assert_eq!(reader.join().unwrap(), libc::ECANCELED);
+    }
+
+    #[test]
+    fn shutdown_ends_the_wait_of_another_thread() {
+        let (_a, b, _) = pair();
+        let reader = std::thread::spawn({
+            let b = Arc::clone(&b);
+            move || StreamInput::of_replies(b).u8().unwrap_err().errno()
+        });
+        b.shutdown();
+        assert_eq!(reader.join().unwrap(), libc::EIO);
+    }
+}
