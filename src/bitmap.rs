@@ -108,6 +108,22 @@ impl Bitmap {
         taken
     }
 
+    /// Merges `words` so that their lowest bit becomes bit `first`; returns how many bits were not set before.
+    pub fn merge(&self, first: usize, words: &[u64]) -> usize {
+        let (word, shift) = (first / WORD_BITS, first % WORD_BITS);
+        let mut new = 0;
+        for (i, &bits) in words.iter().enumerate() {
+            if bits == 0 || word + i >= self.words.len() {
+                continue;
+            }
+            new += self.or_word(word + i, bits << shift);
+            if shift != 0 && word + i + 1 < self.words.len() {
+                new += self.or_word(word + i + 1, bits >> (WORD_BITS - shift));
+            }
+        }
+        new
+    }
+
     /// Number of bits set.
     pub fn count(&self) -> usize {
         self.words.iter().map(|w| w.load(Ordering::Relaxed).count_ones() as usize).sum()
@@ -195,6 +211,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn merging_shifts(bits in 1usize..300, first in 0usize..320, words in prop::collection::vec(any::<u64>(), 0..5)) {
+            let map = Bitmap::new(bits).unwrap();
+            let want: Vec<bool> = (0..bits).map(|i| {
+                let at = i.checked_sub(first);
+                at.is_some_and(|at| words.get(at / 64).is_some_and(|w| w >> (at % 64) & 1 != 0))
+            }).collect();
+            let new = map.merge(first, &words);
+            prop_assert_eq!(model(&map), want.clone());
+            prop_assert_eq!(new, want.iter().filter(|b| **b).count());
+            prop_assert_eq!(map.merge(first, &words), 0);
+        }
+
         #[test]
         fn behaves_like_a_vector_of_bools(
             bits in 1usize..300,

@@ -1,0 +1,159 @@
+//! The one harvester of a guest: asks the trackers and gives what they found to every reader.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Tracker;
+use super::set::DirtySet;
+use crate::error::{Error, Result};
+use crate::ram::{Block, PAGE, RamList};
+
+/// Trackers and readers of one guest.
+#[derive(Default)]
+pub struct Hub {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    trackers: Vec<Arc<dyn Tracker>>,
+    readers: Vec<Reader>,
+}
+
+struct Reader {
+    set: Arc<DirtySet>,
+    list: RamList,
+}
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let inner = self.lock();
+        write!(f, "Hub({} trackers, {} readers)", inner.trackers.len(), inner.readers.len())
+    }
+}
+
+impl Hub {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a tracker; refused while somebody reads.
+    pub fn add_tracker(&self, tracker: Arc<dyn Tracker>) -> Result<()> {
+        let mut inner = self.lock();
+        if !inner.readers.is_empty() {
+            return Err(Error::new(libc::EBUSY, "dirty tracking cannot be added while a migration runs"));
+        }
+        inner.trackers.push(tracker);
+        Ok(())
+    }
+
+    /// Starts reading: every page of `list` is dirty at first. The first reader starts the trackers.
+    pub fn subscribe(&self, list: &RamList) -> Result<Arc<DirtySet>> {
+        let mut inner = self.lock();
+        check_covered(&inner.trackers, list)?;
+        let set = Arc::new(DirtySet::all(list)?);
+        if inner.readers.is_empty() {
+            for (i, tracker) in inner.trackers.iter().enumerate() {
+                if let Err(error) = tracker.start() {
+                    inner.trackers[..i].iter().for_each(|t| t.stop());
+                    return Err(error.context("switching dirty logging on"));
+                }
+            }
+        }
+        inner.readers.push(Reader { set: Arc::clone(&set), list: Arc::clone(list) });
+        Ok(set)
+    }
+
+    /// Ends reading. The last reader stops the trackers.
+    pub fn unsubscribe(&self, set: &Arc<DirtySet>) {
+        let mut inner = self.lock();
+        let before = inner.readers.len();
+        inner.readers.retain(|r| !Arc::ptr_eq(&r.set, set));
+        if before > 0 && inner.readers.is_empty() {
+            inner.trackers.iter().for_each(|t| t.stop());
+        }
+    }
+
+    /// Gives every reader what was written since the last call.
+    pub fn sync(&self) -> Result<()> {
+        let inner = self.lock();
+        for tracker in &inner.trackers {
+            tracker.sync(&mut |block, first, words| {
+                inner.readers.iter().for_each(|r| r.set.add(block, first, words));
+            })?;
+        }
+        inner.harvest_marks();
+        Ok(())
+    }
+
+    /// Pages are about to be read: writes to them from here on are reported anew.
+    pub fn clear(&self, block: &Block, pages: Range<usize>) -> Result<()> {
+        self.lock().trackers.iter().try_for_each(|t| t.clear(block, pages.clone()))
+    }
+
+    /// Looks for writes after the last sync, when all pages were sent and nobody may write any more; names the first.
+    pub fn check_quiet(&self, set: &DirtySet) -> Result<()> {
+        self.sync()?;
+        for index in 0..set.len() {
+            if let Some((page, _)) = set.next_run(index, 0, 1) {
+                let name = set.block(index).name();
+                let offset = page as u64 * PAGE;
+                return Err(Error::new(
+                    libc::EBUSY,
+                    format!(
+                        "RAM block '{name}' was written at offset {offset:#x} after the guest was stopped and its \
+                         memory sent: a device was still running when the stop hook and handlers had returned"
+                    ),
+                )
+                .in_section("ram"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Pages reported by `vmig_dirty`.
+    fn harvest_marks(&self) {
+        // Every reader's list is a snapshot; a block of any of them is harvested once, for all.
+        let mut done: Vec<*const Block> = Vec::new();
+        for block in self.readers.iter().flat_map(|r| r.list.iter()) {
+            if done.contains(&Arc::as_ptr(block)) {
+                continue;
+            }
+            done.push(Arc::as_ptr(block));
+            for word in 0..block.marks().words() {
+                let bits = block.marks().take_word(word);
+                if bits != 0 {
+                    let first = word * crate::bitmap::WORD_BITS;
+                    self.readers.iter().for_each(|r| r.set.add(block, first, &[bits]));
+                }
+            }
+        }
+    }
+}
+
+/// Refuses RAM whose writes nobody would see.
+fn check_covered(trackers: &[Arc<dyn Tracker>], list: &RamList) -> Result<()> {
+    for block in list.iter().filter(|b| b.is_sent() && !b.is_marked()) {
+        let mut ranges: Vec<Range<usize>> = trackers.iter().flat_map(|t| t.covers(block)).collect();
+        ranges.sort_by_key(|r| r.start);
+        let mut next = 0;
+        for range in ranges {
+            if range.start > next {
+                break;
+            }
+            next = next.max(range.end);
+        }
+        if next < block.pages() {
+            let offset = next as u64 * PAGE;
+            return Err(Error::invalid(format!(
+                "writes to RAM block '{}' from offset {offset:#x} on would not be seen: register its KVM slots with \
+                 vmig_add_kvm_slot, or set VMIG_RAM_MARKED and report every write with vmig_dirty",
+                block.name()
+            ))
+            .in_section("ram"));
+        }
+    }
+    Ok(())
+}

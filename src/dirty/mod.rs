@@ -1,0 +1,39 @@
+//! Which pages were written: trackers know, one hub asks them, and everybody who cares reads from the hub.
+//!
+//! The discipline. A page's bit is taken, in the kernel too, *before* its bytes are read. A bit that was taken is owed
+//! until the page arrived, so an attempt to a new destination starts with all pages. A write that nobody reports is
+//! silent loss, so RAM that no tracker covers is refused.
+
+pub mod hub;
+pub mod kvm_log;
+pub mod set;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::ram::Block;
+
+/// Takes what a tracker found: in `block`, from page `first` on, the pages whose bits are set.
+pub type Found<'a> = dyn FnMut(&Arc<Block>, usize, &[u64]) + 'a;
+
+/// Something that knows which pages the guest wrote.
+///
+/// All calls come from one thread at a time, without the big lock.
+pub trait Tracker: Send + Sync {
+    /// Starts tracking. What was written before may or may not be reported.
+    fn start(&self) -> Result<()>;
+
+    /// Stops tracking; called once for each `start` that succeeded.
+    fn stop(&self);
+
+    /// Reports every page written since `start`, unless [`clear`](Self::clear) was called for it after the write.
+    /// A page may be reported too often, never too rarely.
+    fn sync(&self, found: &mut Found<'_>) -> Result<()>;
+
+    /// The given pages are about to be read: from here on a write to them is reported anew.
+    fn clear(&self, block: &Block, pages: Range<usize>) -> Result<()>;
+
+    /// Pages of `block` whose writes are seen.
+    fn covers(&self, block: &Block) -> Vec<Range<usize>>;
+}

@@ -1,0 +1,72 @@
+//! The dirty pages of one reader.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::bitmap::Bitmap;
+use crate::error::Result;
+use crate::ram::{Block, RamList};
+
+/// One bitmap per block. The hub adds to it, its reader takes from it.
+#[derive(Debug)]
+pub struct DirtySet {
+    blocks: Vec<(Arc<Block>, Bitmap)>,
+    count: AtomicUsize,
+}
+
+impl DirtySet {
+    /// The blocks of `list` whose bytes travel, every page dirty.
+    pub fn all(list: &RamList) -> Result<Self> {
+        let mut blocks = Vec::new();
+        let mut count = 0;
+        for block in list.iter().filter(|b| b.is_sent()) {
+            let map = Bitmap::new(block.pages())?;
+            count += map.set_range(0, block.pages());
+            blocks.push((Arc::clone(block), map));
+        }
+        Ok(Self { blocks, count: AtomicUsize::new(count) })
+    }
+
+    /// Blocks, by index.
+    pub fn blocks(&self) -> impl Iterator<Item = &Arc<Block>> + Clone {
+        self.blocks.iter().map(|(block, _)| block)
+    }
+
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether there is no block.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    /// A block by index.
+    pub fn block(&self, index: usize) -> &Arc<Block> {
+        &self.blocks[index].0
+    }
+
+    /// Dirty pages in all blocks.
+    pub fn pages(&self) -> usize {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Adds pages of a block; a block that is not in the set is not this reader's.
+    pub fn add(&self, block: &Arc<Block>, first: usize, words: &[u64]) {
+        if let Some((_, map)) = self.blocks.iter().find(|(b, _)| Arc::ptr_eq(b, block)) {
+            self.count.fetch_add(map.merge(first, words), Ordering::AcqRel);
+        }
+    }
+
+    /// The first run of dirty pages of a block at or after `from`, at most `max` long, as (first page, pages).
+    pub fn next_run(&self, index: usize, from: usize, max: usize) -> Option<(usize, usize)> {
+        self.blocks[index].1.next_run(from, max)
+    }
+
+    /// Takes a run: what is read after this call is newer than every mark taken.
+    pub fn take(&self, index: usize, first: usize, pages: usize) {
+        let taken = self.blocks[index].1.take_range(first, pages);
+        self.count.fetch_sub(taken, Ordering::AcqRel);
+    }
+}
