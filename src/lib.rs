@@ -3,5 +3,15 @@
 //! The modules below stand in floor order: a module uses only those listed before it (tests/floors.rs keeps it so).
 
 pub mod error;
-pub mod section;
+
+pub mod sys;
+
+pub mod thread;
+
+pub mod bql;
+
 pub mod wire;
+
+pub mod section;
+
+pub mod vmm;

@@ -1,0 +1,1 @@
+//! The VMM as we see it: its hooks, its run state, its log.
