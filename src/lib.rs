@@ -4,6 +4,8 @@
 
 pub mod error;
 pub mod sys;
+pub mod thread;
+pub mod bql;
 pub mod bitmap;
 pub mod options;
 pub mod pacing;
@@ -11,4 +13,6 @@ pub mod status;
 pub mod ram;
 pub mod wire;
 pub mod transport;
+pub mod dirty;
 pub mod section;
+pub mod vmm;

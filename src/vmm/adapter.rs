@@ -1,0 +1,210 @@
+//! The one place where the VMM's C hooks and run-state handlers are called.
+#![allow(unsafe_code, reason = "calls function pointers that came through the C door")]
+
+use std::ffi::{CString, c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::bql::{Bql, RawLock};
+use crate::error::{Error, Result, strerror};
+use crate::sys::sized::{SizedStruct, sized_copy};
+use crate::thread::lock;
+
+use super::handlers::{Moment, Phase, RunHandler};
+use super::log::{Level, Log};
+use super::ops::{vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
+use super::run::{Hooks, Reasons, Vmm};
+
+/// What a callback's return value means: 0 or more is success, the rest a negative errno.
+pub fn check_return(who: &str, value: c_int) -> Result<c_int> {
+    if value >= 0 {
+        return Ok(value);
+    }
+    match value.checked_neg().filter(|errno| *errno < 4096) {
+        Some(errno) => Err(Error::new(errno, format!("{who} failed: {}", strerror(errno)))),
+        None => Err(Error::new(libc::EIO, format!("{who} failed with {value}, which is not a negative errno"))),
+    }
+}
+
+/// A pointer of the VMM that only travels: we hand it back to the VMM's own functions and never look inside.
+#[derive(Clone, Copy, Debug)]
+struct Opaque(*mut c_void);
+
+// SAFETY: never dereferenced here; the C contract of each callback says on which threads it is called.
+unsafe impl Send for Opaque {}
+// SAFETY: as above.
+unsafe impl Sync for Opaque {}
+
+/// The VMM's hooks with its pointer. Everything that may call them shares one, so `destroy` comes last of all.
+#[derive(Debug)]
+struct CVm {
+    ops: vmig_ops,
+    vm: Opaque,
+    /// Set once the guest is made: before that the pointer is still the caller's.
+    ours: AtomicBool,
+}
+
+impl Drop for CVm {
+    fn drop(&mut self) {
+        if let (true, Some(destroy)) = (*self.ours.get_mut(), self.ops.destroy) {
+            // SAFETY: the VMM's own function and pointer; this is the last owner, so no call is under way or to come.
+            unsafe { destroy(self.vm.0) };
+        }
+    }
+}
+
+struct CHooks(Arc<CVm>);
+
+impl Hooks for CHooks {
+    fn stop(&self) -> Result<()> {
+        let hook = self.0.ops.stop.ok_or_else(|| missing("stop"))?;
+        // SAFETY: the VMM's own function and pointer, called as the header promises.
+        let value = unsafe { hook(self.0.vm.0) };
+        check_return("the stop hook", value).map(|_| ())
+    }
+
+    fn start(&self) -> Result<()> {
+        let hook = self.0.ops.start.ok_or_else(|| missing("start"))?;
+        // SAFETY: the VMM's own function and pointer, called as the header promises.
+        let value = unsafe { hook(self.0.vm.0) };
+        check_return("the start hook", value).map(|_| ())
+    }
+
+    fn announce(&self) {
+        if let Some(hook) = self.0.ops.announce {
+            // SAFETY: the VMM's own function and pointer, called as the header promises.
+            unsafe { hook(self.0.vm.0) };
+        }
+    }
+
+    fn log_dirty(&self, slot: u32, on: bool) -> Result<()> {
+        let Some(hook) = self.0.ops.log_dirty else {
+            let text = format!("cannot switch the dirty log of memory slot {slot}: vmig_ops.log_dirty is NULL");
+            return Err(Error::new(libc::ENOTSUP, text));
+        };
+        // SAFETY: the VMM's own function and pointer, called as the header promises.
+        let value = unsafe { hook(self.0.vm.0, slot, c_int::from(on)) };
+        check_return(&format!("the log_dirty hook (slot {slot}, on {})", u8::from(on)), value).map(|_| ())
+    }
+
+    fn has_log_dirty(&self) -> bool {
+        self.0.ops.log_dirty.is_some()
+    }
+}
+
+struct CLock {
+    vm: Arc<CVm>,
+    lock: unsafe extern "C" fn(*mut c_void),
+    unlock: unsafe extern "C" fn(*mut c_void),
+}
+
+impl RawLock for CLock {
+    fn lock(&self) {
+        // SAFETY: the VMM's own function and pointer, called as the header promises.
+        unsafe { (self.lock)(self.vm.vm.0) };
+    }
+
+    fn unlock(&self) {
+        // SAFETY: the VMM's own function and pointer, on the thread that locked.
+        unsafe { (self.unlock)(self.vm.vm.0) };
+    }
+
+    fn held(&self) -> Option<bool> {
+        let held = self.vm.ops.held?;
+        // SAFETY: the VMM's own function and pointer, called as the header promises.
+        Some(unsafe { held(self.vm.vm.0) } > 0)
+    }
+}
+
+fn missing(hook: &str) -> Error {
+    Error::invalid(format!("vmig_ops.{hook} is NULL, but required"))
+}
+
+impl Vmm {
+    /// Takes over the VMM's hooks; big lock and log come from them, too.
+    ///
+    /// On failure `destroy` is not called: `vm` is still the caller's. On success it is called once, after the `Vmm`,
+    /// its big lock and its log are all dropped.
+    ///
+    /// # Safety
+    /// `ops` is null or points to a sized `vmig_ops`; its functions may be called with `vm` as the header promises.
+    pub unsafe fn from_c(ops: *const vmig_ops, vm: *mut c_void, reasons: Reasons) -> Result<Self> {
+        // SAFETY: this function's contract covers the callee's.
+        let ops = unsafe { sized_copy(ops)? };
+        for (name, given) in [("stop", ops.stop.is_some()), ("start", ops.start.is_some())] {
+            if !given {
+                return Err(missing(name));
+            }
+        }
+        let shared = Arc::new(CVm { ops, vm: Opaque(vm), ours: AtomicBool::new(false) });
+        let bql = match (ops.lock, ops.unlock) {
+            (Some(lock), Some(unlock)) => Bql::external(Box::new(CLock { vm: Arc::clone(&shared), lock, unlock })),
+            (None, None) if ops.held.is_none() => Bql::new(),
+            (None, None) => return Err(Error::invalid("vmig_ops.held is given, but lock and unlock are NULL")),
+            _ => return Err(Error::invalid("vmig_ops.lock and vmig_ops.unlock are given together or not at all")),
+        };
+        let log = Arc::new(Log::new(c_sink(&shared)));
+        shared.ours.store(true, Ordering::Relaxed);
+        Ok(Self::new(Box::new(CHooks(shared)), Arc::new(bql), log, reasons))
+    }
+
+    /// Adds a C run-state handler and returns its id. \[bql\]
+    ///
+    /// On failure `destroy` is not called: `opaque` is still the caller's. On success it is called once, by
+    /// [`remove_handler`](Self::remove_handler) or when the guest is freed, and the handler never after it.
+    ///
+    /// # Safety
+    /// `run` and `destroy` may be called with `opaque` as the header promises.
+    pub unsafe fn add_c_handler(
+        &self,
+        priority: i32,
+        run: vmig_run_fn,
+        opaque: *mut c_void,
+        destroy: Option<unsafe extern "C" fn(*mut c_void)>,
+    ) -> Result<u32> {
+        let run = run.ok_or_else(|| Error::invalid("the run-state handler is NULL"))?;
+        let handler = Arc::new(CHandler { run, opaque: Opaque(opaque), destroy: Mutex::new(None) });
+        let same: Arc<dyn RunHandler> = Arc::<CHandler>::clone(&handler);
+        // Armed before anybody can remove it, disarmed if it was not taken.
+        *lock(&handler.destroy) = destroy;
+        self.add_handler("C", priority, same).inspect_err(|_| *lock(&handler.destroy) = None)
+    }
+}
+
+fn c_sink(shared: &Arc<CVm>) -> Option<super::log::Sink> {
+    let hook = shared.ops.log?;
+    let vm = Arc::clone(shared);
+    Some(Box::new(move |level: Level, line: &str| {
+        // Lines have no control characters, so no NUL either.
+        let line = CString::new(line).unwrap_or_default();
+        // SAFETY: the VMM's own function and pointer; the line lives until the call returns.
+        unsafe { hook(vm.vm.0, level as c_int, line.as_ptr()) };
+    }))
+}
+
+struct CHandler {
+    run: unsafe extern "C" fn(*mut c_void, vmig_phase, *const vmig_moment) -> c_int,
+    opaque: Opaque,
+    destroy: Mutex<Option<unsafe extern "C" fn(*mut c_void)>>,
+}
+
+impl RunHandler for CHandler {
+    fn run(&self, phase: Phase, at: &Moment) -> Result<()> {
+        let at = vmig_moment { size: vmig_moment::REQUIRED, wall_ns: at.wall_ns, monotonic_ns: at.monotonic_ns };
+        // SAFETY: the VMM's own function and pointer, big lock held; the moment lives until the call returns.
+        let value = unsafe { (self.run)(self.opaque.0, phase as vmig_phase, &raw const at) };
+        check_return("the callback", value).map(|_| ())
+    }
+}
+
+impl Drop for CHandler {
+    fn drop(&mut self) {
+        if let Some(destroy) = lock(&self.destroy).take() {
+            // SAFETY: the VMM's own function and pointer; this is the last owner, so no call is under way or to come.
+            unsafe { destroy(self.opaque.0) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

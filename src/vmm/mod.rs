@@ -1,0 +1,11 @@
+//! The VMM as we see it: its hooks, its run state, its log.
+
+pub mod adapter;
+pub mod handlers;
+pub mod log;
+pub mod ops;
+pub mod run;
+
+pub use handlers::{Moment, Phase, RunHandler};
+pub use log::{Level, Log};
+pub use run::{Hooks, Reasons, RunReport, StopReason, Vmm};

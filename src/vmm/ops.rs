@@ -1,0 +1,108 @@
+//! The VMM's hooks as C sees them. The texts are the header's: its reader writes C and reads nothing else.
+#![allow(non_camel_case_types, reason = "these are C names")]
+#![allow(unsafe_code, reason = "declares which structs may be copied from C")]
+
+use std::ffi::{c_char, c_int, c_void};
+
+use crate::sys::sized::SizedStruct;
+
+/// What the library asks of the VMM.
+///
+/// Start it with VMIG_SIZED(vmig_ops); a hook that is NULL is not given. The struct is copied. Every hook gets the
+/// pointer `vm` that was given beside the struct. Hooks return 0 or more for success and a negative errno for failure;
+/// they must not throw or longjmp. Except for `lock`, `unlock`, `held` and `log` they are called without the big lock.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_ops {
+    /// sizeof(vmig_ops) of the caller. 0 or less than the first two hooks is -EINVAL; more than the library knows is
+    /// -E2BIG unless the rest is zero.
+    pub size: usize,
+    /// Required. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
+    /// guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a migration
+    /// thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or vmig_start()
+    /// (-EDEADLK), nor wait for a thread that does.
+    pub stop: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
+    /// Required. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`.
+    pub start: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
+    /// The VMM's own big lock; give `lock` and `unlock` or neither, then the library brings one. Wait until this
+    /// thread has it. Any thread. Must not call the library.
+    pub lock: Option<unsafe extern "C" fn(vm: *mut c_void)>,
+    /// Give up the VMM's own big lock. On the thread that took it. Must not call the library.
+    pub unlock: Option<unsafe extern "C" fn(vm: *mut c_void)>,
+    /// Does this thread hold the VMM's own big lock? 1 yes, 0 no. Optional, and only with `lock`: without it the
+    /// library knows only of threads that locked through vmig_bql_lock(). Any thread. Must not call the library.
+    pub held: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
+    /// Switch KVM's dirty log of memory slot `slot` on (1) or off (0): KVM_SET_USER_MEMORY_REGION with or without
+    /// KVM_MEM_LOG_DIRTY_PAGES. Optional: the flags of a slot are the VMM's, and only this hook may change them.
+    /// Called on a migration thread.
+    pub log_dirty: Option<unsafe extern "C" fn(vm: *mut c_void, slot: u32, on: c_int) -> c_int>,
+    /// The guest lives on this host now: tell the network, for example by a gratuitous ARP. Optional. Called on a
+    /// migration thread, after the guest was started.
+    pub announce: Option<unsafe extern "C" fn(vm: *mut c_void)>,
+    /// Take one line of log, `level` being one of VMIG_LOG_*. The line has no line end and no control characters, is at
+    /// most 1024 bytes long and valid during the call. Optional; without it lines go to stderr. Any thread, several at
+    /// once, the big lock held or not: must not wait for it and must not call the library, except vmig_bql_held().
+    pub log: Option<unsafe extern "C" fn(vm: *mut c_void, level: c_int, line: *const c_char)>,
+    /// The last call ever made with `vm`. Optional. Comes once if the guest was made, and never if that failed.
+    pub destroy: Option<unsafe extern "C" fn(vm: *mut c_void)>,
+}
+
+// SAFETY: repr(C), starts with its size, only pointer-sized members, and a null function pointer is None.
+unsafe impl SizedStruct for vmig_ops {
+    const NAME: &'static str = "vmig_ops";
+    const REQUIRED: usize = std::mem::offset_of!(vmig_ops, lock);
+}
+
+/// Level of a log line: something failed.
+pub const VMIG_LOG_ERROR: c_int = 1;
+/// Level of a log line: something is odd, and went on.
+pub const VMIG_LOG_WARNING: c_int = 2;
+/// Level of a log line: what an operator wants to read afterwards.
+pub const VMIG_LOG_INFO: c_int = 3;
+/// Level of a log line: what a developer wants to read.
+pub const VMIG_LOG_DEBUG: c_int = 4;
+
+/// What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
+/// Later versions may add more; return 0 for those you do not know.
+pub type vmig_phase = u32;
+
+/// The guest has just stopped. Comes to every handler before any gets VMIG_STOPPED.
+pub const VMIG_PREPARE_STOP: vmig_phase = 0;
+/// The guest is stopped: what it may still find in its memory is written now.
+pub const VMIG_STOPPED: vmig_phase = 1;
+/// The guest is about to start; undoes VMIG_PREPARE_STOP. Comes to every handler before any gets VMIG_STARTING.
+pub const VMIG_PREPARE_START: vmig_phase = 2;
+/// The guest starts next; undoes VMIG_STOPPED.
+pub const VMIG_STARTING: vmig_phase = 3;
+
+/// A point in time, in nanoseconds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_moment {
+    /// sizeof(vmig_moment) of the library: do not read members beyond it.
+    pub size: usize,
+    /// Wall clock, since 1970.
+    pub wall_ns: u64,
+    /// CLOCK_MONOTONIC of this host.
+    pub monotonic_ns: u64,
+}
+
+// SAFETY: repr(C) integers of 8 bytes, size first, no padding where size_t has 8 bytes; the library is 64-bit only.
+unsafe impl SizedStruct for vmig_moment {
+    const NAME: &'static str = "vmig_moment";
+    const REQUIRED: usize = size_of::<vmig_moment>();
+}
+
+/// A run-state handler. Called with the big lock held, on the thread that stops or starts the guest.
+///
+/// `at` is the time of the stop (just after the `stop` hook returned) or of the start (before the first handler), the
+/// same for all handlers, and valid during the call. On a stop handlers are called in descending order of priority, on
+/// a start in ascending order; of equal priority the one registered first is the last to stop and the first to start.
+/// May write guest memory; what it writes at the stop migrates. Must not call vmig_stop() or vmig_start() (-EDEADLK),
+/// nor add or remove run-state handlers (-EBUSY).
+///
+/// Returns 0 or more, or a negative errno. A failure at a stop fails the attempt: handlers that were told of the stop
+/// are told of a start, and the guest runs on. A failure at a start leaves the guest stopped, and the handlers that
+/// were told of the start are told of a stop. The handler that failed is not told to undo what it did not do.
+pub type vmig_run_fn =
+    Option<unsafe extern "C" fn(opaque: *mut c_void, phase: vmig_phase, at: *const vmig_moment) -> c_int>;

@@ -1,0 +1,388 @@
+//! The run state: a set of reasons to be stopped. The guest runs if and only if the set is empty.
+//!
+//! One mutex is held across a stop or start with all its handlers, and never while anybody waits for a peer. The hooks
+//! run without the big lock, or a vCPU that waits for it could never park; the handlers run with it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::bql::Bql;
+use crate::error::{Error, Result};
+use crate::sys::clock::monotonic_ns;
+use crate::thread::{current_token, fence, lock};
+
+use super::handlers::{Moment, Registry, RunHandler, Walk};
+use super::log::Log;
+
+/// What the VMM does for us. Called without the big lock, on the thread that asked.
+pub trait Hooks: Send + Sync {
+    /// Returns once no vCPU and no device runs. On failure the guest still runs.
+    fn stop(&self) -> Result<()>;
+    /// Lets the guest run. Fails only if it did not run one instruction.
+    fn start(&self) -> Result<()>;
+    /// Tells the network that the guest lives here now.
+    fn announce(&self) {}
+    /// Switches KVM's dirty log of a memory slot.
+    fn log_dirty(&self, slot: u32, _on: bool) -> Result<()> {
+        let text = format!("cannot switch the dirty log of memory slot {slot}: the VMM has no log_dirty hook");
+        Err(Error::new(libc::ENOTSUP, text))
+    }
+    /// Whether `log_dirty` can work.
+    fn has_log_dirty(&self) -> bool {
+        false
+    }
+}
+
+/// Why a guest is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum StopReason {
+    /// Somebody paused it.
+    User = 1,
+    /// A migration is switching over.
+    Migration = 2,
+    /// It cannot go on.
+    Error = 4,
+    /// It belongs to another host, or does not belong to us yet.
+    NotOwner = 8,
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::User => "user",
+            Self::Migration => "migration",
+            Self::Error => "error",
+            Self::NotOwner => "not-owner",
+        })
+    }
+}
+
+/// A set of stop reasons.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reasons(u8);
+
+impl Reasons {
+    /// None: the guest runs.
+    pub const NONE: Self = Self(0);
+
+    /// Whether `reason` is in the set.
+    pub fn contains(self, reason: StopReason) -> bool {
+        self.0 & reason as u8 != 0
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The set with `reason`.
+    #[must_use]
+    pub fn with(self, reason: StopReason) -> Self {
+        Self(self.0 | reason as u8)
+    }
+
+    /// The set without `reason`.
+    #[must_use]
+    pub fn without(self, reason: StopReason) -> Self {
+        Self(self.0 & !(reason as u8))
+    }
+}
+
+impl From<StopReason> for Reasons {
+    fn from(reason: StopReason) -> Self {
+        Self(reason as u8)
+    }
+}
+
+impl fmt::Display for Reasons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = [StopReason::User, StopReason::Migration, StopReason::Error, StopReason::NotOwner];
+        let names: Vec<String> = all.iter().filter(|r| self.contains(**r)).map(ToString::to_string).collect();
+        f.write_str(if names.is_empty() { "none".to_owned() } else { names.join(", ") }.as_str())
+    }
+}
+
+/// What a stop or start did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunReport {
+    /// False: only the set changed, or not even that; no hook was called and the times are 0.
+    pub changed: bool,
+    /// Before the first hook or handler: where a downtime begins.
+    pub began: Moment,
+    /// What the handlers were told.
+    pub at: Moment,
+    /// Time the hook took.
+    pub hook_ns: u64,
+    /// Time all handlers took, the wait for the big lock included.
+    pub handlers_ns: u64,
+    /// `CLOCK_MONOTONIC` when all was done: where a downtime ends.
+    pub ended_ns: u64,
+}
+
+/// Time the guest has run, over all hosts.
+struct Clock {
+    base_ns: u64,
+    since_ns: Option<u64>,
+}
+
+/// One guest's VMM: the run state and what belongs to it.
+pub struct Vmm {
+    // Declared before the hooks: handlers go first, the VMM's own pointer last.
+    handlers: Registry,
+    run: Mutex<()>,
+    /// Token of the thread inside `run`; 0: none.
+    runner: AtomicUsize,
+    reasons: AtomicU8,
+    clock: Mutex<Clock>,
+    bql: Arc<Bql>,
+    log: Arc<Log>,
+    hooks: Box<dyn Hooks>,
+}
+
+impl Vmm {
+    /// A guest that is stopped for `reasons`, or runs if there are none. No hook is called.
+    pub fn new(hooks: Box<dyn Hooks>, bql: Arc<Bql>, log: Arc<Log>, reasons: Reasons) -> Self {
+        let clock = Clock { base_ns: 0, since_ns: reasons.is_empty().then(monotonic_ns) };
+        Self {
+            handlers: Registry::default(),
+            run: Mutex::new(()),
+            runner: AtomicUsize::new(0),
+            reasons: AtomicU8::new(reasons.0),
+            clock: Mutex::new(clock),
+            bql,
+            log,
+            hooks,
+        }
+    }
+
+    /// The big lock.
+    pub fn bql(&self) -> &Arc<Bql> {
+        &self.bql
+    }
+
+    /// The log.
+    pub fn log(&self) -> &Arc<Log> {
+        &self.log
+    }
+
+    /// Why the guest is stopped. \[any\]
+    pub fn reasons(&self) -> Reasons {
+        Reasons(self.reasons.load(Ordering::SeqCst))
+    }
+
+    /// Whether the guest runs. While it is being stopped or started: whether it may. \[any\]
+    pub fn is_running(&self) -> bool {
+        self.reasons().is_empty()
+    }
+
+    /// Adds a reason, and stops the guest if it was the first. A reason that is there already is fine. \[free\]
+    ///
+    /// Stop hook, then the handlers. On failure the reason is not added and the guest runs, as before; should it not
+    /// start again after a failed handler, it stays stopped for the reason `Error` and the text says so. `EDEADLK`
+    /// from inside a hook or handler, or with the big lock held.
+    pub fn stop(&self, reason: StopReason) -> Result<RunReport> {
+        let _run = self.enter("stop")?;
+        let before = self.reasons();
+        if before.is_empty() {
+            return self.halt(reason);
+        }
+        self.set(before.with(reason));
+        Ok(RunReport::default())
+    }
+
+    /// Takes a reason away, and starts the guest if it was the last. A reason that is not there is fine. \[free\]
+    ///
+    /// Start handlers, then the hook. On failure the guest is stopped for the same reasons as before, and the handlers
+    /// know. `EPERM` while the guest is not ours, unless that is the reason to take away. `EDEADLK` as for `stop`.
+    pub fn start(&self, reason: StopReason) -> Result<RunReport> {
+        let _run = self.enter("start")?;
+        let before = self.reasons();
+        if before.contains(StopReason::NotOwner) && reason != StopReason::NotOwner {
+            return Err(Error::new(libc::EPERM, "cannot start: this host does not own the guest"));
+        }
+        let after = before.without(reason);
+        if after.is_empty() && !before.is_empty() {
+            return self.resume();
+        }
+        self.set(after);
+        Ok(RunReport::default())
+    }
+
+    /// Adds a handler and returns its id, which is never 0. \[bql\]
+    ///
+    /// `EBUSY` while the guest is being stopped or started: a handler that joined halfway would miss its half. One that
+    /// is added while the guest is stopped is told of the next start.
+    pub fn add_handler(&self, name: &str, priority: i32, handler: Arc<dyn RunHandler>) -> Result<u32> {
+        self.handlers.add(name, priority, handler)
+    }
+
+    /// Removes and drops a handler; when this returns it is not called any more. `EBUSY` as for adding. \[bql\]
+    pub fn remove_handler(&self, id: u32) -> Result<()> {
+        self.handlers.remove(id)
+    }
+
+    /// Nanoseconds the guest has run, over all hosts: what its timers count. Stands still while it is stopped. \[any\]
+    pub fn clock_ns(&self) -> u64 {
+        let clock = lock(&self.clock);
+        clock.base_ns.saturating_add(clock.since_ns.map_or(0, |since| monotonic_ns().saturating_sub(since)))
+    }
+
+    /// Sets the clock to what the source sent. `EBUSY` if the guest runs: its timers would jump.
+    pub fn set_clock_ns(&self, ns: u64) -> Result<()> {
+        let mut clock = lock(&self.clock);
+        if clock.since_ns.is_some() {
+            return Err(Error::new(libc::EBUSY, "cannot set the virtual clock of a running guest"));
+        }
+        clock.base_ns = ns;
+        Ok(())
+    }
+
+    /// Calls the announce hook, if any. A hook that panics is logged: the guest runs here all the same. \[free\]
+    pub fn announce(&self) {
+        let told = fence("the announce hook", || {
+            self.hooks.announce();
+            Ok(())
+        });
+        if let Err(error) = told {
+            self.log.error(error);
+        }
+    }
+
+    /// Switches KVM's dirty log of a slot by the VMM's hook. \[free\]
+    pub fn log_dirty(&self, slot: u32, on: bool) -> Result<()> {
+        fence("the log_dirty hook", || self.hooks.log_dirty(slot, on))
+    }
+
+    /// Whether the VMM gave a log_dirty hook.
+    pub fn has_log_dirty(&self) -> bool {
+        self.hooks.has_log_dirty()
+    }
+
+    fn enter(&self, what: &str) -> Result<Running<'_>> {
+        let me = current_token();
+        if self.runner.load(Ordering::Relaxed) == me {
+            let text = format!("cannot {what} the guest from inside a stop or start hook or a run-state handler");
+            return Err(Error::new(libc::EDEADLK, text));
+        }
+        self.bql.require_free(what)?;
+        let guard = lock(&self.run);
+        self.runner.store(me, Ordering::Relaxed);
+        Ok(Running { vmm: self, _guard: guard })
+    }
+
+    fn set(&self, reasons: Reasons) {
+        self.reasons.store(reasons.0, Ordering::SeqCst);
+    }
+
+    /// Running -> stopped for `reason`.
+    fn halt(&self, reason: StopReason) -> Result<RunReport> {
+        let mut walk = self.handlers.walk(false);
+        let began = Moment::now();
+        fence("the stop hook", || self.hooks.stop())?;
+        self.freeze_clock();
+        let at = Moment::now();
+        self.set(reason.into());
+        let stopped = self.bql.guard().and_then(|_bql| walk.stop(&at));
+        if let Err(error) = stopped {
+            return Err(self.recover(error, &mut walk));
+        }
+        let ended_ns = monotonic_ns();
+        let (hook_ns, handlers_ns) = (since(began.monotonic_ns, at.monotonic_ns), since(at.monotonic_ns, ended_ns));
+        Ok(RunReport { changed: true, began, at, hook_ns, handlers_ns, ended_ns })
+    }
+
+    /// Lets the guest run on after a handler failed to stop.
+    fn recover(&self, error: Error, walk: &mut Walk<'_>) -> Error {
+        match self.bring_up(walk) {
+            Ok(_) => error,
+            Err(second) => {
+                self.set(StopReason::Error.into());
+                let text =
+                    format!("{}; and it stays stopped (reason: error), because {}", error.text(), second.text());
+                Error::new(error.errno(), text)
+            }
+        }
+    }
+
+    /// Stopped -> running.
+    fn resume(&self) -> Result<RunReport> {
+        self.bring_up(&mut self.handlers.walk(true))
+    }
+
+    /// Start handlers and hook. On failure everything is stopped again and the reasons are as before.
+    fn bring_up(&self, walk: &mut Walk<'_>) -> Result<RunReport> {
+        let at = Moment::now();
+        let told = self.bql.guard().and_then(|_bql| walk.start(&at));
+        let hook_at = monotonic_ns();
+        let started = told.and_then(|()| {
+            // Before the hook: the first instruction may read the clock.
+            let clock_ns = self.run_clock();
+            fence("the start hook", || self.hooks.start()).inspect_err(|_| self.unrun_clock(clock_ns))
+        });
+        if let Err(error) = started {
+            self.stop_again(walk);
+            return Err(error);
+        }
+        self.set(Reasons::NONE);
+        let ended_ns = monotonic_ns();
+        let (hook_ns, handlers_ns) = (since(hook_at, ended_ns), since(at.monotonic_ns, hook_at));
+        Ok(RunReport { changed: true, began: at, at, hook_ns, handlers_ns, ended_ns })
+    }
+
+    fn stop_again(&self, walk: &mut Walk<'_>) {
+        let at = Moment::now();
+        let mut failures = Vec::new();
+        match self.bql.guard() {
+            Ok(_bql) => walk.stop_again(&at, |error| failures.push(error)),
+            Err(error) => failures.push(error),
+        }
+        for error in failures {
+            self.log.error(format_args!("while the guest was stopped again: {error}"));
+        }
+    }
+
+    fn freeze_clock(&self) {
+        let mut clock = lock(&self.clock);
+        if let Some(since_ns) = clock.since_ns.take() {
+            clock.base_ns = clock.base_ns.saturating_add(monotonic_ns().saturating_sub(since_ns));
+        }
+    }
+
+    fn run_clock(&self) -> u64 {
+        let mut clock = lock(&self.clock);
+        clock.since_ns = Some(monotonic_ns());
+        clock.base_ns
+    }
+
+    /// The guest did not run after all, so its clock did not either.
+    fn unrun_clock(&self, base_ns: u64) {
+        *lock(&self.clock) = Clock { base_ns, since_ns: None };
+    }
+}
+
+impl fmt::Debug for Vmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vmm").field("reasons", &self.reasons()).finish_non_exhaustive()
+    }
+}
+
+/// This thread stops or starts the guest.
+struct Running<'a> {
+    vmm: &'a Vmm,
+    _guard: MutexGuard<'a, ()>,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.vmm.runner.store(0, Ordering::Relaxed);
+    }
+}
+
+fn since(from_ns: u64, to_ns: u64) -> u64 {
+    to_ns.saturating_sub(from_ns)
+}
+
+#[cfg(test)]
+mod tests;
