@@ -1,5 +1,9 @@
 //! What a migration carries besides RAM: sections, and the ordered list of them.
 
+pub mod check;
+pub mod codec;
+mod memory;
+pub mod staged;
 pub mod table;
 
 use crate::error::Result;
