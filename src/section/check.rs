@@ -108,7 +108,9 @@ impl<'t> Walk<'t> {
             bounded(0, field.kind.memory_size() as u64, field).map_err(in_field)?;
             sum.extent = sum.extent.max(field_end(field));
             if sum.extent > BODY_MAX {
-                return Err(in_field(Error::invalid(format!("the field ends beyond {BODY_MAX} bytes from the base"))));
+                return Err(in_field(Error::invalid(format!(
+                    "the field ends beyond {BODY_MAX} bytes from the base"
+                ))));
             }
         }
         Ok(sum)

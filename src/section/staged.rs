@@ -28,11 +28,7 @@ impl Staged<'_> {
     /// The memory at `base` has the shape the table describes, once `pre_load` ran (pointers included: each is NULL
     /// or leads to room for as many elements as the table allows), and nobody else uses it during the call.
     pub unsafe fn apply(mut self, base: *mut u8) -> Result<()> {
-        let mut apply = Apply {
-            bytes: &mut self.bytes,
-            script: Script(self.script.iter()),
-            path: Path::default(),
-        };
+        let mut apply = Apply { bytes: &mut self.bytes, script: Script(self.script.iter()), path: Path::default() };
         // SAFETY: the caller vouches for the memory at `base`.
         unsafe { apply.table(self.table, self.version, base) }.map_err(|e| e.in_section(&self.table.name))
     }
@@ -177,9 +173,8 @@ impl Describe<'_> {
             out.push(object);
             return Ok(all);
         };
-        let object = |value: Value, size: u64| {
-            json!({"name": field.name, "type": "struct", "size": size, "struct": value})
-        };
+        let object =
+            |value: Value, size: u64| json!({"name": field.name, "type": "struct", "size": size, "struct": value});
         let mut total = 0;
         if matches!(field.count, Count::One) || !uniform(inner) {
             for element in 0..count {
