@@ -1,5 +1,18 @@
 //! What a migration carries besides RAM: sections, and the ordered list of them.
 
+pub mod cdevice;
+pub mod check;
+pub mod codec;
+pub mod convert;
+pub mod custom;
+pub mod device;
+mod errno;
+pub mod list;
+mod memory;
+pub mod ops;
+pub mod sized;
+pub mod staged;
+pub mod stream;
 pub mod table;
 
 use crate::error::Result;
@@ -43,9 +56,27 @@ pub type Apply<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
 /// `parse` takes the body from the stream without the big lock and without touching the device; what it returns is
 /// then run with the lock. A truncated body therefore never leaves a device half loaded.
 pub trait Section: Send + Sync {
+    /// The list took the section: from here on its owner need not free anything. No callback may run here.
+    fn registered(&self) {}
+
     /// Whether the section takes part in this migration. \[bql\] or not.
     fn is_active(&self) -> bool {
         true
+    }
+
+    /// Whether `iterate` is worth calling now. Without the big lock.
+    fn is_active_iterate(&self) -> bool {
+        true
+    }
+
+    /// Whether what is left may also be sent after the guest runs on the destination.
+    fn has_postcopy(&self) -> bool {
+        false
+    }
+
+    /// Asked before anything is sent; an error refuses the migration. Nothing needs to be undone for it. \[bql\]
+    fn prepare(&self) -> Result<()> {
+        Ok(())
     }
 
     /// True: START/PART/END bodies. False: one FULL body.
@@ -89,6 +120,12 @@ pub trait Section: Send + Sync {
         Ok(())
     }
 
+    /// Whether the source must wait for this section's approval before it stops the guest; asked once after
+    /// `load_setup`. \[bql\]
+    fn switchover_ack_needed(&self) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Takes one body of `version` from `input`. Without the big lock.
     fn parse<'a>(&'a self, part: Part, version: u32, input: &mut dyn Input) -> Result<Apply<'a>>;
 
@@ -98,6 +135,11 @@ pub trait Section: Send + Sync {
     /// Entry for the stream's JSON description (keys `vmsd_name`, `version`, `fields`, `subsections`), for FULL
     /// sections. `body` is what `complete` appended.
     fn describe(&self, body: &[u8]) -> serde_json::Value {
-        serde_json::json!({"fields": [{"name": "data", "type": "buffer", "size": body.len()}]})
+        raw_description(body)
     }
+}
+
+/// Description of a body of which nothing is known but its size.
+fn raw_description(body: &[u8]) -> serde_json::Value {
+    serde_json::json!({"fields": [{"name": "data", "type": "buffer", "size": body.len()}]})
 }

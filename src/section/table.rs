@@ -1,7 +1,7 @@
 //! Device tables: the shape of a device's state, declared once and used to save, load, describe and compare.
 //!
-//! Offsets are relative to the device's base address. A table is checked when it is built, so the code that walks it
-//! need not doubt it.
+//! Offsets are relative to the device's base address. [`Table::checked`] turns a table into a [`Checked`] one, so the
+//! code that walks it need not doubt it.
 
 use std::sync::Arc;
 
@@ -20,7 +20,8 @@ pub enum Kind {
     Bytes(usize),
     /// Expiry in nanoseconds of the virtual clock, 8 bytes; all ones: not armed.
     Timer,
-    /// Another table's fields (and its parts), in line; `stride` is the size of one element in memory.
+    /// Another table's fields (and its parts), in line; the number is the size of one element in memory. Nothing on
+    /// the wire names the inner version, so it is always read at the version the inner table has.
     Struct(Arc<Table>, usize),
     /// This many bytes, zero when written, ignored when read; nothing in memory.
     Unused(usize),
@@ -63,14 +64,14 @@ pub struct Field {
 /// What a device does around saving and loading. Called with the big lock held.
 pub trait Hooks: Send + Sync {
     /// Of a part: send it? Without the hook a part is always sent.
-    fn needed(&self, _device: *mut u8) -> bool {
-        true
+    fn needed(&self, _device: *mut u8) -> Result<bool> {
+        Ok(true)
     }
     /// Before the fields are read.
     fn pre_save(&self, _device: *mut u8) -> Result<()> {
         Ok(())
     }
-    /// After the fields were read; also called when saving failed after `pre_save` succeeded.
+    /// After the fields and parts were read; also called when saving failed after `pre_save` succeeded.
     fn post_save(&self, _device: *mut u8) -> Result<()> {
         Ok(())
     }
@@ -101,6 +102,87 @@ pub struct Table {
     pub hooks: Option<Arc<dyn Hooks>>,
     /// FULL section that goes out in the setup walk.
     pub early: bool,
+}
+
+impl Table {
+    /// An empty table that reads and writes one version.
+    pub fn new(name: impl Into<String>, version: u32) -> Self {
+        Self {
+            name: name.into(),
+            version,
+            oldest: version,
+            fields: Vec::new(),
+            parts: Vec::new(),
+            hooks: None,
+            early: false,
+        }
+    }
+
+    /// Adds a single element that every version has, in place.
+    pub fn with(mut self, name: impl Into<String>, kind: Kind, offset: usize) -> Self {
+        self.fields.push(Field::new(name, kind, offset));
+        self
+    }
+}
+
+impl Field {
+    /// A single element that every version has, in place.
+    pub fn new(name: impl Into<String>, kind: Kind, offset: usize) -> Self {
+        Self { name: name.into(), kind, count: Count::One, since: 1, offset, pointer: false }
+    }
+}
+
+impl Kind {
+    /// Size of one element in memory.
+    pub fn memory_size(&self) -> usize {
+        match self {
+            Kind::Unsigned(n) | Kind::Signed(n) | Kind::Bytes(n) | Kind::Struct(_, n) => *n,
+            Kind::Bool => 1,
+            Kind::Timer => 8,
+            Kind::Unused(_) => 0,
+        }
+    }
+
+    /// Bytes of one element on the wire; none for structs, whose size depends on what is in them.
+    pub fn wire_size(&self) -> Option<usize> {
+        match self {
+            Kind::Struct(..) => None,
+            Kind::Unused(n) => Some(*n),
+            other => Some(other.memory_size()),
+        }
+    }
+
+    /// Width of the integers whose bytes change places between memory and wire.
+    pub(crate) fn swap_width(&self) -> usize {
+        match self {
+            Kind::Unsigned(n) | Kind::Signed(n) => *n,
+            Kind::Timer => 8,
+            _ => 1,
+        }
+    }
+}
+
+impl Count {
+    /// The most elements there can be.
+    pub fn max(&self) -> u32 {
+        match self {
+            Count::One => 1,
+            Count::Fixed(n) => *n,
+            Count::Field { max, .. } => *max,
+        }
+    }
+}
+
+/// A table that kept every rule of [`Table::checked`], as did all tables below it. It cannot change any more.
+#[derive(Clone, Debug)]
+pub struct Checked(pub(super) Arc<Table>);
+
+impl std::ops::Deref for Checked {
+    type Target = Table;
+
+    fn deref(&self) -> &Table {
+        &self.0
+    }
 }
 
 impl std::fmt::Debug for Table {

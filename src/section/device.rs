@@ -1,0 +1,83 @@
+//! A device with a table, as a section.
+#![allow(unsafe_code, reason = "device state lives behind the pointers a VMM registered")]
+
+use super::codec::{parse, save};
+use super::staged::describe;
+use super::table::Checked;
+use super::{Apply, Part, Section};
+use crate::error::{Error, Result};
+use crate::wire::input::Input;
+
+/// State at an address, shaped by a table: one FULL body.
+#[derive(Debug)]
+pub struct Device {
+    table: Checked,
+    instance: u32,
+    base: Base,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Base(*mut u8);
+
+// SAFETY: the address is only followed with the big lock held, which `Device::new` made its caller promise to honour.
+unsafe impl Send for Base {}
+// SAFETY: as above; without the lock the address is only compared.
+unsafe impl Sync for Base {}
+
+impl Device {
+    /// The device at `base`. `EINVAL` for a NULL `base` under a table that describes memory there.
+    ///
+    /// # Safety
+    /// As long as the device lives, the memory at `base` has the shape the table describes: `table.extent()` bytes,
+    /// and behind each pointer field NULL or room for as many elements as the table allows. Whenever `complete` or an
+    /// applied body runs, the big lock is held, and nobody uses that memory without it.
+    pub unsafe fn new(table: Checked, instance: u32, base: *mut u8) -> Result<Self> {
+        if base.is_null() && table.extent() > 0 {
+            return Err(
+                Error::invalid("the device pointer is NULL, but its table has fields").in_section(&table.name)
+            );
+        }
+        Ok(Self { table, instance, base: Base(base) })
+    }
+
+    /// The device's table.
+    pub fn table(&self) -> &Checked {
+        &self.table
+    }
+
+    /// Which of several devices of this name.
+    pub fn instance(&self) -> u32 {
+        self.instance
+    }
+
+    /// The address given at registration; it identifies the device when it is removed.
+    pub fn base(&self) -> *mut u8 {
+        self.base.0
+    }
+}
+
+impl Section for Device {
+    fn is_early(&self) -> bool {
+        self.table.early
+    }
+
+    fn complete(&self, out: &mut Vec<u8>) -> Result<()> {
+        // SAFETY: the caller of `new` vouched for the memory, and `complete` is called with the big lock held.
+        unsafe { save(&self.table, self.base.0, out) }
+    }
+
+    fn parse<'a>(&'a self, part: Part, version: u32, input: &mut dyn Input) -> Result<Apply<'a>> {
+        if part != Part::Full {
+            return Err(Error::invalid("a device comes in one piece (FULL), not in START, PART and END")
+                .in_section(&self.table.name));
+        }
+        let staged = parse(&self.table, version, input)?;
+        let base = self.base.0;
+        // SAFETY: the caller of `new` vouched for the memory, and what `parse` returns runs with the big lock held.
+        Ok(Box::new(move || unsafe { staged.apply(base) }))
+    }
+
+    fn describe(&self, body: &[u8]) -> serde_json::Value {
+        describe(&self.table, body).unwrap_or_else(|_| super::raw_description(body))
+    }
+}
