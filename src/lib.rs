@@ -16,3 +16,5 @@ pub mod transport;
 pub mod dirty;
 pub mod section;
 pub mod vmm;
+pub mod outgoing;
+pub mod incoming;

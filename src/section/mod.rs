@@ -1,5 +1,6 @@
 //! What a migration carries besides RAM: sections, and the ordered list of them.
 
+pub mod builtin;
 pub mod cdevice;
 pub mod check;
 pub mod codec;

@@ -41,6 +41,11 @@ impl StreamInput {
         Self { channel, limit, buffer: vec![0; room].into_boxed_slice(), start: 0, end: 0, position: 0 }
     }
 
+    /// Changes how long the peer may be silent.
+    pub fn set_limit(&mut self, limit: Option<Duration>) {
+        self.limit = limit;
+    }
+
     /// Makes at least `n` bytes available, `n` at most the room.
     fn need(&mut self, n: usize) -> Result<()> {
         while self.end - self.start < n {

@@ -1,0 +1,184 @@
+//! The load loop: reads element after element and gives each body to whom it belongs.
+
+use std::sync::atomic::Ordering;
+
+use super::receiver::RamReceiver;
+use super::{Job, Peer};
+use crate::error::{Error, Result};
+use crate::section::builtin;
+use crate::section::list::Bindings;
+use crate::section::{Apply, Part};
+use crate::transport::stream::StreamInput;
+use crate::wire::command::Command;
+use crate::wire::input::Input;
+use crate::wire::ram;
+use crate::wire::reply::Reply;
+use crate::wire::stream::{self, Element, SectionName};
+
+/// What an id of the stream stands for, if it is one of the library's own sections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Own {
+    Ram,
+    Timer,
+    GlobalState,
+}
+
+/// Loads one stream.
+#[derive(Debug)]
+pub(super) struct Loader<'a> {
+    job: &'a Job,
+    peer: &'a mut Peer,
+    bindings: Bindings,
+    ram: RamReceiver,
+    ram_id: Option<u32>,
+    clock_ns: Option<u64>,
+    /// As the source said; a stream that says nothing is of a running guest.
+    running: bool,
+    /// How many sections were told to prepare: those are told the end.
+    set_up: usize,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(job: &'a Job, peer: &'a mut Peer) -> Self {
+        Self {
+            job,
+            peer,
+            bindings: Bindings::new(job.sections.clone()),
+            ram: RamReceiver::new(&job.ram),
+            ram_id: None,
+            clock_ns: None,
+            running: true,
+            set_up: 0,
+        }
+    }
+
+    /// Loads everything, up to the last byte of the description. True: the guest ran at the source.
+    pub(super) fn load(&mut self, input: &mut StreamInput) -> Result<bool> {
+        let result = self.prepare().and_then(|()| self.elements(input));
+        let ok = result.is_ok();
+        let cleaned = self.clean_up(ok);
+        result?;
+        cleaned?;
+        Ok(self.running)
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        let _bql = self.job.vmm.bql().guard()?;
+        for (index, entry) in self.job.sections.iter().enumerate() {
+            if let Some(section) = entry.section() {
+                self.set_up = index + 1;
+                section.load_setup().map_err(|e| e.in_section(&entry.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn clean_up(&mut self, ok: bool) -> Result<()> {
+        let _bql = self.job.vmm.bql().guard()?;
+        for entry in &self.job.sections[..self.set_up] {
+            if let Some(section) = entry.section() {
+                section.load_cleanup(ok);
+            }
+        }
+        Ok(())
+    }
+
+    fn elements(&mut self, input: &mut StreamInput) -> Result<()> {
+        loop {
+            self.job.status.check()?;
+            match stream::read_element(input)? {
+                Element::Start(id, name) => self.named(input, id, &name, Part::Start)?,
+                Element::Full(id, name) => self.named(input, id, &name, Part::Full)?,
+                Element::Part(id) => self.numbered(input, id, Part::Iterate)?,
+                Element::End(id) => self.numbered(input, id, Part::End)?,
+                Element::Command(command) => self.command(command)?,
+                Element::Eof => break,
+            }
+            let counters = &self.job.status.counters;
+            counters.transferred.store(input.position(), Ordering::Relaxed);
+        }
+        stream::read_description(input)?;
+        self.job.status.counters.transferred.store(input.position(), Ordering::Relaxed);
+        if let Some(clock_ns) = self.clock_ns {
+            self.job.vmm.set_clock_ns(clock_ns)?;
+        }
+        Ok(())
+    }
+
+    /// START or FULL: binds the id and loads the body.
+    fn named(&mut self, input: &mut StreamInput, id: u32, name: &SectionName, part: Part) -> Result<()> {
+        let at = input.position();
+        let body = match self.own(id, name)? {
+            Some(Own::Ram) => self.ram.load(input, &self.job.status),
+            Some(Own::Timer) => builtin::read_timer(input).map(|ns| self.clock_ns = Some(ns)),
+            Some(Own::GlobalState) => builtin::read_global_state(input).map(|running| self.running = running),
+            None => self.device(input, id, name, part),
+        };
+        body.map_err(|e| at_byte(e, &name.name, at))?;
+        stream::read_footer(input, id, &name.name)
+    }
+
+    fn own(&mut self, id: u32, section: &SectionName) -> Result<Option<Own>> {
+        let own = match section.name.as_str() {
+            ram::NAME => (Own::Ram, ram::VERSION),
+            name if name == builtin::TIMER.0 => (Own::Timer, builtin::TIMER.1),
+            name if name == builtin::GLOBAL_STATE.0 => (Own::GlobalState, builtin::GLOBAL_STATE.1),
+            _ => return Ok(None),
+        };
+        if section.instance != 0 || section.version != own.1 {
+            let text = format!("unsupported version or instance of section '{}'", section.name);
+            return Err(Error::invalid(text).in_section(&section.name).expected_got(
+                format!("version {}, instance 0", own.1),
+                format!("version {}, instance {}", section.version, section.instance),
+            ));
+        }
+        if own.0 == Own::Ram {
+            self.ram_id = Some(id);
+        }
+        Ok(Some(own.0))
+    }
+
+    fn device(&mut self, input: &mut StreamInput, id: u32, name: &SectionName, part: Part) -> Result<()> {
+        let (_, section) = self.bindings.bind(id, &name.name, name.instance, name.version)?;
+        let apply = section.parse(part, name.version, input)?;
+        apply_locked(self.job, apply)
+    }
+
+    /// PART or END.
+    fn numbered(&mut self, input: &mut StreamInput, id: u32, part: Part) -> Result<()> {
+        let at = input.position();
+        if self.ram_id == Some(id) {
+            self.ram.load(input, &self.job.status).map_err(|e| at_byte(e, ram::NAME, at))?;
+            return stream::read_footer(input, id, ram::NAME);
+        }
+        let (entry, section, version) = self.bindings.find(id)?;
+        let apply = section.parse(part, version, input).map_err(|e| at_byte(e, &entry.name, at))?;
+        apply_locked(self.job, apply).map_err(|e| at_byte(e, &entry.name, at))?;
+        stream::read_footer(input, id, &entry.name)
+    }
+
+    fn command(&mut self, command: Command) -> Result<()> {
+        match command {
+            Command::OpenReturnPath => {
+                self.peer.listens = true;
+                if self.job.options.on(crate::options::Opt::SwitchoverAck) {
+                    self.peer.reply(&Reply::SwitchoverAck)?;
+                }
+                Ok(())
+            }
+            Command::Ping(value) if self.peer.listens => self.peer.reply(&Reply::Pong(value)),
+            Command::Ping(_) => Err(Error::invalid("a PING before the return path was opened")),
+            Command::SwitchoverStart => Ok(()),
+        }
+    }
+}
+
+fn apply_locked(job: &Job, apply: Apply<'_>) -> Result<()> {
+    let _bql = job.vmm.bql().guard()?;
+    apply()
+}
+
+/// Names the section and where its body began.
+fn at_byte(error: Error, section: &str, at: u64) -> Error {
+    error.in_section(section).context(format!("body at byte {at:#x}"))
+}

@@ -1,0 +1,245 @@
+//! The destination half: listen, compare what both sides have, load, take over.
+
+mod load;
+mod receiver;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::options::{Opt, Options};
+use crate::ram::{PAGE, RamList};
+use crate::section::list::Entry;
+use crate::status::{State, Status};
+use crate::sys::eventfd::Wake;
+use crate::transport::stream::{StreamInput, StreamOutput};
+use crate::transport::{Channel, Listener};
+use crate::vmm::{StopReason, Vmm};
+use crate::wire::hello::{self, Answer, Hello};
+use crate::wire::input::Input;
+use crate::wire::reply::{self, Reply};
+use crate::wire::stream;
+use load::Loader;
+
+/// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What an incoming migration needs; the pieces of a guest, never the whole.
+#[derive(Debug)]
+pub struct Job {
+    /// Guest RAM.
+    pub ram: RamList,
+    /// Sections.
+    pub sections: Arc<[Entry]>,
+    /// Stop and start.
+    pub vmm: Arc<Vmm>,
+    /// Where it stands.
+    pub status: Arc<Status>,
+    /// Options.
+    pub options: Options,
+    /// Raised by cancel and by the first error.
+    pub wake: Arc<Wake>,
+}
+
+/// Runs an incoming migration from start to end; the body of the thread `incoming`.
+pub fn run(job: &Job, listener: Listener) {
+    let result = attempt(job, listener).map_err(|e| job.status.cause(e));
+    job.status.end(result);
+}
+
+fn attempt(job: &Job, listener: Listener) -> Result<()> {
+    let channel = listener.accept(&job.wake).map_err(|e| e.in_phase("listen"))?;
+    job.status.advance(State::Active)?;
+    let mut peer = Peer::new(job, channel);
+    let result = load_all(job, &mut peer);
+    if let Err(error) = &result {
+        let error = job.status.cause(error.clone()).on_side("destination");
+        peer.say_why(&error);
+    }
+    let running = result?;
+    peer.hang_up();
+    take_over(job, running)
+}
+
+/// The connection to the source, and how it may be answered.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    channel: Arc<dyn Channel>,
+    out: StreamOutput,
+    /// The source is a vmig: it understands errors with words.
+    pub(crate) is_vmig: bool,
+    /// The source asked for replies.
+    pub(crate) listens: bool,
+}
+
+impl Peer {
+    fn new(job: &Job, channel: Arc<dyn Channel>) -> Self {
+        let out = StreamOutput::new(Arc::clone(&channel), job.options.time(Opt::StallTimeout));
+        Self { channel, out, is_vmig: false, listens: false }
+    }
+
+    /// Sends a reply.
+    pub(crate) fn reply(&mut self, reply: &Reply) -> Result<()> {
+        let mut bytes = Vec::new();
+        reply::put(&mut bytes, reply);
+        self.out.write(&bytes)
+    }
+
+    /// Tells the source why we failed, as well as it can understand, and lets the words arrive.
+    fn say_why(&mut self, error: &Error) {
+        // The source may be gone; then there is nobody to tell.
+        let _ = self.last_words(error);
+        self.channel.close_write();
+        if self.listens {
+            let mut drain = vec![0; 64 << 10];
+            let deadline = Instant::now() + LINGER;
+            while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+                if !matches!(self.channel.read(&mut drain, Some(left)), Ok(n) if n > 0) {
+                    break;
+                }
+            }
+        }
+        self.channel.shutdown();
+    }
+
+    fn last_words(&mut self, error: &Error) -> Result<()> {
+        if !self.listens {
+            return Ok(());
+        }
+        if self.is_vmig {
+            self.reply(&Reply::Error(error.clone()))?;
+        }
+        self.reply(&Reply::Shut(1))
+    }
+
+    fn hang_up(&self) {
+        self.channel.shutdown();
+    }
+}
+
+/// Receives everything up to the handover. True: the guest ran at the source.
+fn load_all(job: &Job, peer: &mut Peer) -> Result<bool> {
+    let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
+    let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
+    if first == hello::MAGIC.to_be_bytes() {
+        greet(job, peer, &mut input).map_err(|e| e.in_phase("hello"))?;
+    }
+    stream::read_header(&mut input)?;
+    stream::read_configuration(&mut input, &job.options.machine())?;
+    let mut loader = Loader::new(job, peer);
+    let running = loader.load(&mut input)?;
+    // From here on the source may learn that we have the guest: no way back.
+    job.status.commit()?;
+    if peer.listens {
+        peer.reply(&Reply::Shut(0)).map_err(|e| e.context("telling the source that the guest arrived"))?;
+    }
+    Ok(running)
+}
+
+/// Compares the source's hello with what is here and answers it.
+fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<()> {
+    let theirs = hello::read(input)?;
+    peer.is_vmig = true;
+    let differences = compare(&theirs, job);
+    let answer = match differences.is_empty() {
+        true => Answer::Welcome,
+        false => Answer::Refused(differences),
+    };
+    let mut bytes = Vec::new();
+    hello::put_answer(&mut bytes, &answer)?;
+    peer.out.write(&bytes)?;
+    match answer {
+        Answer::Welcome => Ok(()),
+        Answer::Refused(errors) => Err(hello::join(&errors)),
+    }
+}
+
+/// Everything that differs between the two sides.
+fn compare(theirs: &Hello, job: &Job) -> Vec<Error> {
+    let mut found = Vec::new();
+    let machine = job.options.machine();
+    if theirs.machine != machine {
+        let text = "option 'machine' differs between source and destination";
+        found.push(Error::invalid(text).expected_got(machine, &theirs.machine));
+    }
+    if theirs.page_size != PAGE {
+        found.push(Error::invalid("the page size differs").expected_got(PAGE, theirs.page_size));
+    }
+    compare_ram(theirs, &job.ram, &mut found);
+    compare_sections(theirs, &job.sections, &mut found);
+    found.into_iter().map(|e| e.on_side("destination").in_phase("hello")).collect()
+}
+
+fn compare_ram(theirs: &Hello, ram: &RamList, found: &mut Vec<Error>) {
+    for (name, len) in &theirs.blocks {
+        match ram.iter().find(|b| b.is_sent() && b.name() == name) {
+            None => found.push(
+                Error::new(libc::ENOENT, format!("the source has a RAM block '{name}', the destination does not"))
+                    .in_section("ram"),
+            ),
+            Some(block) if block.len() != *len => found.push(
+                Error::invalid(format!("RAM block '{name}' has different lengths on the two sides"))
+                    .in_section("ram")
+                    .expected_got(format!("{:#x}", block.len()), format!("{len:#x}")),
+            ),
+            Some(_) => (),
+        }
+    }
+    for block in ram.iter().filter(|b| b.is_sent()) {
+        if !theirs.blocks.iter().any(|(name, _)| name == block.name()) {
+            let text = format!("the destination has a RAM block '{}', the source does not", block.name());
+            found.push(Error::new(libc::ENOENT, text).in_section("ram"));
+        }
+    }
+}
+
+fn compare_sections(theirs: &Hello, entries: &[Entry], found: &mut Vec<Error>) {
+    let ours = || entries.iter().filter(|e| e.section().is_some_and(|s| s.is_active()));
+    for section in &theirs.sections {
+        let (name, instance) = (&section.name, section.instance);
+        match ours().find(|e| e.name == *name && e.instance == instance) {
+            None => found.push(
+                Error::new(
+                    libc::ENOENT,
+                    format!("the source has a device '{name}' (instance {instance}), the destination does not"),
+                )
+                .in_section(name.clone()),
+            ),
+            Some(entry) if section.version > entry.version || section.version < entry.oldest => found.push(
+                Error::invalid(format!("the version of device '{name}' (instance {instance}) cannot be read here"))
+                    .in_section(name.clone())
+                    .expected_got(format!("{} to {}", entry.oldest, entry.version), section.version),
+            ),
+            Some(_) => (),
+        }
+    }
+    for entry in ours() {
+        if !theirs.sections.iter().any(|s| s.name == entry.name && s.instance == entry.instance) {
+            let text = format!(
+                "the destination has a device '{}' (instance {}), the source does not",
+                entry.name, entry.instance
+            );
+            found.push(Error::new(libc::ENOENT, text).in_section(entry.name.clone()));
+        }
+    }
+}
+
+/// The guest is ours: runs it, unless it was paused or is to wait.
+fn take_over(job: &Job, running: bool) -> Result<()> {
+    let vmm = &job.vmm;
+    let started = (|| {
+        // Ours first, and paused: should the start fail, it can be tried again with vmig_start.
+        vmm.stop(StopReason::User)?;
+        vmm.start(StopReason::Migration)?;
+        vmm.start(StopReason::NotOwner)?;
+        if running && job.options.on(Opt::Autostart) {
+            vmm.start(StopReason::User)?;
+            vmm.announce();
+        }
+        Ok(())
+    })();
+    started.map_err(|e: Error| {
+        e.context("the guest arrived, but could not be started; it is here, paused, for vmig_start to try again")
+            .in_phase("start")
+    })
+}

@@ -1,0 +1,97 @@
+//! RAM bodies into guest memory.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, Result};
+use crate::ram::{Block, PAGE, RamList};
+use crate::status::Status;
+use crate::transport::stream::StreamInput;
+use crate::wire::input::Input;
+use crate::wire::ram::{self, Record};
+
+/// Receives pages; remembers the block of the last record.
+#[derive(Debug)]
+pub(super) struct RamReceiver {
+    blocks: HashMap<String, Arc<Block>>,
+    last: Option<Arc<Block>>,
+}
+
+impl RamReceiver {
+    pub(super) fn new(list: &RamList) -> Self {
+        let blocks = list.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b)));
+        Self { blocks: blocks.collect(), last: None }
+    }
+
+    /// Takes one body.
+    pub(super) fn load(&mut self, input: &mut StreamInput, status: &Status) -> Result<()> {
+        /// Records between two looks at cancel.
+        const LOOK: u32 = 4096;
+        let (mut normal, mut zero, mut since) = (0, 0, 0);
+        loop {
+            let at = input.position();
+            match ram::read(input)? {
+                Record::End => break,
+                Record::Setup { total } => self.setup(input, total, status)?,
+                Record::Zero { name, offset } => {
+                    let (block, page) = self.page(at, name, offset)?;
+                    block.zero_page(page);
+                    zero += 1;
+                }
+                Record::Page { name, offset } => {
+                    let (block, page) = self.page(at, name, offset)?;
+                    input.page(|bytes| block.write_page(page, bytes))?;
+                    normal += 1;
+                }
+            }
+            since += 1;
+            if since == LOOK {
+                since = 0;
+                status.check()?;
+            }
+        }
+        status.counters.normal_pages.fetch_add(normal, Ordering::Relaxed);
+        status.counters.zero_pages.fetch_add(zero, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The source's list of blocks: each must be here, with the same length.
+    fn setup(&self, input: &mut StreamInput, total: u64, status: &Status) -> Result<()> {
+        for (name, len) in ram::read_blocks(input, total)? {
+            match self.blocks.get(&name) {
+                None => {
+                    let shown = name.escape_default();
+                    return Err(Error::new(libc::ENOENT, format!("there is no RAM block '{shown}' here")));
+                }
+                Some(block) if block.len() != len => {
+                    return Err(Error::invalid(format!("RAM block '{name}' has another length here"))
+                        .expected_got(format!("{:#x}", block.len()), format!("{len:#x}")));
+                }
+                Some(_) => (),
+            }
+        }
+        status.counters.total.store(total, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Block and page of a record.
+    fn page(&mut self, at: u64, name: Option<String>, offset: u64) -> Result<(&Arc<Block>, usize)> {
+        if let Some(name) = name {
+            let Some(block) = self.blocks.get(&name) else {
+                let text = format!("byte {at:#x}: there is no RAM block '{}' here", name.escape_default());
+                return Err(Error::new(libc::ENOENT, text));
+            };
+            self.last = Some(Arc::clone(block));
+        }
+        let Some(block) = &self.last else {
+            return Err(Error::invalid(format!("byte {at:#x}: the first page names no RAM block")));
+        };
+        if offset >= block.len() {
+            return Err(Error::invalid(format!("byte {at:#x}: a page outside of RAM block '{}'", block.name()))
+                .expected_got(format!("an offset below {:#x}", block.len()), format!("{offset:#x}")));
+        }
+        let page = usize::try_from(offset / PAGE).map_err(|_| Error::invalid("a page out of reach"))?;
+        Ok((block, page))
+    }
+}

@@ -1,0 +1,102 @@
+//! The switchover: stop, save, send the rest, hand over.
+//!
+//! The order is the point. Stop hook and handlers come first, because they may write guest memory; device state is
+//! saved into a buffer next, because saving may write guest memory too; only then the last dirty pages are harvested
+//! and sent; and the devices go out behind all pages, so that a device which reads guest RAM while it loads sees the
+//! final RAM. The very last byte is the handover: before it the guest is ours whatever happens, after it the
+//! destination may run it.
+
+use std::sync::atomic::Ordering;
+
+use super::replies::{Replies, Verdict};
+use super::{Migration, Outcome};
+use crate::error::{Error, Result};
+use crate::options::Opt;
+use crate::status::store_time;
+use crate::sys::clock::monotonic_ns;
+use crate::vmm::{RunReport, StopReason};
+use crate::wire::command::Command;
+use crate::wire::stream;
+
+impl Migration<'_> {
+    /// Stops the guest and hands it over.
+    pub(super) fn complete(&mut self, stopped: &mut bool) -> Result<Outcome> {
+        let running = self.job.vmm.is_running();
+        let stop = self.job.vmm.stop(StopReason::Migration).map_err(|e| e.in_phase("stop"))?;
+        *stopped = true;
+        let took = std::time::Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
+        store_time(&self.job.status.counters.stop, took);
+        let devices = self.save_devices(running).map_err(|e| e.in_phase("save"))?;
+        self.send_rest(&devices).map_err(|e| e.in_phase("complete"))?;
+        self.hand_over(&stop)
+    }
+
+    /// END bodies, device bodies and the description, into one buffer. The big lock covers just this.
+    fn save_devices(&mut self, running: bool) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let clock_ns = self.job.vmm.clock_ns();
+        {
+            let _bql = self.job.vmm.bql().guard()?;
+            self.sections.complete(&mut bytes, clock_ns, running)?;
+        }
+        let description = self.sections.description(&self.job.options.machine());
+        stream::put_end_of_stream(&mut bytes, &description)?;
+        Ok(bytes)
+    }
+
+    /// The last pages, then the devices, up to the last byte but one.
+    fn send_rest(&mut self, devices: &[u8]) -> Result<()> {
+        self.job.status.check()?;
+        self.sync()?;
+        let Some(set) = self.set.clone() else { return Err(Error::invalid("no RAM was set up")) };
+        #[cfg(feature = "fault-injection")]
+        super::sender::drop_one_dirty_page(&set);
+        let mut bytes = Vec::new();
+        stream::put_command(&mut bytes, Command::SwitchoverStart);
+        self.write(&bytes)?;
+        self.sender.begin_end(&mut self.out)?;
+        while self.sender.send_batch(&set, &self.job.dirty, &mut self.out, u64::MAX)? {
+            self.job.status.check()?;
+        }
+        self.sender.end_part(&mut self.out)?;
+        self.job.dirty.check_quiet(&set)?;
+        let (_, rest) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
+        self.write(rest)
+    }
+
+    /// The last byte, and what the destination makes of it.
+    fn hand_over(&mut self, stop: &RunReport) -> Result<Outcome> {
+        self.job.status.commit()?;
+        // The byte that closes the description. A write that fails was not sent: the guest is still ours.
+        self.out.write(b"}")?;
+        self.publish();
+        let outcome = match &self.replies {
+            Some(replies) => self.await_verdict(replies)?,
+            None => {
+                self.channel.close_write();
+                Outcome::Completed
+            }
+        };
+        // A paused guest was not stopped by us.
+        if stop.changed {
+            let downtime = monotonic_ns().saturating_sub(stop.began.monotonic_ns);
+            self.job.status.counters.downtime.store(downtime, Ordering::Relaxed);
+        }
+        Ok(outcome)
+    }
+
+    fn await_verdict(&self, replies: &Replies) -> Result<Outcome> {
+        match replies.verdict(self.job.options.time(Opt::StallTimeout)) {
+            Verdict::Loaded => Ok(Outcome::Completed),
+            Verdict::Failed(error) => Err(error.in_phase("complete")),
+            Verdict::Lost(error) => {
+                let text = format!(
+                    "the guest was handed over, but the destination's answer got lost ({}): find out whether it runs \
+                     there, then call vmig_resolve",
+                    error.text()
+                );
+                Ok(Outcome::Unknown(Error::new(error.errno(), text).in_phase("switchover").on_side("source")))
+            }
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! The source half: connect, say hello, set up, iterate while the guest runs, complete with the guest stopped.
+
+mod complete;
+mod replies;
+mod sender;
+mod sections;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::dirty::hub::Hub;
+use crate::dirty::set::DirtySet;
+use crate::error::{Error, Result};
+use crate::options::{Opt, Options};
+use crate::pacing::{self, Convergence, Rate};
+use crate::ram::{PAGE, RamList};
+use crate::section::list::Entry;
+use crate::status::{State, Status, store_time};
+use crate::sys::eventfd::Wake;
+use crate::sys::io;
+use crate::thread::Threads;
+use crate::transport::stream::{StreamInput, StreamOutput};
+use crate::transport::uri::Uri;
+use crate::transport::{self, Channel};
+use crate::vmm::{StopReason, Vmm};
+use crate::wire::command::Command;
+use crate::wire::{hello, stream};
+use replies::Replies;
+use sections::SectionSaver;
+use sender::RamSender;
+
+/// Longest a section or the page loop works before the loop looks up (errors, limits, other sections).
+const SLICE: Duration = Duration::from_millis(50);
+/// How often the loop looks for permission to switch over when nothing else is left to do.
+const NAP: Duration = Duration::from_millis(10);
+/// How long a failing source listens for the destination's reason.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What a migration needs; the pieces of a guest, never the whole.
+#[derive(Debug)]
+pub struct Job {
+    /// Where to.
+    pub uri: Uri,
+    /// Guest RAM at the start.
+    pub ram: RamList,
+    /// Sections at the start.
+    pub sections: Arc<[Entry]>,
+    /// Dirty pages.
+    pub dirty: Arc<Hub>,
+    /// Stop and start.
+    pub vmm: Arc<Vmm>,
+    /// Where it stands.
+    pub status: Arc<Status>,
+    /// Options as they were at the start.
+    pub options: Options,
+    /// Options that may change meanwhile.
+    pub live: Arc<Options>,
+    /// Threads of the guest.
+    pub threads: Arc<Threads>,
+    /// Raised by cancel and by the first error.
+    pub wake: Arc<Wake>,
+}
+
+/// How a migration that did not fail ended.
+enum Outcome {
+    /// The destination has the guest.
+    Completed,
+    /// The destination may have the guest: the answer was lost, for this reason.
+    Unknown(Error),
+}
+
+/// Runs a migration from start to end; the body of the thread `live_migration`.
+pub fn run(job: &Job) {
+    let mut stopped = false;
+    let result = attempt(job, &mut stopped);
+    settle(job, result, stopped);
+}
+
+/// Leaves the guest where it belongs and reports.
+fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
+    let give_away = || {
+        if let Err(error) = job.vmm.stop(StopReason::NotOwner) {
+            job.vmm.log().error(format_args!("after the guest left: {error}"));
+        }
+    };
+    match result {
+        Ok(Outcome::Completed) => {
+            give_away();
+            job.status.end(Ok(()));
+        }
+        Ok(Outcome::Unknown(error)) => {
+            give_away();
+            job.status.end_unknown(error);
+        }
+        Err(error) => {
+            let mut error = job.status.cause(error);
+            if stopped && let Err(second) = job.vmm.start(StopReason::Migration) {
+                error = Error::new(error.errno(), format!("{error}; and the guest could not be resumed: {second}"));
+            }
+            job.status.end(Err(error));
+        }
+    }
+}
+
+/// Everything between connecting and the outcome. What was set up is undone on every path.
+fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
+    let limit = job.options.time(Opt::ConnectTimeout);
+    let channel = transport::connect(&job.uri, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
+    let mut migration = Migration::new(job, Arc::clone(&channel))?;
+    let result = migration.phases(stopped);
+    migration.hang_up(result)
+}
+
+/// A migration that has a connection.
+struct Migration<'a> {
+    job: &'a Job,
+    channel: Arc<dyn Channel>,
+    out: StreamOutput,
+    replies: Option<Replies>,
+    sections: SectionSaver<'a>,
+    set: Option<Arc<DirtySet>>,
+    sender: RamSender,
+    rate: Rate,
+    begun: Instant,
+    last_sync: Instant,
+}
+
+impl<'a> Migration<'a> {
+    fn new(job: &'a Job, channel: Arc<dyn Channel>) -> Result<Self> {
+        let stall = job.options.time(Opt::StallTimeout);
+        Ok(Self {
+            job,
+            out: StreamOutput::new(Arc::clone(&channel), stall),
+            channel,
+            replies: None,
+            sections: SectionSaver::new(&job.sections),
+            set: None,
+            sender: RamSender::new(job.options.get(Opt::ZeroPageDetection) != 0),
+            rate: Rate::new(Duration::ZERO),
+            begun: Instant::now(),
+            last_sync: Instant::now(),
+        })
+    }
+
+    fn phases(&mut self, stopped: &mut bool) -> Result<Outcome> {
+        self.greet().map_err(|e| e.in_phase("hello"))?;
+        self.setup().map_err(|e| e.in_phase("setup"))?;
+        self.job.status.advance(State::Active)?;
+        self.iterate().map_err(|e| e.in_phase("iterate"))?;
+        self.job.status.advance(State::Device)?;
+        self.complete(stopped)
+    }
+
+    /// Between two vmigs: both sides compare what they have. Then the header, and the return path.
+    fn greet(&mut self) -> Result<()> {
+        let two_way = self.channel.is_two_way();
+        let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
+        if two_way && self.job.options.get(Opt::Peer) == 0 {
+            let mut bytes = Vec::new();
+            hello::put(&mut bytes, &self.hello())?;
+            self.out.write(&bytes)?;
+            answers.set_limit(Some(self.job.options.time(Opt::StallTimeout)));
+            match hello::read_answer(&mut answers)? {
+                hello::Answer::Welcome => answers.set_limit(None),
+                hello::Answer::Refused(errors) => return Err(hello::join(&errors)),
+            }
+        }
+        let mut bytes = Vec::new();
+        stream::put_header(&mut bytes, &self.job.options.machine())?;
+        if two_way && self.job.options.on(Opt::ReturnPath) {
+            stream::put_command(&mut bytes, Command::OpenReturnPath);
+            stream::put_command(&mut bytes, Command::Ping(1));
+            self.replies = Some(Replies::start(self.job, answers)?);
+        }
+        self.write(&bytes)
+    }
+
+    fn hello(&self) -> hello::Hello {
+        hello::Hello {
+            machine: self.job.options.machine(),
+            page_size: PAGE,
+            blocks: self.job.ram.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), b.len())).collect(),
+            sections: self.sections.names(),
+        }
+    }
+
+    /// Dirty logging on, START of every iterative section.
+    fn setup(&mut self) -> Result<()> {
+        let set = self.job.dirty.subscribe(&self.job.ram)?;
+        self.set = Some(Arc::clone(&set));
+        self.sender.begin(&set);
+        let total: u64 = set.blocks().map(|b| b.len()).sum();
+        self.job.status.counters.total.store(total, Ordering::Relaxed);
+        let mut bytes = Vec::new();
+        self.sender.put_setup(&set, &mut bytes)?;
+        {
+            let _bql = self.job.vmm.bql().guard()?;
+            self.sections.setup(&mut bytes)?;
+        }
+        self.write(&bytes)?;
+        self.last_sync = Instant::now();
+        self.job.status.counters.iteration.store(1, Ordering::Relaxed);
+        store_time(&self.job.status.counters.setup, self.begun.elapsed());
+        self.publish();
+        Ok(())
+    }
+
+    /// Rounds over what is dirty, until what is left may be sent with the guest stopped.
+    fn iterate(&mut self) -> Result<()> {
+        let live = &self.job.live;
+        let mut policy = Convergence::new(live.get(Opt::ConvergenceRounds), live.time(Opt::ConvergenceTime));
+        loop {
+            self.job.status.check()?;
+            if !self.wait_for_budget()? {
+                continue;
+            }
+            let sections_done = self.iterate_sections()?;
+            if self.dirty_pages() > 0 {
+                self.send_part()?;
+            }
+            if self.dirty_pages() > 0 || !sections_done {
+                continue;
+            }
+            // A round is over: everything that was dirty at the last sync was sent.
+            self.sync()?;
+            let pending = self.pending()?;
+            let threshold = self.threshold();
+            let allowed = self.may_switch_over();
+            if policy.decide(self.now(), pending, threshold) && allowed {
+                return Ok(());
+            }
+            if pending == 0 {
+                io::sleep(&*self.job.wake, NAP)?;
+            }
+        }
+    }
+
+    /// Waits while the window's budget is used up. False: the window just ended, look again.
+    fn wait_for_budget(&mut self) -> Result<bool> {
+        self.rate.roll(self.now());
+        if self.rate.budget(self.job.live.get(Opt::MaxBandwidth)) > 0 {
+            return Ok(true);
+        }
+        io::sleep(&*self.job.wake, self.rate.left(self.now()))?;
+        Ok(false)
+    }
+
+    fn iterate_sections(&mut self) -> Result<bool> {
+        let budget = self.rate.budget(self.job.live.get(Opt::MaxBandwidth));
+        let mut bytes = Vec::new();
+        let done = self.sections.iterate(&mut bytes, budget)?;
+        self.write(&bytes)?;
+        Ok(done)
+    }
+
+    /// One PART of RAM: until the budget, the slice or the dirty pages are used up.
+    fn send_part(&mut self) -> Result<()> {
+        let Some(set) = self.set.clone() else { return Ok(()) };
+        let until = Instant::now() + SLICE;
+        self.sender.begin_part(&mut self.out)?;
+        loop {
+            let budget = self.rate.budget(self.job.live.get(Opt::MaxBandwidth));
+            let before = self.out.written();
+            let more = self.sender.send_batch(&set, &self.job.dirty, &mut self.out, budget)?;
+            self.account(self.out.written() - before);
+            let over = self.rate.budget(self.job.live.get(Opt::MaxBandwidth)) == 0;
+            if !more || over || Instant::now() >= until {
+                break;
+            }
+            self.job.status.check()?;
+        }
+        self.sender.end_part(&mut self.out)
+    }
+
+    /// Harvests the dirty log: a new round begins.
+    fn sync(&mut self) -> Result<()> {
+        self.job.dirty.sync()?;
+        self.sender.new_round();
+        let age = self.last_sync.elapsed();
+        self.last_sync = Instant::now();
+        let dirty = self.dirty_pages() as u64 * PAGE;
+        let counters = &self.job.status.counters;
+        counters.dirty_rate.store(pacing::per_second(dirty, age), Ordering::Relaxed);
+        counters.iteration.fetch_add(1, Ordering::Relaxed);
+        self.publish();
+        self.job.status.tell();
+        Ok(())
+    }
+
+    /// Bytes left, RAM and sections, just after a sync.
+    fn pending(&self) -> Result<u64> {
+        Ok((self.dirty_pages() as u64 * PAGE).saturating_add(self.sections.pending_exact()?.total()))
+    }
+
+    fn threshold(&self) -> u64 {
+        pacing::threshold(self.bandwidth(), self.job.live.time(Opt::DowntimeLimit))
+    }
+
+    /// Bytes per second to expect at the switchover.
+    fn bandwidth(&self) -> u64 {
+        match self.job.live.get(Opt::AvailSwitchoverBandwidth) {
+            0 => self.rate.bandwidth(self.now()),
+            given => given,
+        }
+    }
+
+    fn may_switch_over(&self) -> bool {
+        let wanted = self.job.options.on(Opt::SwitchoverAck);
+        !wanted || self.replies.as_ref().is_some_and(Replies::acknowledged)
+    }
+
+    fn dirty_pages(&self) -> usize {
+        self.set.as_ref().map_or(0, |set| set.pages())
+    }
+
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write(bytes)?;
+        self.account(bytes.len() as u64);
+        Ok(())
+    }
+
+    fn account(&mut self, bytes: u64) {
+        let now = self.now();
+        self.rate.sent(now, bytes);
+        self.publish();
+    }
+
+    /// Brings the numbers others look at up to date.
+    fn publish(&self) {
+        let counters = &self.job.status.counters;
+        let left = self.dirty_pages() as u64 * PAGE;
+        let bandwidth = self.bandwidth();
+        counters.remaining.store(left, Ordering::Relaxed);
+        counters.transferred.store(self.out.written(), Ordering::Relaxed);
+        counters.normal_pages.store(self.sender.normal_pages(), Ordering::Relaxed);
+        counters.zero_pages.store(self.sender.zero_pages(), Ordering::Relaxed);
+        counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);
+        if let Some(time) = pacing::time_for(left, bandwidth) {
+            store_time(&counters.expected_downtime, time);
+        }
+    }
+
+    /// Undoes what was set up, once, whatever happened; a failure gets the destination's reason if it sent one.
+    fn hang_up(mut self, result: Result<Outcome>) -> Result<Outcome> {
+        let result = match (result, &self.replies) {
+            (Err(error), Some(replies)) if !self.job.wake.is_raised() => {
+                self.channel.close_write();
+                Err(replies.reason(LAST_WORDS).unwrap_or(error))
+            }
+            (result, _) => result,
+        };
+        self.channel.shutdown();
+        if let Some(replies) = self.replies.take() {
+            replies.join();
+        }
+        if let Some(set) = self.set.take() {
+            self.job.dirty.unsubscribe(&set);
+        }
+        match self.job.vmm.bql().guard() {
+            Ok(_bql) => self.sections.cleanup(),
+            Err(error) => self.job.vmm.log().error(format_args!("cleaning up after a migration: {error}")),
+        }
+        result
+    }
+}

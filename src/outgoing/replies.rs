@@ -1,0 +1,167 @@
+//! The return path: what the destination answers while we send.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Job;
+use crate::error::{Error, Result};
+use crate::status::Status;
+use crate::thread::Handle;
+use crate::transport::stream::StreamInput;
+use crate::wire::reply::{self, Reply};
+
+/// How the destination's last word came out.
+#[derive(Clone, Debug)]
+pub(super) enum Verdict {
+    /// It has the guest.
+    Loaded,
+    /// It failed, and says so: the guest is ours.
+    Failed(Error),
+    /// It is silent or gone: nobody knows.
+    Lost(Error),
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    acknowledged: bool,
+    shut: Option<u32>,
+    error: Option<Error>,
+    ended: Option<Error>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    heard: Mutex<Heard>,
+    changed: Condvar,
+}
+
+/// The thread `return_path` and what it heard.
+#[derive(Debug)]
+pub(super) struct Replies {
+    shared: Arc<Shared>,
+    thread: Handle<()>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `done`, at most for `limit`.
+    fn wait(&self, limit: Duration, done: impl Fn(&Heard) -> bool) -> MutexGuard<'_, Heard> {
+        let deadline = Instant::now() + limit;
+        let mut heard = self.lock();
+        while !done(&heard) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            heard = self.changed.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        heard
+    }
+
+    fn listen(&self, input: &mut StreamInput, status: &Status) {
+        loop {
+            let reply = reply::read(input);
+            let mut heard = self.lock();
+            match reply {
+                Ok(Reply::Pong(_)) => (),
+                Ok(Reply::SwitchoverAck) => heard.acknowledged = true,
+                Ok(Reply::Error(error)) => heard.error = Some(error),
+                Ok(Reply::Shut(code)) => heard.shut = Some(code),
+                Err(error) => heard.ended = Some(error),
+            }
+            self.changed.notify_all();
+            let over = heard.shut.is_some() || heard.ended.is_some();
+            let failed = heard.failure();
+            drop(heard);
+            // After the handover it is the waiting main thread that decides what an answer means.
+            if over
+                && !status.is_committed()
+                && let Some(error) = failed
+            {
+                status.fail(error);
+            }
+            if over {
+                return;
+            }
+        }
+    }
+}
+
+impl Heard {
+    /// Why the destination cannot go on, if it said so or is gone.
+    fn failure(&self) -> Option<Error> {
+        match (&self.error, self.shut, &self.ended) {
+            (Some(error), _, _) => Some(error.clone()),
+            (None, Some(0), _) => {
+                Some(Error::new(libc::EPROTO, "the destination said it was done before it had everything"))
+            }
+            (None, Some(code), _) => {
+                let text = format!("the destination failed and gave no reason (status {code})");
+                Some(Error::new(libc::EIO, text).on_side("destination"))
+            }
+            (None, None, Some(ended)) if ended.errno() == libc::ECANCELED => None,
+            (None, None, Some(ended)) => {
+                let text = "the destination closed the connection without a reason";
+                let errno = if ended.errno() == libc::EIO { libc::ECONNRESET } else { ended.errno() };
+                match ended.errno() {
+                    libc::EIO | libc::ECONNRESET => Some(Error::new(errno, text)),
+                    _ => Some(ended.clone()),
+                }
+            }
+            (None, None, None) => None,
+        }
+    }
+}
+
+impl Replies {
+    /// Starts listening on `input`.
+    pub(super) fn start(job: &Job, mut input: StreamInput) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let (ours, status) = (Arc::clone(&shared), Arc::clone(&job.status));
+        let on_panic = Arc::clone(&job.status);
+        let thread = job.threads.spawn_with(
+            "return_path",
+            move || {
+                ours.listen(&mut input, &status);
+                Ok(())
+            },
+            move |error| on_panic.fail(error.clone()),
+        )?;
+        Ok(Self { shared, thread })
+    }
+
+    /// Whether the destination agreed to the switchover.
+    pub(super) fn acknowledged(&self) -> bool {
+        self.shared.lock().acknowledged
+    }
+
+    /// The last word after the handover was sent; waits at most `limit` for it.
+    pub(super) fn verdict(&self, limit: Duration) -> Verdict {
+        let heard = self.shared.wait(limit, |h| h.shut.is_some() || h.ended.is_some());
+        match heard.shut {
+            Some(0) => Verdict::Loaded,
+            Some(_) => Verdict::Failed(heard.failure().unwrap_or_else(|| Error::new(libc::EIO, "failed"))),
+            None => Verdict::Lost(heard.ended.clone().unwrap_or_else(|| {
+                Error::new(libc::ETIMEDOUT, format!("no answer within {} seconds", limit.as_secs_f32()))
+            })),
+        }
+    }
+
+    /// Why the destination failed, if it says so within `limit`.
+    pub(super) fn reason(&self, limit: Duration) -> Option<Error> {
+        let heard = self.shared.wait(limit, |h| h.shut.is_some() || h.ended.is_some());
+        match (&heard.error, heard.shut) {
+            (None, None | Some(0)) => None,
+            _ => heard.failure(),
+        }
+    }
+
+    /// Ends the thread; the channel was shut down before.
+    pub(super) fn join(self) {
+        // Its result is what it heard; a panic was reported by on_panic.
+        let _ = self.thread.join(None);
+    }
+}

@@ -1,0 +1,175 @@
+//! Saving sections: what is sent when, in which order, and what describes it.
+
+use serde_json::{Value, json};
+
+use crate::error::Result;
+use crate::section::builtin;
+use crate::section::list::Entry;
+use crate::section::{Pending, Section};
+use crate::wire::stream::{self, SectionName};
+
+/// Ids below this are the library's own; the ids of the list are shifted by it.
+pub(super) const FIRST_ID: u32 = 16;
+const TIMER_ID: u32 = 0;
+const GLOBAL_STATE_ID: u32 = 2;
+
+/// The sections of one migration, in walking order.
+#[derive(Debug)]
+pub(super) struct SectionSaver<'a> {
+    entries: &'a [Entry],
+    /// How many `setup` calls were tried: those are the ones to clean up.
+    set_up: usize,
+    devices: Vec<Value>,
+}
+
+fn name_of(entry: &Entry) -> SectionName {
+    SectionName { name: entry.name.clone(), instance: entry.instance, version: entry.version }
+}
+
+impl<'a> SectionSaver<'a> {
+    pub(super) fn new(entries: &'a [Entry]) -> Self {
+        Self { entries, set_up: 0, devices: Vec::new() }
+    }
+
+    /// Entries with state, of active sections.
+    fn active(&self) -> impl Iterator<Item = (&'a Entry, &'a dyn Section)> + use<'a> {
+        let sections = self.entries.iter().filter_map(|e| Some((e, e.section()?.as_ref())));
+        sections.filter(|(_, section)| section.is_active())
+    }
+
+    /// What the destination must know.
+    pub(super) fn names(&self) -> Vec<SectionName> {
+        self.active().map(|(entry, _)| name_of(entry)).collect()
+    }
+
+    /// START of iterative sections, FULL of early ones. \[bql\]
+    pub(super) fn setup(&mut self, out: &mut Vec<u8>) -> Result<()> {
+        for (index, entry) in self.entries.iter().enumerate() {
+            let Some(section) = entry.section() else { continue };
+            if !section.is_active() {
+                continue;
+            }
+            let id = FIRST_ID + entry.id;
+            if section.is_iterative() {
+                self.set_up = index + 1;
+                stream::put_start(out, id, &name_of(entry))?;
+                section.setup(out).map_err(|e| e.in_section(&entry.name))?;
+                stream::put_footer(out, id);
+            } else if section.is_early() {
+                self.full(out, entry, section.as_ref())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// FULL of one section.
+    fn full(&mut self, out: &mut Vec<u8>, entry: &Entry, section: &dyn Section) -> Result<()> {
+        let id = FIRST_ID + entry.id;
+        stream::put_full(out, id, &name_of(entry))?;
+        let start = out.len();
+        section.complete(out).map_err(|e| e.in_section(&entry.name))?;
+        let description = section.describe(&out[start..]);
+        stream::put_footer(out, id);
+        self.describe(&entry.name, entry.instance, description);
+        Ok(())
+    }
+
+    fn describe(&mut self, name: &str, instance: u32, mut description: Value) {
+        description["name"] = name.into();
+        description["instance_id"] = instance.into();
+        self.devices.push(description);
+    }
+
+    /// One PART of every section that wants one. True: nothing left for now.
+    pub(super) fn iterate(&self, out: &mut Vec<u8>, budget: u64) -> Result<bool> {
+        let mut done = true;
+        for (entry, section) in self.active().filter(|(_, s)| s.is_iterative() && s.is_active_iterate()) {
+            let left = budget.saturating_sub(out.len() as u64);
+            if left == 0 {
+                return Ok(false);
+            }
+            let id = FIRST_ID + entry.id;
+            let start = out.len();
+            stream::put_part(out, id);
+            let body = out.len();
+            done &= section.iterate(out, left).map_err(|e| e.in_section(&entry.name))?;
+            match out.len() == body {
+                true => out.truncate(start),
+                false => stream::put_footer(out, id),
+            }
+        }
+        Ok(done)
+    }
+
+    /// What the iterative sections have left.
+    pub(super) fn pending_exact(&self) -> Result<Pending> {
+        let mut sum = Pending::default();
+        for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {
+            let pending = section.pending_exact().map_err(|e| e.in_section(&entry.name))?;
+            sum.must_precopy = sum.must_precopy.saturating_add(pending.must_precopy);
+            sum.can_postcopy = sum.can_postcopy.saturating_add(pending.can_postcopy);
+        }
+        Ok(sum)
+    }
+
+    /// Everything that is saved with the guest stopped: END of iterative sections, FULL of devices. \[bql\]
+    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64, running: bool) -> Result<()> {
+        for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {
+            let id = FIRST_ID + entry.id;
+            stream::put_end(out, id);
+            section.complete(out).map_err(|e| e.in_section(&entry.name))?;
+            stream::put_footer(out, id);
+        }
+        self.builtin(out, TIMER_ID, builtin::TIMER, builtin::describe_timer(), |out| {
+            builtin::put_timer(out, clock_ns);
+        })?;
+        for (entry, section) in self.active().filter(|(_, s)| !s.is_iterative() && !s.is_early()) {
+            self.full(out, entry, section)?;
+        }
+        self.builtin(out, GLOBAL_STATE_ID, builtin::GLOBAL_STATE, builtin::describe_global_state(), |out| {
+            builtin::put_global_state(out, running);
+        })
+    }
+
+    fn builtin(
+        &mut self,
+        out: &mut Vec<u8>,
+        id: u32,
+        (name, version): (&str, u32),
+        description: Value,
+        body: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<()> {
+        stream::put_full(out, id, &SectionName { name: name.to_owned(), instance: 0, version })?;
+        body(out);
+        stream::put_footer(out, id);
+        self.describe(name, 0, description);
+        Ok(())
+    }
+
+    /// The JSON that describes the stream.
+    pub(super) fn description(&mut self, machine: &str) -> Vec<u8> {
+        let configuration = json!({"vmsd_name": "configuration", "version": 1, "fields": [
+            {"name": "len", "type": "uint32", "size": 4},
+            {"name": "name", "type": "buffer", "size": machine.len()},
+        ]});
+        let devices = std::mem::take(&mut self.devices);
+        let json = json!({
+            "configuration": configuration,
+            "page_size": crate::ram::PAGE,
+            "devices": devices,
+            "vmig": {"library": env!("CARGO_PKG_VERSION")},
+        });
+        json.to_string().into_bytes()
+    }
+
+    /// Undoes every setup that was tried, once. \[bql\]
+    pub(super) fn cleanup(&mut self) {
+        for entry in &self.entries[..std::mem::take(&mut self.set_up)] {
+            if let Some(section) = entry.section()
+                && section.is_iterative()
+            {
+                section.cleanup();
+            }
+        }
+    }
+}
