@@ -1,0 +1,17 @@
+/* A file with one 64-bit hash per guest page: how two processes compare all of their RAM. SPDX: MIT OR Apache-2.0
+ *
+ * struct hash_head, then per block a struct hash_block followed by its hashes; host byte order. */
+#ifndef HASHFILE_H
+#define HASHFILE_H
+#include <stdint.h>
+
+#define HASH_MAGIC "PAGEHSH1"
+struct hash_head {
+    char magic[8];
+    uint64_t blocks;
+};
+struct hash_block {
+    char name[32];
+    uint64_t gpa, pages;
+};
+#endif
