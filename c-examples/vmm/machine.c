@@ -102,6 +102,7 @@ static void init_locks(struct machine *vm)
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&vm->run_changed, &attr);
+    pthread_cond_init(&vm->ticker.changed, &attr);
     pthread_condattr_destroy(&attr);
 }
 
@@ -135,6 +136,7 @@ void machine_destroy(struct machine *vm)
         if (vm->ram[i].fd >= 0)
             close(vm->ram[i].fd);
     }
+    pthread_cond_destroy(&vm->ticker.changed);
     pthread_cond_destroy(&vm->run_changed);
     pthread_mutex_destroy(&vm->run_lock);
     pthread_mutex_destroy(&vm->lock);

@@ -275,9 +275,9 @@ int main(int argc, char **argv)
         (err = vcpus_start_threads(&vm)) < 0 || (err = start_guest(&vm, &o)) < 0)
         machine_die(EXIT_VMM_FAULT, "cannot start the guest: %s", strerror(-err));
     err = main_loop(&vm, o.migrate_at);
-    migrate_teardown(&vm);                              /* first: after it nobody calls our hooks */
-    vcpus_end_threads(&vm);
+    vcpus_end_threads(&vm);                             /* these ask for the guest's clock, so they end first */
     ticker_end_thread(&vm);
+    migrate_teardown(&vm);                              /* may still call our hooks; after it nobody does */
     machine_destroy(&vm);
     return err < 0 ? EXIT_VMM_FAULT : 0;
 }

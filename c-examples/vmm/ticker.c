@@ -60,12 +60,6 @@ void ticker_run(struct machine *vm, bool run)
 
 int ticker_start_thread(struct machine *vm)
 {
-    pthread_condattr_t attr;
-
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(&vm->ticker.changed, &attr);
-    pthread_condattr_destroy(&attr);
     return -pthread_create(&vm->ticker.thread, NULL, ticker_thread, vm);
 }
 
@@ -76,5 +70,4 @@ void ticker_end_thread(struct machine *vm)
     pthread_cond_signal(&vm->ticker.changed);
     pthread_mutex_unlock(&vm->lock);
     pthread_join(vm->ticker.thread, NULL);
-    pthread_cond_destroy(&vm->ticker.changed);
 }

@@ -235,7 +235,12 @@ void vcpus_end_threads(struct machine *vm)
     vm->quit = true;
     kick(vm);
     pthread_mutex_unlock(&vm->run_lock);
-    for (size_t i = 0; i < vm->vcpus; i++)
-        if (vm->vcpu[i].has_thread)
-            pthread_join(vm->vcpu[i].thread, NULL);
+    for (size_t i = 0; i < vm->vcpus; i++) {
+        if (!vm->vcpu[i].has_thread)
+            continue;
+        pthread_join(vm->vcpu[i].thread, NULL);
+        pthread_mutex_lock(&vm->run_lock);              /* a pause that comes now finds nobody to wait for */
+        vm->vcpu[i].has_thread = false;
+        pthread_mutex_unlock(&vm->run_lock);
+    }
 }
