@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #define HASH_MAGIC "PAGEHSH1"
+enum { HASH_MAX_BLOCKS = 16 };
 struct hash_head {
     char magic[8];
     uint64_t blocks;
@@ -14,4 +15,9 @@ struct hash_block {
     char name[32];
     uint64_t gpa, pages;
 };
+
+typedef void hash_difference(const char *block, uint64_t gpa, uint64_t offset);
+
+/* Calls each() for every page that differs; -1 when the files are not of the same blocks or not readable. */
+int hash_compare(const char *left, const char *right, hash_difference *each, uint64_t *pages, uint64_t *different);
 #endif

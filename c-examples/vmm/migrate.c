@@ -262,8 +262,8 @@ void migrate_events(struct machine *vm)
     vmig_status s = VMIG_SIZED(vmig_status);
 
     while (vmig_next_event(vm->migration, &s) == 1) {
-        printf("event %s\n", vmig_state_name(s.state));
-        if (s.state == VMIG_STATE_FAILED)
-            print_string("failure", vmig_get_error(vm->migration));
+        char *why = s.state == VMIG_STATE_FAILED ? vmig_get_error(vm->migration) : NULL;
+        printf("event %s%s%s\n", vmig_state_name(s.state), why ? " " : "", why ? why : "");
+        vmig_string_free(why);
     }
 }
