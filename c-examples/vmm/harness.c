@@ -79,6 +79,7 @@ static void on_generation(struct vcpu_view *v, uint32_t generation, uint32_t pag
 
 static void on_event(struct peer *p, const char *line)
 {
+    char what[32], where[32], expected[32], found[32];
     uint32_t vcpu, generation, pages, ticks;
     uint64_t at;
 
@@ -87,8 +88,9 @@ static void on_event(struct peer *p, const char *line)
     else if (sscanf(line, "gen %" SCNu32 " %" SCNu32 " %" SCNu32 " %" SCNu32, &vcpu, &generation, &pages, &ticks) == 4 &&
              vcpu < MAX_VCPUS)
         on_generation(&p->vcpu[vcpu], generation, pages, ticks);
-    else if (strncmp(line, "fault ", 6) == 0)
-        snprintf(p->fault, sizeof p->fault, "%s", line + 6);
+    else if (sscanf(line, "fault %" SCNu32 " %31s %31s %31s %31s", &vcpu, what, where, expected, found) == 5)
+        snprintf(p->fault, sizeof p->fault, "vCPU %" PRIu32 ", %s at %s: expected %s, found %s", vcpu, what, where,
+                 expected, found);
     else
         sscanf(line, "hashed %" SCNu64, &p->hash_ns);
 }
@@ -152,13 +154,12 @@ void listen_to_peers(int timeout_ms)
 void no_deaths(void)
 {
     for (size_t i = 0; i < 2; i++) {
-        if (!peers[i]->dead || (peers[i]->may_end && peers[i]->exit_status == 0))
+        if (!peers[i]->dead || peers[i]->may_die || (peers[i]->may_end && peers[i]->exit_status == 0))
             continue;
         while (peers[i]->events >= 0)   /* its last words */
             listen_to_peers(POLL_MS);
         if (peers[i]->fault[0])
-            fail("the guest found wrong data on the %s: %s (vCPU, what, where, expected, found)", peers[i]->name,
-                 peers[i]->fault);
+            fail("the guest found wrong data on the %s: %s", peers[i]->name, peers[i]->fault);
         fail("the %s ended with %s %d", peers[i]->name, WIFSIGNALED(peers[i]->exit_status) ? "signal" : "status",
              WIFSIGNALED(peers[i]->exit_status) ? WTERMSIG(peers[i]->exit_status) : WEXITSTATUS(peers[i]->exit_status));
     }

@@ -27,7 +27,7 @@ struct peer {
     char queue[QUEUE][2048];                /* lines it said and nobody read yet */
     unsigned said, heard;
     char reply[2048], fault[256];
-    bool may_end, dead;                 /* may_end: ending with status 0 is no failure */
+    bool may_end, may_die, dead;        /* ending with status 0, or at all, is no failure for now */
     int exit_status;
     uint64_t hash_ns;                   /* time it spent hashing before its guest started */
     struct vcpu_view vcpu[MAX_VCPUS];
