@@ -44,6 +44,12 @@ static const char *in_folder(const char *name)
     return p;
 }
 
+static void on_interrupt(int signal)
+{
+    (void)signal;
+    interrupted = 1;
+}
+
 static void clean_up(void)
 {
     static const char *const files[] = { "source.hash", "destination.hash", "source.serial", "destination.serial",
@@ -264,21 +270,6 @@ static struct status migrate(const char *address)
     return s;
 }
 
-static double cpu_seconds(const struct peer *p)
-{
-    unsigned long user = 0, system = 0;
-    char path[64];
-    FILE *file;
-
-    snprintf(path, sizeof path, "/proc/%d/stat", (int)p->pid);
-    if ((file = fopen(path, "re"))) {
-        if (fscanf(file, "%*d (%*[^)]) %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
-            user = system = 0;
-        fclose(file);
-    }
-    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
-}
-
 /* ---- checking ---- */
 
 static void show_difference(const char *block, uint64_t gpa, uint64_t offset)
@@ -287,6 +278,13 @@ static void show_difference(const char *block, uint64_t gpa, uint64_t offset)
 
     if (shown++ < SHOWN_DIFFERENCES)
         say("different", "%s: the page at 0x%" PRIx64 " (offset 0x%" PRIx64 " of the block)", block, gpa, offset);
+}
+
+static void await_destination_hash(void)
+{
+    for (uint64_t end = now_ns() + START_MS * 1000000ull; !destination.hash_ns; listen_to_peers(STATUS_MS))
+        if (now_ns() > end || (destination.dead && destination.events < 0))
+            fail("the destination did not hash its memory before it started the guest");
 }
 
 static uint64_t compare_memory(void)
@@ -380,19 +378,6 @@ static void print_json(const struct verdict *v)
     printf("]}\n");
 }
 
-static void quit(struct peer *p)
-{
-    uint64_t end = now_ns() + START_MS * 1000000ull;
-
-    if (write(p->in, "quit\n", 5) != 5)
-        fail("the %s does not take commands: %s", p->name, strerror(errno));
-    while (!p->dead && now_ns() < end)
-        listen_to_peers(STATUS_MS);
-    if (!p->dead || !WIFEXITED(p->exit_status) || WEXITSTATUS(p->exit_status) != 0)
-        fail("the %s did not end well (%s, wait status 0x%x)", p->name, p->dead ? "ended" : "hangs",
-             (unsigned)p->exit_status);
-}
-
 static void hardware_demo(void)
 {
     struct verdict v = { .blackout = 0 };
@@ -409,6 +394,7 @@ static void hardware_demo(void)
     v.cpu_s += cpu_seconds(&source) + cpu_seconds(&destination);
     if (!opt.no_hash) {
         must(&source, command(&source, "hash %s", in_folder("source.hash")));
+        await_destination_hash();
         v.hashed_pages = compare_memory();
     }
     destination.may_die = false;
@@ -511,6 +497,8 @@ int main(int argc, char **argv)
     out = opt.json ? stderr : stdout;
     terminal = isatty(fileno(out)) == 1;
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGINT, on_interrupt);       /* so that nothing is left behind in the temporary folder */
+    signal(SIGTERM, on_interrupt);
     snprintf(folder, sizeof folder, "%s/vmig-demo-XXXXXX", tmp && strlen(tmp) < 40 ? tmp : "/tmp");
     if (!mkdtemp(folder))
         fail("%s: %s", folder, strerror(errno));

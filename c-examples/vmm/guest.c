@@ -192,7 +192,7 @@ __attribute__((section(".text.start"), noreturn)) void guest_main(uint32_t vcpu)
     w.next_beat = w.now + boot->tick_tsc;
     for (uint32_t generation = 1;; generation++) {
         one_generation(&w, generation);
-        if (vcpu == 0 && in8(PORT_SERIAL + 5) & 1)  /* the console echoes, before and after a move */
+        while (vcpu == 0 && in8(PORT_SERIAL + 5) & 1)   /* the console echoes, before and after a move */
             serial_put((char)in8(PORT_SERIAL));
     }
 }

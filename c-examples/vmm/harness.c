@@ -13,11 +13,12 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { REPLY_MS = 10000, POLL_MS = 100 };
+enum { REPLY_MS = 10000, QUIT_MS = 20000, POLL_MS = 100 };
 
 struct peer source = { .name = "source", .in = -1, .out = -1, .events = -1 };
 struct peer destination = { .name = "destination", .in = -1, .out = -1, .events = -1 };
 struct peer *const peers[2] = { &source, &destination };
+volatile sig_atomic_t interrupted;
 
 uint64_t now_ns(void)
 {
@@ -138,6 +139,8 @@ void listen_to_peers(int timeout_ms)
         fds[2 * i] = (struct pollfd){ .fd = peers[i]->out, .events = POLLIN };
         fds[2 * i + 1] = (struct pollfd){ .fd = peers[i]->events, .events = POLLIN };
     }
+    if (interrupted)
+        fail("interrupted");
     if (poll(fds, 4, timeout_ms) <= 0)
         return;
     for (size_t i = 0; i < 2; i++) {
@@ -204,4 +207,32 @@ void must(struct peer *p, const char *reply)
 {
     if (strcmp(reply, "ok") != 0)
         fail("the %s says: %s", p->name, reply);
+}
+
+double cpu_seconds(const struct peer *p)
+{
+    unsigned long user = 0, system = 0;
+    char path[64];
+    FILE *file;
+
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)p->pid);
+    if ((file = fopen(path, "re"))) {
+        if (fscanf(file, "%*d (%*[^)]) %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
+            user = system = 0;
+        fclose(file);
+    }
+    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
+}
+
+void quit(struct peer *p)
+{
+    uint64_t end = now_ns() + QUIT_MS * 1000000ull;
+
+    if (write(p->in, "quit\n", 5) != 5)
+        fail("the %s does not take commands: %s", p->name, strerror(errno));
+    while (!p->dead && now_ns() < end)
+        listen_to_peers(POLL_MS);
+    if (!p->dead || !WIFEXITED(p->exit_status) || WEXITSTATUS(p->exit_status) != 0)
+        fail("the %s did not end well (%s, wait status 0x%x)", p->name, p->dead ? "ended" : "hangs",
+             (unsigned)p->exit_status);
 }

@@ -1,6 +1,7 @@
 /* Two VMM processes, driven over their line protocol and watched through their events. SPDX: MIT OR Apache-2.0 */
 #ifndef HARNESS_H
 #define HARNESS_H
+#include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -35,6 +36,7 @@ struct peer {
 
 extern struct peer source, destination;
 extern struct peer *const peers[2];
+extern volatile sig_atomic_t interrupted;       /* set by the program's signal handler */
 
 /* Everything below ends the program through fail() when a process dies or does not answer. */
 __attribute__((format(printf, 1, 2), noreturn)) void fail(const char *format, ...);     /* brought by the program */
@@ -46,4 +48,6 @@ void sleep_listening(unsigned ms);
 const char *await_line(struct peer *p, unsigned timeout_ms, const char *what);
 __attribute__((format(printf, 2, 3))) const char *command(struct peer *p, const char *format, ...);
 void must(struct peer *p, const char *reply);                           /* be "ok" */
+void quit(struct peer *p);                                              /* and end with status 0 */
+double cpu_seconds(const struct peer *p);                               /* user and system, so far */
 #endif

@@ -208,7 +208,7 @@ static int split_migrate_at(char *text, uint64_t *when, char **uri)
 
     *when = UINT64_MAX;
     if (!text)
-        return 0;
+        return 0;                                       /* never */
     seconds = strtod(text, &end);
     if (!comma || end != comma || !(seconds >= 0 && seconds < 1e6))
         return -EINVAL;
@@ -224,8 +224,10 @@ static int main_loop(struct machine *vm, char *migrate_at)
     uint64_t when;
     char *uri = NULL;
 
-    if (split_migrate_at(migrate_at, &when, &uri) < 0)
+    if (split_migrate_at(migrate_at, &when, &uri) < 0) {
+        fprintf(stderr, "vmm: --migrate-at %s: not SECONDS,URI\n", migrate_at);
         return -EINVAL;
+    }
     for (;;) {
         uint64_t now = now_ns();
         int wait_ms = when == UINT64_MAX ? -1 : when > now ? (int)((when - now) / 1000000) + 1 : 0;

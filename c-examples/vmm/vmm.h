@@ -69,7 +69,8 @@ struct machine {
     pthread_mutex_t run_lock;                           /* may the vCPUs run? Taken alone, or inside the big lock */
     pthread_cond_t run_changed;
     bool paused, quit;
-    int serial_fd, events_fd;
+    int serial_fd;
+    _Atomic int events_fd;                              /* -1: nobody watches; vCPUs write without the big lock */
     const char *hash_at_start;                          /* file for the page hashes of a guest that just arrived */
     struct vmig *migration;
 };
