@@ -73,7 +73,7 @@ static void parse(int argc, char **argv, struct options *o)
         { "fill", 1, NULL, 'f' },     { "pages", 1, NULL, 'p' },      { "burst", 1, NULL, 'b' },
         { "tick", 1, NULL, 't' },     { "spin", 0, NULL, 'S' },       { "incoming", 1, NULL, 'i' },
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
-        { "events-fd", 1, NULL, 'e' }, { NULL, 0, NULL, 0 },
+        { "events-fd", 1, NULL, 'e' }, { "help", 0, NULL, 'H' },    { NULL, 0, NULL, 0 },
     };
     int c, index = 0;
 
@@ -95,6 +95,7 @@ static void parse(int argc, char **argv, struct options *o)
         case 'h': o->hash_at_start = optarg; break;
         case 'l': o->serial = optarg; break;
         case 'e': o->events_fd = (int)number(name, optarg, 0, 1 << 20); break;
+        case 'H': fputs(usage, stdout); exit(0);
         default: fputs(usage, stderr); exit(2);
         }
     }
