@@ -1,0 +1,206 @@
+/* The smallest emulator that can move: one thread of software guest, RAM, one device.   SPDX: MIT OR Apache-2.0
+ *
+ *   minimal in tcp:127.0.0.1:0          prints where it listens, then waits for the guest
+ *   minimal out tcp:127.0.0.1:PORT      runs a guest for a second, then moves it there
+ *
+ * No KVM: the emulator itself tells the library what it wrote (vmig_dirty). The glue is between the two lines. */
+#define _GNU_SOURCE
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vmig.h>
+
+enum { RAM_BYTES = 64 << 20, WORDS = RAM_BYTES / 8, BATCH = 10000, WAIT_MS = 60000 };
+
+struct machine {
+    uint64_t *ram;
+    uint64_t counter;                   /* the guest's only register: words incremented so far */
+    vmig *m;
+    bool arriving;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool run, parked, quit;
+};
+
+/* The guest walks over its RAM and adds one to each word, so the counter says what every word must hold. */
+static uint64_t word_at(const struct machine *vm, uint64_t i)
+{
+    return vm->counter / WORDS + (i < vm->counter % WORDS);
+}
+
+static void check(const struct machine *vm, uint64_t i)
+{
+    if (vm->ram[i] == word_at(vm, i))
+        return;
+    fprintf(stderr, "minimal: word %" PRIu64 " is %" PRIu64 ", expected %" PRIu64 "\n", i, vm->ram[i], word_at(vm, i));
+    _exit(3);
+}
+
+static void guest_step(struct machine *vm)
+{
+    uint64_t i = vm->counter % WORDS;
+
+    check(vm, i);
+    __atomic_store_n(&vm->ram[i], vm->ram[i] + 1, __ATOMIC_RELAXED);
+    vmig_dirty(vm->m, &vm->ram[i], sizeof vm->ram[i]);  /* after the write, never before */
+    vm->counter++;
+}
+
+static bool may_run(struct machine *vm)
+{
+    bool go_on;
+
+    pthread_mutex_lock(&vm->lock);
+    while (!vm->run && !vm->quit) {
+        vm->parked = true;
+        pthread_cond_broadcast(&vm->changed);
+        pthread_cond_wait(&vm->changed, &vm->lock);
+    }
+    vm->parked = false;
+    go_on = !vm->quit;
+    pthread_mutex_unlock(&vm->lock);
+    return go_on;
+}
+
+static void *cpu(void *opaque)
+{
+    struct machine *vm = opaque;
+
+    while (may_run(vm)) {
+        for (int i = 0; i < BATCH; i++)
+            guest_step(vm);
+        usleep(1000);
+    }
+    return NULL;
+}
+
+/* ---- the glue ------------------------------------------------------------------------------------------------ */
+
+static int stop(void *opaque)           /* returns when the guest stands still */
+{
+    struct machine *vm = opaque;
+
+    pthread_mutex_lock(&vm->lock);
+    vm->run = false;
+    while (!vm->parked)
+        pthread_cond_wait(&vm->changed, &vm->lock);
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+static int start(void *opaque)          /* here a guest that arrived is complete and has not run yet */
+{
+    struct machine *vm = opaque;
+
+    if (vm->arriving) {
+        for (uint64_t i = 0; i < WORDS; i++)
+            check(vm, i);
+        printf("arrived at %" PRIu64 ": memory verified, %d words\n", vm->counter, WORDS);
+        vm->arriving = false;
+    }
+    pthread_mutex_lock(&vm->lock);
+    vm->run = true;
+    pthread_cond_broadcast(&vm->changed);
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+static const vmig_field cpu_fields[] = { VMIG_U64(struct machine, counter), VMIG_END };
+static const vmig_device cpu_kind = {
+    .size = sizeof(vmig_device), .name = "cpu", .version = 1, .oldest = 1, .fields = cpu_fields,
+};
+
+static int make_migratable(struct machine *vm)
+{
+    vmig_ops ops = VMIG_SIZED(vmig_ops);
+    vmig_ram ram = VMIG_SIZED(vmig_ram);
+    int err;
+
+    ops.stop = stop, ops.start = start;
+    ram.name = "ram", ram.host = vm->ram, ram.len = RAM_BYTES;
+    if ((err = vmig_new(&ops, vm, &vm->m)) < 0)
+        return err;
+    vmig_bql_lock(vm->m);
+    if ((err = vmig_add_ram(vm->m, &ram)) >= 0)
+        err = vmig_add_device(vm->m, &cpu_kind, 0, vm);
+    vmig_bql_unlock(vm->m);
+    return err;
+}
+
+static int move(struct machine *vm, const char *uri)
+{
+    int err = vm->arriving ? vmig_incoming(vm->m, uri) : vmig_outgoing(vm->m, uri);
+    char *text;
+
+    if (err < 0)
+        return err;
+    if (vm->arriving) {
+        text = vmig_get(vm->m, "listen-address");
+        printf("listening %s\n", text ? text : uri);
+        vmig_string_free(text);
+    }
+    err = vmig_wait(vm->m, WAIT_MS) == 1 ? 0 : -1;
+    if ((text = vmig_get_error(vm->m)))
+        fprintf(stderr, "migration: %s\n", text), err = -1;
+    vmig_string_free(text);
+    return err;
+}
+
+/* -------------------------------------------------------------------------------------------------------------- */
+
+static int run(struct machine *vm, const char *uri)
+{
+    vmig_status s = VMIG_SIZED(vmig_status);
+    int err;
+
+    if (!vm->arriving) {
+        if ((err = vmig_start(vm->m)) < 0)
+            return err;
+        sleep(1);
+    }
+    bool in = vm->arriving;
+    if ((err = move(vm, uri)) < 0)
+        return err;
+    if (in) {
+        sleep(1);
+        if ((err = vmig_stop(vm->m)) < 0)
+            return err;
+        printf("went on to %" PRIu64 "\n", vm->counter);
+    } else if ((err = vmig_get_status(vm->m, &s)) >= 0) {
+        printf("left at %" PRIu64 ": %.1f MB sent in %.1f ms, downtime %.1f ms\n", vm->counter, (double)s.sent / 1e6,
+               (double)s.elapsed / 1e6, (double)s.downtime / 1e6);
+    }
+    return err;
+}
+
+int main(int argc, char **argv)
+{
+    static struct machine vm = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
+    int err;
+
+    if (argc != 3 || (strcmp(argv[1], "in") && strcmp(argv[1], "out"))) {
+        fprintf(stderr, "usage: minimal in|out URI\n");
+        return 2;
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    vm.arriving = strcmp(argv[1], "in") == 0;
+    vm.ram = mmap(NULL, RAM_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (vm.ram == MAP_FAILED || (err = make_migratable(&vm)) < 0 ||
+        pthread_create(&vm.thread, NULL, cpu, &vm) != 0 || (err = run(&vm, argv[2])) < 0) {
+        fprintf(stderr, "minimal: %s\n", vmig_errmsg());
+        return 1;
+    }
+    vmig_free(vm.m);
+    pthread_mutex_lock(&vm.lock);
+    vm.quit = true;
+    pthread_cond_broadcast(&vm.changed);
+    pthread_mutex_unlock(&vm.lock);
+    pthread_join(vm.thread, NULL);
+    return 0;
+}

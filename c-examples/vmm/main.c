@@ -1,0 +1,286 @@
+/* Options, and a line protocol on standard input and output.                            SPDX: MIT OR Apache-2.0 */
+#define _GNU_SOURCE
+#include "vmm.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static const char usage[] =
+    "usage: vmm [options], then one command per line on standard input\n"
+    "  --mem MIB            guest memory, half of it above 4 GiB (default 256)\n"
+    "  --vcpus N            1 to 16 (default 2)\n"
+    "  --shared             memory from a memfd instead of anonymous memory\n"
+    "  --fill KIND          what memory holds at boot: random, zero, untouched, pattern (default)\n"
+    "  --pages N            working set of the guest in pages (default 16384)\n"
+    "  --burst N            pages the guest writes per tick, 0: as fast as it can (default 64)\n"
+    "  --tick US            microseconds between two heartbeats (default 1000)\n"
+    "  --spin               the guest waits busily between ticks instead of napping\n"
+    "  --incoming URI       do not boot; wait for a guest\n"
+    "  --migrate-at S,URI   migrate to URI after S seconds\n"
+    "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
+    "  --serial FILE        the serial console (default: standard error)\n"
+    "  --events-fd FD       heartbeats and generations, one line each\n"
+    "commands: migrate URI, cancel, status, set OPTION VALUE, get OPTION, error, pause, resume, pauses N, info,\n"
+    "          hash FILE, corrupt ADDRESS, type TEXT, quit. Every command is answered by one line.\n";
+
+struct options {
+    struct machine_config machine;
+    struct boot_info boot;
+    enum machine_fill fill;
+    unsigned tick_us;
+    const char *incoming, *serial, *hash_at_start;
+    char *migrate_at;
+    int events_fd;
+};
+
+static uint64_t number(const char *option, const char *text, uint64_t least, uint64_t most)
+{
+    char *end;
+    uint64_t value;
+
+    errno = 0;
+    value = strtoull(text, &end, 0);
+    if (errno || end == text || *end || *text == '-' || value < least || value > most) {
+        fprintf(stderr, "vmm: --%s %s: not a number from %" PRIu64 " to %" PRIu64 "\n", option, text, least, most);
+        exit(2);
+    }
+    return value;
+}
+
+static enum machine_fill fill_kind(const char *text)
+{
+    static const char *const names[] = { "untouched", "zero", "pattern", "random" };
+
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(text, names[i]) == 0)
+            return (enum machine_fill)i;
+    fprintf(stderr, "vmm: --fill %s: not random, zero, untouched or pattern\n", text);
+    exit(2);
+}
+
+static void parse(int argc, char **argv, struct options *o)
+{
+    static const struct option names[] = {
+        { "mem", 1, NULL, 'm' },      { "vcpus", 1, NULL, 'c' },      { "shared", 0, NULL, 's' },
+        { "fill", 1, NULL, 'f' },     { "pages", 1, NULL, 'p' },      { "burst", 1, NULL, 'b' },
+        { "tick", 1, NULL, 't' },     { "spin", 0, NULL, 'S' },       { "incoming", 1, NULL, 'i' },
+        { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
+        { "events-fd", 1, NULL, 'e' }, { "help", 0, NULL, 'H' },    { NULL, 0, NULL, 0 },
+    };
+    int c, index = 0;
+
+    *o = (struct options){ .machine = { .mem_bytes = 256ull << 20, .vcpus = 2 }, .fill = FILL_PATTERN, .tick_us = 1000,
+                           .boot = { .hot_pages = 16384, .burst = 64 }, .events_fd = -1 };
+    while ((c = getopt_long(argc, argv, "", names, &index)) != -1) {
+        const char *name = c == '?' ? "" : names[index].name;
+        switch (c) {
+        case 'm': o->machine.mem_bytes = number(name, optarg, 16, 65536) / 4 * 4 << 20; break;
+        case 'c': o->machine.vcpus = (unsigned)number(name, optarg, 1, GUEST_MAX_VCPUS); break;
+        case 's': o->machine.shared = true; break;
+        case 'f': o->fill = fill_kind(optarg); break;
+        case 'p': o->boot.hot_pages = (uint32_t)number(name, optarg, 1, UINT32_MAX); break;
+        case 'b': o->boot.burst = (uint32_t)number(name, optarg, 0, UINT32_MAX); break;
+        case 't': o->tick_us = (unsigned)number(name, optarg, 100, 1000000); break;
+        case 'S': o->boot.spin = 1; break;
+        case 'i': o->incoming = optarg; break;
+        case 'a': o->migrate_at = optarg; break;
+        case 'h': o->hash_at_start = optarg; break;
+        case 'l': o->serial = optarg; break;
+        case 'e': o->events_fd = (int)number(name, optarg, 0, 1 << 20); break;
+        case 'H': fputs(usage, stdout); exit(0);
+        default: fputs(usage, stderr); exit(2);
+        }
+    }
+    if (optind != argc) {
+        fputs(usage, stderr);
+        exit(2);
+    }
+}
+
+/* ---- commands ---- */
+
+static void reply(int err, const char *what)
+{
+    if (err < 0)
+        printf("error %s: %s\n", what, strerror(-err));
+    else
+        printf("ok\n");
+}
+
+/* Uneven distances, so that the pauses hit the vCPUs in the guest, in exits, in naps and between them. */
+static int many_pauses(struct machine *vm, const char *count)
+{
+    long n = count ? strtol(count, NULL, 10) : 0;
+    int err = 0;
+
+    while (n-- > 0 && err >= 0) {
+        struct timespec distance = { .tv_nsec = n * 7919 % 1500000 };
+        nanosleep(&distance, NULL);
+        if ((err = migrate_pause(vm)) >= 0)
+            err = migrate_resume(vm);
+    }
+    return err;
+}
+
+static int corrupt(struct machine *vm, const char *address)
+{
+    uint8_t *at = address ? machine_host(vm, strtoull(address, NULL, 0)) : NULL;
+
+    if (!at)
+        return -EFAULT;
+    *(volatile uint8_t *)at ^= 0x80;
+    return 0;
+}
+
+static void info(struct machine *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    printf("info ticks=%" PRIu32 " clock-ns=%" PRIu64, vm->ticker.count, migrate_clock_ns(vm));
+    for (size_t i = 0; i < vm->vcpus; i++)
+        printf(" generation.%zu=%" PRIu32 " verified.%zu=%" PRIu64, i, vm->vcpu[i].probe.generation, i,
+               vm->vcpu[i].probe.verified);
+    pthread_mutex_unlock(&vm->lock);
+    putchar('\n');
+}
+
+static bool obey(struct machine *vm, char *line)         /* false: quit */
+{
+    char *rest = line, *verb = strsep(&rest, " ");
+    int err;
+
+    if (strcmp(verb, "quit") == 0)
+        return false;
+    if (strcmp(verb, "pause") == 0)
+        reply(migrate_pause(vm), verb);
+    else if (strcmp(verb, "resume") == 0)
+        reply(migrate_resume(vm), verb);
+    else if (strcmp(verb, "pauses") == 0)
+        reply(many_pauses(vm, rest), verb);
+    else if (strcmp(verb, "hash") == 0)
+        reply(rest ? hash_write(vm, rest) : -EINVAL, verb);
+    else if (strcmp(verb, "corrupt") == 0)
+        reply(corrupt(vm, rest), verb);
+    else if (strcmp(verb, "info") == 0)
+        info(vm);
+    else if (strcmp(verb, "type") == 0) {
+        pthread_mutex_lock(&vm->lock);
+        uart_type(vm, rest ? rest : "");
+        pthread_mutex_unlock(&vm->lock);
+        reply(0, verb);
+    } else if ((err = migrate_command(vm, verb, rest)) == -ENOENT)
+        printf("error %s: no such command\n", verb);
+    return true;
+}
+
+/* ---- the main loop ---- */
+
+static bool read_commands(struct machine *vm)
+{
+    static char buffer[4096];
+    static size_t have;
+    ssize_t n = read(STDIN_FILENO, buffer + have, sizeof buffer - have);
+    char *line = buffer, *end;
+
+    if (n <= 0)
+        return n < 0 && errno == EINTR;                 /* nobody commands us any more: quit */
+    have += (size_t)n;
+    for (; (end = memchr(line, '\n', have - (size_t)(line - buffer))); line = end + 1) {
+        *end = '\0';
+        if (!obey(vm, line))
+            return false;
+    }
+    have -= (size_t)(line - buffer);
+    memmove(buffer, line, have);
+    return have < sizeof buffer;                        /* a line without an end is no command */
+}
+
+static int split_migrate_at(char *text, uint64_t *when, char **uri)
+{
+    char *comma = text ? strchr(text, ',') : NULL, *end;
+    double seconds;
+
+    *when = UINT64_MAX;
+    if (!text)
+        return 0;                                       /* never */
+    seconds = strtod(text, &end);
+    if (!comma || end != comma || !(seconds >= 0 && seconds < 1e6))
+        return -EINVAL;
+    *when = now_ns() + (uint64_t)(seconds * 1e9);
+    *uri = comma + 1;
+    return 0;
+}
+
+static int main_loop(struct machine *vm, char *migrate_at)
+{
+    struct pollfd fds[2] = { { .fd = STDIN_FILENO, .events = POLLIN },
+                             { .fd = migrate_event_fd(vm), .events = POLLIN } };
+    uint64_t when;
+    char *uri = NULL;
+
+    if (split_migrate_at(migrate_at, &when, &uri) < 0) {
+        fprintf(stderr, "vmm: --migrate-at %s: not SECONDS,URI\n", migrate_at);
+        return -EINVAL;
+    }
+    for (;;) {
+        uint64_t now = now_ns();
+        int wait_ms = when == UINT64_MAX ? -1 : when > now ? (int)((when - now) / 1000000) + 1 : 0;
+
+        if (poll(fds, 2, wait_ms) < 0 && errno != EINTR)
+            return -errno;
+        if (fds[1].revents & POLLIN)
+            migrate_events(vm);
+        if (fds[0].revents && !read_commands(vm))
+            return 0;
+        if (now_ns() >= when) {
+            migrate_command(vm, "migrate", uri);
+            when = UINT64_MAX;
+        }
+    }
+}
+
+static int start_guest(struct machine *vm, const struct options *o)
+{
+    int err;
+
+    if (o->incoming)
+        return migrate_listen(vm, o->incoming);
+    if ((err = machine_boot(vm, &o->boot, o->fill, o->tick_us)) < 0 || (err = migrate_resume(vm)) < 0)
+        return err;
+    printf("running\n");
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    static struct machine vm;
+    struct options o;
+    int err;
+
+    parse(argc, argv, &o);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    signal(SIGPIPE, SIG_IGN);                           /* a harness that went away is an error code, not the end */
+    vm.events_fd = o.events_fd;
+    vm.hash_at_start = o.hash_at_start;
+    vm.serial_fd = o.serial ? open(o.serial, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : STDERR_FILENO;
+    if (vm.serial_fd < 0)
+        machine_die(EXIT_VMM_FAULT, "--serial %s: %s", o.serial, strerror(errno));
+    if ((err = machine_create(&vm, &o.machine)) < 0)
+        machine_die(EXIT_VMM_FAULT, "cannot create the machine: %s", strerror(-err));
+    if ((err = migrate_setup(&vm)) < 0 || (err = ticker_start_thread(&vm)) < 0 ||
+        (err = vcpus_start_threads(&vm)) < 0 || (err = start_guest(&vm, &o)) < 0)
+        machine_die(EXIT_VMM_FAULT, "cannot start the guest: %s", strerror(-err));
+    err = main_loop(&vm, o.migrate_at);
+    vcpus_end_threads(&vm);                             /* these ask for the guest's clock, so they end first */
+    ticker_end_thread(&vm);
+    migrate_teardown(&vm);                              /* may still call our hooks; after it nobody does */
+    machine_destroy(&vm);
+    return err < 0 ? EXIT_VMM_FAULT : 0;
+}

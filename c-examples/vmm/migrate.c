@@ -1,0 +1,269 @@
+/* Everything that makes this VMM migratable: the one file to copy.                      SPDX: MIT OR Apache-2.0
+ *
+ * The VMM brings a way to pause and resume itself, a lock around its devices, and its state. It tells the library
+ * once where all of that is (migrate_setup); then every move is one call. */
+#include "vmm.h"
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <vmig.h>
+
+/* ---- the hooks: called by the library's threads, big lock not held ---- */
+
+static int stop(void *opaque)
+{
+    struct machine *vm = opaque;
+    int err = machine_pause(vm);
+
+    event_line(vm, "stopped %" PRIu64 "\n", now_ns());
+    return err;
+}
+
+/* Runs the guest, here for the first time or again. An arriving guest is complete at this point and has not run, so
+ * this is the moment to compare its memory with what the source sent. */
+static int start(void *opaque)
+{
+    struct machine *vm = opaque;
+
+    if (vm->hash_at_start) {
+        uint64_t begin = now_ns();
+        int err = hash_write(vm, vm->hash_at_start);
+        if (err < 0)
+            return err;                                 /* nothing ran: the source takes the guest back */
+        vm->hash_at_start = NULL;
+        event_line(vm, "hashed %" PRIu64 "\n", now_ns() - begin);
+    }
+    event_line(vm, "started %" PRIu64 "\n", now_ns());
+    return machine_resume(vm);
+}
+
+static void lock(void *opaque)
+{
+    pthread_mutex_lock(&((struct machine *)opaque)->lock);
+}
+
+static void unlock(void *opaque)
+{
+    pthread_mutex_unlock(&((struct machine *)opaque)->lock);
+}
+
+/* ---- the devices: one table each, for both directions ---- */
+
+static int uart_loaded(void *dev, uint32_t version)
+{
+    (void)version;
+    return ((struct uart *)dev)->rx_count <= sizeof ((struct uart *)dev)->rx ? 0 : -EINVAL;
+}
+
+static int probe_loaded(void *dev, uint32_t version)
+{
+    (void)version;
+    return ((struct probe *)dev)->words <= PROBE_WORDS ? 0 : -EINVAL;
+}
+
+static int ticker_loaded(void *dev, uint32_t version)
+{
+    const struct ticker *t = dev;
+
+    (void)version;
+    return t->expiry == TIMER_OFF || t->period_us != 0 ? 0 : -EINVAL;       /* an armed timer has a period */
+}
+
+static const vmig_field uart_fields[] = {
+    VMIG_U8(struct uart, ier), VMIG_U8(struct uart, fcr), VMIG_U8(struct uart, lcr), VMIG_U8(struct uart, mcr),
+    VMIG_U8(struct uart, scratch), VMIG_U8(struct uart, dll), VMIG_U8(struct uart, dlm),
+    VMIG_U8(struct uart, rx_count), VMIG_BYTES(struct uart, rx),
+    VMIG_END,
+};
+static const vmig_device uart_kind = {
+    .size = sizeof(vmig_device), .name = "uart", .version = 1, .oldest = 1, .fields = uart_fields,
+    .post_load = uart_loaded,
+};
+
+static const vmig_field ticker_fields[] = {
+    VMIG_U32(struct ticker, period_us), VMIG_U32(struct ticker, count), VMIG_TIMER(struct ticker, expiry),
+    VMIG_END,
+};
+static const vmig_device ticker_kind = {
+    .size = sizeof(vmig_device), .name = "ticker", .version = 1, .oldest = 1, .fields = ticker_fields,
+    .post_load = ticker_loaded,
+};
+
+static const vmig_field probe_fields[] = {
+    VMIG_ARRAY_U32(struct probe, word), VMIG_U32(struct probe, words), VMIG_U32(struct probe, generation),
+    VMIG_U64(struct probe, verified),
+    VMIG_END,
+};
+static const vmig_device probe_kind = {
+    .size = sizeof(vmig_device), .name = "probe", .version = 1, .oldest = 1, .fields = probe_fields,
+    .post_load = probe_loaded,
+};
+
+/* ---- telling the library, once ---- */
+
+static int add_ram(vmig *m, const struct ram_block *block)
+{
+    vmig_ram ram = VMIG_SIZED(vmig_ram);
+    vmig_kvm_slot slot = VMIG_SIZED(vmig_kvm_slot);
+    int err;
+
+    ram.name = block->name, ram.host = block->host, ram.len = block->len, ram.gpa = block->gpa;
+    if (block->fd >= 0)
+        ram.flags = VMIG_RAM_FD, ram.fd = block->fd;
+    slot.slot = block->slot, slot.ram = block->name, slot.len = block->len, slot.gpa = block->gpa;
+    if ((err = vmig_add_ram(m, &ram)) < 0)
+        return err;
+    return vmig_add_kvm_slot(m, &slot);
+}
+
+static int add_everything(vmig *m, struct machine *vm)  /* big lock held */
+{
+    int vcpu_fd[GUEST_MAX_VCPUS], err;
+
+    for (size_t i = 0; i < vm->vcpus; i++)
+        vcpu_fd[i] = vm->vcpu[i].fd;
+    if ((err = vmig_use_kvm(m, vm->vm_fd, vcpu_fd, vm->vcpus)) < 0)
+        return err;
+    for (size_t i = 0; i < RAM_BLOCKS; i++)
+        if ((err = add_ram(m, &vm->ram[i])) < 0)
+            return err;
+    for (size_t i = 0; i < vm->vcpus; i++)
+        if ((err = vmig_add_device(m, &probe_kind, (uint32_t)i, &vm->vcpu[i].probe)) < 0)
+            return err;
+    if ((err = vmig_add_device(m, &uart_kind, 0, &vm->uart)) < 0)
+        return err;
+    return vmig_add_device(m, &ticker_kind, 0, &vm->ticker);
+}
+
+int migrate_setup(struct machine *vm)
+{
+    vmig_ops ops = VMIG_SIZED(vmig_ops);
+    int err;
+
+    ops.stop = stop, ops.start = start, ops.lock = lock, ops.unlock = unlock;
+    if ((err = vmig_new(&ops, vm, &vm->migration)) >= 0) {
+        vmig_bql_lock(vm->migration);
+        err = add_everything(vm->migration, vm);
+        vmig_bql_unlock(vm->migration);
+    }
+    if (err < 0)
+        fprintf(stderr, "vmm: not migratable: %s\n", vmig_errmsg());
+    return err;
+}
+
+void migrate_teardown(struct machine *vm)
+{
+    vmig_free(vm->migration);
+}
+
+/* The VMM's own pause and resume, and the clock its timers follow, belong to the migration too. */
+int migrate_pause(struct machine *vm)
+{
+    return vmig_stop(vm->migration);
+}
+
+int migrate_resume(struct machine *vm)
+{
+    return vmig_start(vm->migration);
+}
+
+uint64_t migrate_clock_ns(struct machine *vm)
+{
+    return vmig_clock_ns(vm->migration);
+}
+
+/* ---- moving ---- */
+
+int migrate_listen(struct machine *vm, const char *uri)
+{
+    int err = vmig_incoming(vm->migration, uri);
+    char *address;
+
+    if (err < 0) {
+        fprintf(stderr, "vmm: --incoming %s: %s\n", uri, vmig_errmsg());
+        return err;
+    }
+    address = vmig_get(vm->migration, "listen-address");
+    printf("listening %s\n", address ? address : uri);
+    vmig_string_free(address);
+    return 0;
+}
+
+static void print_status(vmig *m)
+{
+    vmig_status s = VMIG_SIZED(vmig_status);
+
+    if (vmig_get_status(m, &s) < 0) {
+        printf("error status: %s\n", vmig_errmsg());
+        return;
+    }
+    printf("status state=%s iteration=%" PRIu32 " total=%" PRIu64 " remaining=%" PRIu64 " sent=%" PRIu64
+           " dirty-rate=%" PRIu64 " bandwidth=%" PRIu64 " elapsed=%" PRIu64 " expected-downtime=%" PRIu64
+           " downtime=%" PRIu64 " eta=%" PRIu64 "\n", vmig_state_name(s.state), s.iteration, s.total, s.remaining,
+           s.sent, s.dirty_rate, s.bandwidth, s.elapsed, s.expected_downtime, s.downtime, s.eta);
+}
+
+static void print_string(const char *label, char *value)
+{
+    printf("%s %s\n", label, value ? value : "none");
+    vmig_string_free(value);
+}
+
+static void print_result(const char *verb, int err)
+{
+    if (err < 0)
+        printf("error %s: %s\n", verb, vmig_errmsg());
+    else
+        printf("ok\n");
+}
+
+static int set_option(vmig *m, const char *name_and_value)
+{
+    const char *space = name_and_value ? strchr(name_and_value, ' ') : NULL;
+    char name[64];
+
+    if (!space || (size_t)(space - name_and_value) >= sizeof name)
+        return vmig_set(m, name_and_value, NULL);       /* let the library say what it misses */
+    memcpy(name, name_and_value, (size_t)(space - name_and_value));
+    name[space - name_and_value] = '\0';
+    return vmig_set(m, name, space + 1);
+}
+
+int migrate_command(struct machine *vm, const char *verb, const char *argument)
+{
+    vmig *m = vm->migration;
+
+    if (strcmp(verb, "migrate") == 0)
+        print_result(verb, vmig_outgoing(m, argument));
+    else if (strcmp(verb, "cancel") == 0)
+        print_result(verb, vmig_cancel(m));
+    else if (strcmp(verb, "set") == 0)
+        print_result(verb, set_option(m, argument));
+    else if (strcmp(verb, "get") == 0)
+        print_string("value", vmig_get(m, argument));
+    else if (strcmp(verb, "error") == 0)
+        print_string("failure", vmig_get_error(m));
+    else if (strcmp(verb, "status") == 0)
+        print_status(m);
+    else
+        return -ENOENT;
+    return 0;
+}
+
+/* The main loop polls this fd beside its own and then asks what happened. */
+int migrate_event_fd(struct machine *vm)
+{
+    return vmig_event_fd(vm->migration);
+}
+
+void migrate_events(struct machine *vm)
+{
+    vmig_status s = VMIG_SIZED(vmig_status);
+
+    while (vmig_next_event(vm->migration, &s) == 1) {
+        char *why = s.state == VMIG_STATE_FAILED ? vmig_get_error(vm->migration) : NULL;
+        printf("event %s%s%s\n", vmig_state_name(s.state), why ? " " : "", why ? why : "");
+        vmig_string_free(why);
+    }
+}
