@@ -21,8 +21,8 @@ pub fn check_return(who: &str, value: c_int) -> Result<c_int> {
         return Ok(value);
     }
     match value.checked_neg().filter(|errno| *errno < 4096) {
-        Some(errno) => Err(Error::new(errno, format!("{who} failed: {}", strerror(errno)))),
-        None => Err(Error::new(libc::EIO, format!("{who} failed with {value}, which is not a negative errno"))),
+        Some(errno) => Err(Error::new(errno, format!("{who} returned {value} ({})", strerror(errno)))),
+        None => Err(Error::new(libc::EIO, format!("{who} returned {value}, which is not a negative errno"))),
     }
 }
 
@@ -167,7 +167,7 @@ impl Vmm {
         let same: Arc<dyn RunHandler> = Arc::<CHandler>::clone(&handler);
         // Armed before anybody can remove it, disarmed if it was not taken.
         *lock(&handler.destroy) = destroy;
-        self.add_handler("C", priority, same).inspect_err(|_| *lock(&handler.destroy) = None)
+        self.add_handler(&format!("callback {run:p}"), priority, same).inspect_err(|_| *lock(&handler.destroy) = None)
     }
 }
 
@@ -193,7 +193,7 @@ impl RunHandler for CHandler {
         let at = vmig_moment { size: vmig_moment::REQUIRED, wall_ns: at.wall_ns, monotonic_ns: at.monotonic_ns };
         // SAFETY: the VMM's own function and pointer, big lock held; the moment lives until the call returns.
         let value = unsafe { (self.run)(self.opaque.0, phase as vmig_phase, &raw const at) };
-        check_return("the callback", value).map(|_| ())
+        check_return("it", value).map(|_| ())
     }
 }
 

@@ -74,7 +74,7 @@ struct Entry {
 
 impl Entry {
     fn call(&self, phase: Phase, at: &Moment) -> Result<()> {
-        let who = format!("the run-state handler '{}' (priority {}) in {phase}", self.name, self.priority);
+        let who = format!("run-state handler {} '{}' (priority {}) in {phase}", self.id, self.name, self.priority);
         fence(&who, || self.handler.run(phase, at).map_err(|error| error.context(format_args!("{who} failed"))))
     }
 }
