@@ -80,7 +80,7 @@ pub struct vmig_field {
 /// dispatch=manual, big lock held. They get the pointer given to vmig_add_device, or in a nested table a pointer to
 /// the element. They return 0, or a negative errno, which fails the migration with an error that names device and
 /// callback; the guest goes on at the source. They must not wait, throw or longjmp, nor call vmig functions other than
-/// those marked \[cb\].
+/// those marked `[cb]`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct vmig_device {

@@ -21,10 +21,14 @@
  *     VMIG_END                 the last row
  */
 
-/* 0, if the types agree; else it does not compile. C99 has no type test of its own, hence the three ways. The last
- * one is a constraint violation that every compiler reports, some as a warning. */
+/* 0, if the types agree; else it does not compile. C99 has no type test of its own, hence so many ways. The last one
+ * is a constraint violation that every compiler reports, some as a warning. */
 #if defined(__cplusplus)
-#define VMIG_SAME_(pointer, expression) (0 * sizeof((pointer)0 == (expression)))
+extern "C++" {
+template <class A, class B> struct vmig_same_;                  /* incomplete: the member is of another type */
+template <class A> struct vmig_same_<A, A> { char same; };
+}
+#define VMIG_SAME_(pointer, expression) (0 * sizeof(vmig_same_<pointer, decltype(expression)>))
 #define VMIG_BOOL_TYPE_ bool
 #else
 #define VMIG_BOOL_TYPE_ _Bool

@@ -26,10 +26,10 @@ pub const VMIG_SECTION_EARLY: u32 = 1;
 /// fails with an error that names section and offset.
 ///
 /// The struct is copied when the section is added. All callbacks run on a thread of the library, or inside
-/// vmig_dispatch() with dispatch=manual; \[bql\] says the big lock is held, \[free\] that it is not. They return 0 or
+/// vmig_dispatch() with dispatch=manual; `[bql]` says the big lock is held, `[free]` that it is not. They return 0 or
 /// more, or a negative errno, which fails the migration with an error that names section and callback; the guest goes
-/// on at the source. They must not throw or longjmp; those marked \[bql\] must not wait. They may call the vmig
-/// functions marked \[cb\], and use their writer or reader until they return.
+/// on at the source. They must not throw or longjmp; those marked `[bql]` must not wait. They may call the vmig
+/// functions marked `[cb]`, and use their writer or reader until they return.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct vmig_section_ops {
@@ -43,41 +43,41 @@ pub struct vmig_section_ops {
     pub priority: i32,
     /// VMIG_SECTION_EARLY or 0.
     pub flags: u32,
-    /// Positive: takes part in this migration, 0: not. NULL: always. Source. \[bql\] or \[free\]
+    /// Positive: takes part in this migration, 0: not. NULL: always. Source. `[bql]` or `[free]`
     pub is_active: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// Positive: `iterate` is worth calling now, 0: not. NULL: always. Source. \[free\]
+    /// Positive: `iterate` is worth calling now, 0: not. NULL: always. Source. `[free]`
     pub is_active_iterate: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// Positive: what is left may also be sent after the guest runs on the destination. NULL: no. Source. \[free\]
+    /// Positive: what is left may also be sent after the guest runs on the destination. NULL: no. Source. `[free]`
     pub has_postcopy: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// Before anything is sent; an error refuses the migration. Source. \[bql\]
+    /// Before anything is sent; an error refuses the migration. Source. `[bql]`
     pub prepare: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// Writes the first body. Source. \[bql\]
+    /// Writes the first body. Source. `[bql]`
     pub setup: Option<unsafe extern "C" fn(opaque: *mut c_void, out: *mut vmig_writer) -> c_int>,
     /// Cheap guess of the bytes left, called in every loop: those that must be sent before the guest may run on the
     /// destination, and those that may also follow. Both are zero before the call. Required if iterative. Source.
-    /// \[free\]
+    /// `[free]`
     pub pending_estimate:
         Option<unsafe extern "C" fn(opaque: *mut c_void, must_precopy: *mut u64, can_postcopy: *mut u64) -> c_int>,
     /// The same, exactly; called when the estimate lets the guest be stopped. NULL: the estimate is exact. Source.
-    /// \[free\]
+    /// `[free]`
     pub pending_exact:
         Option<unsafe extern "C" fn(opaque: *mut c_void, must_precopy: *mut u64, can_postcopy: *mut u64) -> c_int>,
     /// Writes the next body, about `budget` bytes at most. Positive: nothing left for now, 0: more to come. Source.
-    /// \[free\]
+    /// `[free]`
     pub iterate: Option<unsafe extern "C" fn(opaque: *mut c_void, out: *mut vmig_writer, budget: u64) -> c_int>,
-    /// Writes the last or only body; the guest is stopped, unless VMIG_SECTION_EARLY. Required. Source. \[bql\]
+    /// Writes the last or only body; the guest is stopped, unless VMIG_SECTION_EARLY. Required. Source. `[bql]`
     pub complete: Option<unsafe extern "C" fn(opaque: *mut c_void, out: *mut vmig_writer) -> c_int>,
-    /// Undoes `setup`; exactly once for each `setup` that was tried, however the migration ended. Source. \[bql\]
+    /// Undoes `setup`; exactly once for each `setup` that was tried, however the migration ended. Source. `[bql]`
     pub cleanup: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
-    /// Before the first body arrives. Destination. \[bql\]
+    /// Before the first body arrives. Destination. `[bql]`
     pub load_setup: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
     /// Reads one body, all of which has arrived; `part` is one of VMIG_PART_..., `version` the sender's. Required.
-    /// Destination. \[bql\]
+    /// Destination. `[bql]`
     pub load:
         Option<unsafe extern "C" fn(opaque: *mut c_void, part: u32, version: u32, input: *mut vmig_reader) -> c_int>,
-    /// Undoes `load_setup`; exactly once, told whether (1) or not (0) the migration succeeded. Destination. \[bql\]
+    /// Undoes `load_setup`; exactly once, told whether (1) or not (0) the migration succeeded. Destination. `[bql]`
     pub load_cleanup: Option<unsafe extern "C" fn(opaque: *mut c_void, ok: c_int)>,
-    /// Positive: the source must wait for this section's approval before it stops the guest. NULL: no. Destination. \[bql\]
+    /// Positive: the source must wait for this section's approval before it stops the guest. NULL: no. Destination. `[bql]`
     pub switchover_ack_needed: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
 }
 

@@ -7,14 +7,12 @@ use crate::error::{Error, Result};
 use crate::wire::output::Put;
 
 /// Where a section's callback puts its bytes. Valid only during the callback that got it.
-#[repr(C)]
 #[derive(Debug)]
 pub struct vmig_writer {
     _private: [u8; 0],
 }
 
 /// Where a section's callback gets its bytes from. Valid only during the callback that got it.
-#[repr(C)]
 #[derive(Debug)]
 pub struct vmig_reader {
     _private: [u8; 0],
