@@ -15,4 +15,5 @@ pub mod wire;
 pub mod transport;
 pub mod dirty;
 pub mod section;
+pub mod kvm;
 pub mod vmm;
