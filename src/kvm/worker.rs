@@ -36,10 +36,6 @@ impl<V: Send + 'static> Bench<V> {
         Self { index, vcpu: Arc::new(Mutex::new(vcpu)), straggler: Mutex::new(None) }
     }
 
-    pub(super) fn index(&self) -> usize {
-        self.index
-    }
-
     /// Starts `probe`, then `work`, on a thread. Fails at once if the vCPU still holds up an earlier job.
     pub(super) fn start<T: Send + 'static>(
         &self,
@@ -106,7 +102,7 @@ impl<V: Send + 'static, T: Send + 'static> Job<'_, V, T> {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut got = self.done.recv_timeout(left);
         let mut detail = format!("waited {} ms", timeout.as_millis());
-        if got == Err(RecvTimeoutError::Timeout) {
+        if matches!(got, Err(RecvTimeoutError::Timeout)) {
             let gave_up = self.gate.compare_exchange(PROBING, GIVEN_UP, Ordering::AcqRel, Ordering::Acquire);
             if gave_up.is_err() {
                 // The vCPU was outside KVM_RUN and work began: it deserves its own time.

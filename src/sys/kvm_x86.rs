@@ -4,10 +4,10 @@
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 
 use kvm_bindings::{
-    KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_IRQCHIP_IOAPIC, KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GUEST_MODE, KvmNestedStateBuffer,
+    KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_IRQCHIP_IOAPIC, KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GUEST_MODE,
     kvm_ioapic_state, kvm_irqchip, kvm_pic_state, kvm_sregs2, kvm_xsave,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, KvmNestedStateBuffer, VcpuFd, VmFd};
 
 use super::kvm::{check_kind, dup, errno, ior, iow};
 use crate::error::{Error, Result, strerror};
@@ -52,8 +52,8 @@ impl Machine {
         let kvm = Kvm::new().map_err(|e| failed("opening /dev/kvm (for the list of MSRs)", &e))?;
         let copy = dup(fd, "the VM")?.into_raw_fd();
         // SAFETY: `copy` is a fresh fd that only the VmFd will own, and the caller checked that it is a VM.
-        let vm = unsafe { kvm.create_vmfd_from_rawfd(copy) }
-            .map_err(|e| failed("asking for the size of kvm_run", &e))?;
+        let vm =
+            unsafe { kvm.create_vmfd_from_rawfd(copy) }.map_err(|e| failed("asking for the size of kvm_run", &e))?;
         let cap = |cap: u32| usize::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
         let features = Features { sregs2: cap(KVM_CAP_SREGS2) > 0, xsave2: cap(KVM_CAP_XSAVE2) };
         if features.xsave2 > XSAVE_MAX {
@@ -205,7 +205,8 @@ impl Vcpu {
             return check(done, "KVM_GET_SREGS2").map(|()| sregs);
         }
         let old = self.fd.get_sregs().map_err(|e| failed("KVM_GET_SREGS", &e))?;
-        (sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (old.cs, old.ds, old.es, old.fs, old.gs, old.ss);
+        (sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) =
+            (old.cs, old.ds, old.es, old.fs, old.gs, old.ss);
         (sregs.tr, sregs.ldt, sregs.gdt, sregs.idt) = (old.tr, old.ldt, old.gdt, old.idt);
         (sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8) = (old.cr0, old.cr2, old.cr3, old.cr4, old.cr8);
         (sregs.efer, sregs.apic_base) = (old.efer, old.apic_base);

@@ -69,3 +69,18 @@ fn accept_refusal(vcpu: &Vcpu, msr: Msr) -> Result<()> {
     Err(Error::invalid(format!("KVM does not take MSR {:#x} on this host", msr.index))
         .expected_got(format!("{:#x}", msr.data), here))
 }
+
+/// KVM without hardware virtualization takes a write of the TSC and goes on showing the host's. A guest may live with
+/// a TSC that jumps ahead, but not with one that goes back.
+pub(super) fn check_tsc(vcpu: &Vcpu, msrs: &[Msr]) -> Result<()> {
+    let Some(saved) = msrs.iter().find(|msr| msr.index == TSC) else { return Ok(()) };
+    let (here, _) = read(vcpu, &[TSC])?;
+    match here.first() {
+        Some(here) if here.data < saved.data => Err(Error::new(
+            libc::ENOTSUP,
+            "this host does not let the guest's TSC be set, and its own is behind the source's: time would go back",
+        )
+        .expected_got(format!("at least {:#x}", saved.data), format!("{:#x}", here.data))),
+        _ => Ok(()),
+    }
+}

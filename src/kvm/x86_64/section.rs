@@ -27,7 +27,7 @@ pub(super) struct KvmSection<S> {
 
 impl<S: Transfer> KvmSection<S> {
     pub(super) fn new(kvm: Arc<Kvm>, index: usize) -> Result<Self> {
-        Ok(Self { kvm, table: Checked::new(S::table())?, index, state: std::marker::PhantomData })
+        Ok(Self { kvm, table: S::table().checked()?, index, state: std::marker::PhantomData })
     }
 
     fn name(&self) -> String {
@@ -59,7 +59,8 @@ impl<S: Transfer> Section for KvmSection<S> {
     }
 
     fn describe(&self, body: &[u8]) -> serde_json::Value {
-        describe(&self.table, body)
-            .unwrap_or_else(|_| serde_json::json!({"fields": [{"name": "data", "type": "buffer", "size": body.len()}]}))
+        describe(&self.table, body).unwrap_or_else(
+            |_| serde_json::json!({"fields": [{"name": "data", "type": "buffer", "size": body.len()}]}),
+        )
     }
 }

@@ -1,6 +1,8 @@
 //! One vCPU: reading and writing its state in the order KVM wants.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_lapic_state, kvm_mp_state, kvm_xcr, kvm_xcrs};
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_lapic_state, kvm_mp_state, kvm_xcr, kvm_xcrs,
+};
 
 use super::cpuid;
 use super::msr;
@@ -276,7 +278,8 @@ fn save_msrs(vcpu: &Vcpu, notes: &mut Notes, state: &mut VcpuState) -> Result<()
 }
 
 fn load_msrs(vcpu: &mut Vcpu, state: &VcpuState) -> Result<()> {
-    msr::write(vcpu, state.msrs())
+    msr::write(vcpu, state.msrs())?;
+    msr::check_tsc(vcpu, state.msrs())
 }
 
 fn save_events(vcpu: &Vcpu, _: &mut Notes, state: &mut VcpuState) -> Result<()> {
@@ -285,7 +288,7 @@ fn save_events(vcpu: &Vcpu, _: &mut Notes, state: &mut VcpuState) -> Result<()> 
 }
 
 fn load_events(vcpu: &mut Vcpu, state: &VcpuState) -> Result<()> {
-    vcpu.fd().set_vcpu_events(&state.events).map_err(|e| {
-        failed(format_args!("KVM_SET_VCPU_EVENTS with flags {:#x}", state.events.flags), &e)
-    })
+    vcpu.fd()
+        .set_vcpu_events(&state.events)
+        .map_err(|e| failed(format_args!("KVM_SET_VCPU_EVENTS with flags {:#x}", state.events.flags), &e))
 }
