@@ -143,6 +143,8 @@ mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
 
+    const LONG: Duration = Duration::from_secs(10);
+
     /// A vCPU that lets its first call through when told so.
     type Stuck = Arc<AtomicBool>;
 
@@ -166,10 +168,10 @@ mod tests {
         let again = bench.start(|v| probe(v), |_| Ok(())).err().expect("the vCPU is still stuck");
         assert!(again.text().contains("earlier attempt"), "{again}");
         free.store(true, Ordering::Release);
-        bench.wind_up(Instant::now() + Duration::from_secs(10));
+        bench.wind_up(Instant::now() + LONG);
         assert!(!touched.load(Ordering::Acquire));
         let job = bench.start(|v| probe(v), |_| Ok(7)).unwrap();
-        assert_eq!(job.wait(Instant::now() + Duration::from_secs(10), timeout), Ok(7));
+        assert_eq!(job.wait(Instant::now() + LONG, timeout), Ok(7));
     }
 
     #[test]
@@ -183,9 +185,9 @@ mod tests {
         };
         let error = bench.start(|v| probe(v), slow).unwrap().wait(Instant::now() + timeout, timeout).unwrap_err();
         assert!(error.text().contains("again"), "{error}");
-        bench.wind_up(Instant::now() + Duration::from_secs(10));
+        bench.wind_up(Instant::now() + LONG);
         let panics = |_: &mut Stuck| -> Result<()> { panic!("on purpose") };
-        let error = bench.start(|v| probe(v), panics).unwrap().wait(Instant::now() + timeout, timeout).unwrap_err();
+        let error = bench.start(|v| probe(v), panics).unwrap().wait(Instant::now() + LONG, timeout).unwrap_err();
         assert_eq!(error.errno(), libc::EIO);
     }
 }
