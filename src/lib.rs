@@ -15,6 +15,7 @@ pub mod wire;
 pub mod transport;
 pub mod dirty;
 pub mod section;
+pub mod kvm;
 pub mod vmm;
 pub mod outgoing;
 pub mod incoming;

@@ -3,5 +3,8 @@
 pub mod clock;
 pub mod eventfd;
 pub mod io;
+pub mod kvm;
+#[cfg(target_arch = "x86_64")]
+pub mod kvm_x86;
 pub mod sized;
 pub mod thread_sys;

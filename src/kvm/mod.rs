@@ -1,0 +1,45 @@
+//! vCPU, interrupt controller and clock state of a KVM guest as ready sections, one module per architecture.
+
+mod worker;
+
+#[cfg(target_arch = "x86_64")]
+mod layout;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{Kvm, Reentry, attach};
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::{Kvm, attach};
+
+#[cfg(target_arch = "riscv64")]
+mod riscv64;
+#[cfg(target_arch = "riscv64")]
+pub use riscv64::{Kvm, attach};
+
+use std::sync::Arc;
+
+use crate::section::Section;
+
+/// A section of KVM state with its place in the stream.
+pub struct Entry {
+    /// Name in the stream.
+    pub name: &'static str,
+    /// vCPU index, else 0.
+    pub instance: u32,
+    /// Higher is saved and loaded earlier.
+    pub priority: i32,
+    /// Version its body is written in.
+    pub version: u32,
+    /// The section.
+    pub section: Arc<dyn Section>,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name, instance, priority, version, .. } = self;
+        write!(f, "Entry({name}/{instance} priority {priority} version {version})")
+    }
+}
