@@ -2,6 +2,7 @@
 //!
 //! The modules below stand in floor order: a module uses only those listed before it (tests/floors.rs keeps it so).
 
+mod capi;
 pub mod error;
 pub mod sys;
 pub mod thread;
