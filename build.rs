@@ -133,8 +133,8 @@ fn tidy(generated: &str, known: &mut Vec<String>) -> String {
         let indent = &line[..line.len() - line.trim_start().len()];
         if line.trim() == "/**" {
             let words = lines.by_ref().take_while(|l| l.trim() != "*/");
-            let words = words.map(|l| l.trim_start().trim_start_matches("* ").trim_end_matches('*').to_string());
-            let words: Vec<_> = words.collect();
+            let words = words.map(|l| l.trim_start().strip_prefix('*').unwrap_or(l));
+            let words: Vec<_> = words.map(|l| l.strip_prefix(' ').unwrap_or(l).to_string()).collect();
             text += &comment(&plain(&words), indent);
         } else if let Some(name) = line.strip_prefix("enum ") {
             text += &enumeration(name, &mut lines);

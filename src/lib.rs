@@ -2,7 +2,6 @@
 //!
 //! The modules below stand in floor order: a module uses only those listed before it (tests/floors.rs keeps it so).
 
-mod capi;
 pub mod error;
 pub mod sys;
 pub mod thread;
@@ -17,3 +16,4 @@ pub mod transport;
 pub mod dirty;
 pub mod section;
 pub mod vmm;
+pub mod capi;
