@@ -1,5 +1,6 @@
 //! The staircase: the order of the modules in src/lib.rs is the architecture. A module names only modules listed
 //! before it, and the two halves, `outgoing` and `incoming`, never name each other.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! What every test file shares: where things are, skips that are counted, the seed, running programs.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part of this")]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 pub mod source;
 
