@@ -9,6 +9,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Output},
+    sync::atomic::{AtomicUsize, Ordering},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -24,9 +25,11 @@ pub fn target() -> PathBuf {
     exe.ancestors().nth(3).unwrap().to_path_buf()
 }
 
-/// A directory of this process, for files a test makes; empty at the start.
+/// A new directory for files a test makes; tests/run removes them all before it starts.
 pub fn scratch(name: &str) -> PathBuf {
-    let dir = target().join("scratch").join(format!("{name}-{}", std::process::id()));
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let dir = target().join("scratch").join(format!("{name}-{}-{count}", std::process::id()));
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).unwrap();
     dir
