@@ -138,6 +138,8 @@ fn tidy(generated: &str, known: &mut Vec<String>) -> String {
             text += &comment(&plain(&words), indent);
         } else if let Some(name) = line.strip_prefix("enum ") {
             text += &enumeration(name, &mut lines);
+        } else if line.starts_with("#define ") {
+            constant(&mut text, line);
         } else {
             let named = line.strip_prefix("} ").or(line.strip_prefix("typedef struct "));
             let shown = known.iter().fold(line.to_string(), |l, name| without_struct(&l, name));
@@ -150,6 +152,24 @@ fn tidy(generated: &str, known: &mut Vec<String>) -> String {
         }
     }
     text
+}
+
+/// Adds a constant, on one line with the comment that stands before it where both fit, close to the one before.
+fn constant(text: &mut String, line: &str) {
+    let start = text.trim_end_matches('\n').rfind('\n').map_or(0, |i| i + 1);
+    let comment = text[start..].trim_end().to_string();
+    let joined = format!("{line:<32} {comment}\n");
+    let whole = comment.starts_with("/*") && comment.ends_with("*/");
+    if !whole || joined.len() > WIDTH {
+        *text += &format!("{line}\n");
+        return;
+    }
+    text.truncate(start);
+    let before = text.trim_end();
+    if before.lines().next_back().is_some_and(|l| l.starts_with("#define ") && l.ends_with("*/")) {
+        text.truncate(before.len() + 1);
+    }
+    *text += &joined;
 }
 
 /// `struct name` as `name`.
