@@ -129,3 +129,20 @@ fn what_keeps_the_rules_passes() {
     }
     assert_eq!(complaints("src/a.rs", &"\n".repeat(LINES_MAX)), Vec::<String>::new());
 }
+
+#[test]
+fn a_required_need_is_no_skip() {
+    let required = |list: &str| common::is_required(list, "kvm");
+    assert!(required("kvm") && required("qemu,kvm") && required("all") && required("all,-qemu"));
+    assert!(!required("") && !required("qemu") && !required("all,-kvm") && !required("kvmx"));
+}
+
+#[test]
+fn samples_are_drawn_within_the_points() {
+    let drawn = common::points("tidy", 1000, 10);
+    let all = std::env::var("VMIG_ALL").is_ok_and(|v| v == "1");
+    assert_eq!(drawn.len(), if all { 1000 } else { 10 });
+    assert!(drawn.is_sorted() && drawn[0] == 0 && *drawn.last().unwrap() == 999);
+    assert_eq!(common::points("tidy", 2, 10), [0, 1]);
+    assert_eq!(common::points("tidy", 0, 10), [0; 0]);
+}

@@ -48,18 +48,24 @@ pub fn built(name: &str) -> PathBuf {
     path
 }
 
-/// Says that a test cannot run here, and counts it. True: return from the test.
-/// VMIG_REQUIRE=kvm,qemu,... makes the absence of these a failure instead.
+/// Says that a test cannot run here, and counts it. True: return from the test. One call for each test that skips.
+/// VMIG_REQUIRE names the needs whose absence is a failure instead: `kvm,qemu`, or `all,-kvm`.
 #[must_use]
 pub fn skip(needs: &str, reason: &str) -> bool {
     let required = env::var("VMIG_REQUIRE").unwrap_or_default();
-    assert!(!required.split(',').any(|r| r == needs), "VMIG_REQUIRE={required}, but {reason}");
+    assert!(!is_required(&required, needs), "VMIG_REQUIRE={required}, but {reason}");
     println!("SKIP: {needs}: {reason}");
     let test = std::thread::current().name().unwrap_or("?").to_string();
     let line = format!("{test}: {needs}: {reason}\n");
     let file = fs::OpenOptions::new().create(true).append(true).open(target().join("skips.txt"));
     file.and_then(|mut f| f.write_all(line.as_bytes())).unwrap();
     true
+}
+
+/// Whether a list such as `kvm,qemu` or `all,-kvm` demands `needs`.
+pub fn is_required(list: &str, needs: &str) -> bool {
+    let has = |word: &str| list.split(',').any(|r| r.trim() == word);
+    (has(needs) || has("all")) && !has(&format!("-{needs}"))
 }
 
 /// True, with the skip counted, when there is no usable KVM.
