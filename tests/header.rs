@@ -33,9 +33,69 @@ macro_rules! layout {
 
 /// Every struct of the header as Rust lays it out: a line for each.
 fn layouts() -> BTreeMap<String, Layout> {
-    #[allow(unused_mut, reason = "a line for each struct of the header stands here")]
-    let mut types = BTreeMap::new();
-    types
+    use vmig::{section, vmm};
+    let mut t = BTreeMap::new();
+    layout!(t, vmm::ops::vmig_ops { size, stop, start, lock, unlock, held, log_dirty, announce, log, destroy });
+    layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
+    layout!(
+        t,
+        section::cdevice::vmig_field {
+            name,
+            kind,
+            since,
+            offset,
+            width,
+            count,
+            nested,
+            count_field,
+            flags,
+            reserved32,
+            reserved
+        }
+    );
+    layout!(
+        t,
+        section::cdevice::vmig_device {
+            size,
+            name,
+            version,
+            oldest,
+            fields,
+            parts,
+            needed,
+            pre_save,
+            post_save,
+            pre_load,
+            post_load,
+            flags,
+            priority
+        }
+    );
+    layout!(
+        t,
+        section::ops::vmig_section_ops {
+            size,
+            instance,
+            oldest,
+            priority,
+            flags,
+            is_active,
+            is_active_iterate,
+            has_postcopy,
+            prepare,
+            setup,
+            pending_estimate,
+            pending_exact,
+            iterate,
+            complete,
+            cleanup,
+            load_setup,
+            load,
+            load_cleanup,
+            switchover_ack_needed
+        }
+    );
+    t
 }
 
 /// A compiler, its language and its standard.
