@@ -19,3 +19,4 @@ pub mod kvm;
 pub mod vmm;
 pub mod outgoing;
 pub mod incoming;
+pub mod capi;
