@@ -19,4 +19,5 @@ pub mod kvm;
 pub mod vmm;
 pub mod outgoing;
 pub mod incoming;
+pub mod machine;
 pub mod capi;

@@ -232,14 +232,16 @@ impl Status {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a migration, or says why not. What it returns ends every wait of the migration when raised.
-    pub fn begin(&self, side: Side, events: bool) -> Result<Arc<Wake>> {
+    /// `EBUSY` while a migration runs.
+    pub fn check_idle(&self) -> Result<()> {
+        check_idle(&self.lock())
+    }
+
+    /// Starts a migration, or says why not. Cancel and the first error raise `wake`.
+    pub fn begin(&self, side: Side, events: bool, wake: &Arc<Wake>) -> Result<()> {
         let mut shared = self.lock();
-        if !shared.state.is_final() {
-            let text = format!("a migration is in progress (state {})", shared.state.name());
-            return Err(Error::new(libc::EBUSY, text));
-        }
-        shared.wake = Arc::new(Wake::new()?);
+        check_idle(&shared)?;
+        shared.wake = Arc::clone(wake);
         for counter in self.counters.all() {
             counter.store(0, Ordering::Relaxed);
         }
@@ -250,7 +252,7 @@ impl Status {
         shared.started = Some(Instant::now());
         shared.ended = None;
         self.become_locked(&mut shared, State::Setup);
-        Ok(Arc::clone(&shared.wake))
+        Ok(())
     }
 
     fn become_locked(&self, shared: &mut Shared, to: State) {
@@ -367,6 +369,17 @@ impl Status {
         self.become_locked(&mut shared, State::SwitchoverUnknown);
     }
 
+    /// Decides an unknown switchover: failed if the guest runs here, completed if it runs there.
+    pub fn resolve(&self, here: bool) -> Result<()> {
+        let mut shared = self.lock();
+        if shared.state != State::SwitchoverUnknown {
+            let text = format!("nothing to resolve: the migration is in state {}", shared.state.name());
+            return Err(Error::invalid(text));
+        }
+        self.become_locked(&mut shared, if here { State::Failed } else { State::Completed });
+        Ok(())
+    }
+
     /// The present state.
     pub fn state(&self) -> State {
         self.lock().state
@@ -445,6 +458,16 @@ impl Status {
     }
 }
 
+fn check_idle(shared: &Shared) -> Result<()> {
+    match shared.state.is_final() {
+        true => Ok(()),
+        false => {
+            let text = format!("a migration is in progress (state {})", shared.state.name());
+            Err(Error::new(libc::EBUSY, text))
+        }
+    }
+}
+
 /// What is left shrinks by bandwidth minus dirty rate; `u64::MAX` if it does not shrink.
 fn eta(state: State, remaining: u64, bandwidth: u64, dirty_rate: u64) -> u64 {
     if state.is_final() {
@@ -463,7 +486,7 @@ mod tests {
 
     fn started() -> Status {
         let status = Status::new().unwrap();
-        status.begin(Side::Source, true).unwrap();
+        status.begin(Side::Source, true, &Arc::new(Wake::new().unwrap())).unwrap();
         status
     }
 
@@ -521,7 +544,7 @@ mod tests {
         status.fail(Error::invalid("second"));
         assert_eq!(status.check().unwrap_err().text(), "first");
         assert_eq!(status.cause(Error::invalid("third")).text(), "first");
-        assert!(status.begin(Side::Source, true).is_err());
+        assert_eq!(status.check_idle().unwrap_err().errno(), libc::EBUSY);
     }
 
     #[test]

@@ -59,6 +59,14 @@ impl Hub {
                     return Err(error.context("switching dirty logging on"));
                 }
             }
+            // A log may begin with every page set. Reading it now lets the first round clear it chunk by chunk;
+            // otherwise the second round would send everything again.
+            for tracker in &inner.trackers {
+                if let Err(error) = tracker.sync(&mut |_, _, _| ()) {
+                    inner.trackers.iter().for_each(|t| t.stop());
+                    return Err(error.context("reading the dirty log for the first time"));
+                }
+            }
         }
         inner.readers.push(Reader { set: Arc::clone(&set), list: Arc::clone(list) });
         Ok(set)

@@ -5,6 +5,7 @@
 //! silent loss, so RAM that no tracker covers is refused.
 
 pub mod hub;
+pub mod kvm_log;
 pub mod set;
 
 use std::ops::Range;

@@ -4,7 +4,7 @@
 //! run without the big lock, or a vCPU that waits for it could never park; the handlers run with it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::bql::Bql;
@@ -135,6 +135,8 @@ pub struct Vmm {
     /// Token of the thread inside `run`; 0: none.
     runner: AtomicUsize,
     reasons: AtomicU8,
+    /// Nobody stopped or started the guest through us yet: whether it runs is the VMM's secret.
+    fresh: AtomicBool,
     clock: Mutex<Clock>,
     bql: Arc<Bql>,
     log: Arc<Log>,
@@ -143,6 +145,8 @@ pub struct Vmm {
 
 impl Vmm {
     /// A guest that is stopped for `reasons`, or runs if there are none. No hook is called.
+    ///
+    /// Without reasons it may also be that the VMM did not start it yet: the first `start` calls the hook.
     pub fn new(hooks: Box<dyn Hooks>, bql: Arc<Bql>, log: Arc<Log>, reasons: Reasons) -> Self {
         let clock = Clock { base_ns: 0, since_ns: reasons.is_empty().then(monotonic_ns) };
         Self {
@@ -150,6 +154,7 @@ impl Vmm {
             run: Mutex::new(()),
             runner: AtomicUsize::new(0),
             reasons: AtomicU8::new(reasons.0),
+            fresh: AtomicBool::new(reasons.is_empty()),
             clock: Mutex::new(clock),
             bql,
             log,
@@ -195,19 +200,35 @@ impl Vmm {
     /// Takes a reason away, and starts the guest if it was the last. A reason that is not there is fine. \[free\]
     ///
     /// Start handlers, then the hook. On failure the guest is stopped for the same reasons as before, and the handlers
-    /// know. `EPERM` while the guest is not ours, unless that is the reason to take away. `EDEADLK` as for `stop`.
+    /// know. `EPERM` for the user while the guest is not ours. `EDEADLK` as for `stop`.
     pub fn start(&self, reason: StopReason) -> Result<RunReport> {
         let _run = self.enter("start")?;
         let before = self.reasons();
-        if before.contains(StopReason::NotOwner) && reason != StopReason::NotOwner {
+        if before.contains(StopReason::NotOwner) && reason == StopReason::User {
             return Err(Error::new(libc::EPERM, "cannot start: this host does not own the guest"));
         }
         let after = before.without(reason);
-        if after.is_empty() && !before.is_empty() {
+        let first = self.fresh.load(Ordering::Relaxed) && reason == StopReason::User;
+        if after.is_empty() && (!before.is_empty() || first) {
             return self.resume();
         }
         self.set(after);
         Ok(RunReport::default())
+    }
+
+    /// The guest is about to arrive from elsewhere. `EBUSY` if one runs here: its memory would be overwritten.
+    ///
+    /// Of a fresh guest no hook is called, for it never ran.
+    pub fn expect_arrival(&self) -> Result<()> {
+        let _run = self.enter("replace")?;
+        if self.is_running() && !self.fresh.load(Ordering::Relaxed) {
+            let text = "the guest runs here: stop it with vmig_stop before another one may take its place";
+            return Err(Error::new(libc::EBUSY, text));
+        }
+        self.fresh.store(false, Ordering::Relaxed);
+        self.freeze_clock();
+        self.set(self.reasons().with(StopReason::NotOwner));
+        Ok(())
     }
 
     /// Adds a handler and returns its id, which is never 0. \[bql\]
@@ -281,6 +302,7 @@ impl Vmm {
         let mut walk = self.handlers.walk(false);
         let began = Moment::now();
         fence("the stop hook", || self.hooks.stop())?;
+        self.fresh.store(false, Ordering::Relaxed);
         self.freeze_clock();
         let at = Moment::now();
         self.set(reason.into());
@@ -326,6 +348,7 @@ impl Vmm {
             return Err(error);
         }
         self.set(Reasons::NONE);
+        self.fresh.store(false, Ordering::Relaxed);
         let ended_ns = monotonic_ns();
         let (hook_ns, handlers_ns) = (since(hook_at, ended_ns), since(at.monotonic_ns, hook_at));
         Ok(RunReport { changed: true, began: at, at, hook_ns, handlers_ns, ended_ns })

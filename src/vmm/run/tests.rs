@@ -233,14 +233,38 @@ fn panics_are_failures() {
 #[test]
 fn stopping_and_starting_twice_is_harmless() {
     let (world, vmm) = rig(Reasons::NONE);
-    assert!(!vmm.start(User).unwrap().changed);
-    assert_eq!(world.take().len(), 0);
     assert!(vmm.stop(User).unwrap().changed);
     assert_eq!(vmm.stop(User).unwrap(), RunReport::default());
     assert_eq!(world.take(), words(STOP));
     assert!(vmm.start(User).unwrap().changed);
     assert_eq!(vmm.start(User).unwrap(), RunReport::default());
     assert_eq!(world.take(), words(START));
+}
+
+#[test]
+fn a_fresh_guest_is_started_by_the_first_start_and_only_by_it() {
+    let (world, vmm) = rig(Reasons::NONE);
+    // The rig's guest runs already, as that of a VMM does which starts it by itself.
+    world.running.store(false, Ordering::SeqCst);
+    assert!(vmm.start(User).unwrap().changed);
+    assert_eq!(world.take(), words(START));
+    assert!(!vmm.start(User).unwrap().changed);
+    assert!(world.take().is_empty());
+}
+
+#[test]
+fn a_guest_arrives_where_none_runs() {
+    let (world, vmm) = rig(Reasons::NONE);
+    vmm.expect_arrival().unwrap();
+    assert_eq!((vmm.reasons(), world.take().len()), (NotOwner.into(), 0));
+    assert_eq!(vmm.start(User).unwrap_err().errno(), libc::EPERM);
+    let (_world, vmm) = rig(Reasons::NONE);
+    vmm.stop(User).unwrap();
+    vmm.start(User).unwrap();
+    assert_eq!(vmm.expect_arrival().unwrap_err().errno(), libc::EBUSY);
+    vmm.stop(User).unwrap();
+    vmm.expect_arrival().unwrap();
+    assert_eq!(vmm.reasons(), Reasons::from(User).with(NotOwner));
 }
 
 #[test]
@@ -260,9 +284,11 @@ fn who_does_not_own_the_guest_does_not_start_it() {
     let (world, vmm) = rig(NotOwner.into());
     for reason in [User, Migration, StopReason::Error] {
         vmm.stop(reason).unwrap();
-        assert_eq!(vmm.start(reason).unwrap_err().errno(), libc::EPERM);
-        assert!(vmm.reasons().contains(reason));
     }
+    assert_eq!(vmm.start(User).unwrap_err().errno(), libc::EPERM);
+    vmm.start(Migration).unwrap();
+    assert!(!vmm.is_running());
+    vmm.stop(Migration).unwrap();
     assert_eq!(vmm.reasons().to_string(), "user, migration, error, not-owner");
     vmm.start(NotOwner).unwrap();
     assert_eq!(vmm.reasons().to_string(), "user, migration, error");

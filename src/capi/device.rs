@@ -1,0 +1,80 @@
+//! Functions of the chapter on device state; its types and macros stand before them.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::Arc;
+
+use super::guest::vmig;
+use super::{enter, guest, string};
+use crate::section::cdevice::vmig_device;
+use crate::section::convert::Declared;
+use crate::section::device::Device;
+use crate::section::list::{Content, Entry};
+
+/// Adds a device: the state at `dev`, described by `kind`. `instance` tells apart devices of one name, the same on both
+/// sides. Every device says what it has: a table, none (`fields` NULL), or a reason not to migrate (vmig_block()).
+/// -EEXIST: name and instance are taken; -EBUSY while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_add_device(
+    m: *mut vmig,
+    kind: *const vmig_device,
+    instance: u32,
+    dev: *mut c_void,
+) -> c_int {
+    enter("vmig_add_device", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of device tables.
+        let (declared, priority) = unsafe { vmig_device::declared(kind) }?;
+        let mut entry = match declared {
+            Declared::State(table) => {
+                let (name, version, oldest) = (table.name.clone(), table.version, table.oldest);
+                // SAFETY: the C contract: dev has the shape of the table until it is removed, and is only used with
+                // the big lock, under which sections are saved and loaded.
+                let device = unsafe { Device::new(table, instance, dev.cast()) }?;
+                Entry { oldest, ..Entry::new(name, instance, version, Content::State(Arc::new(device))) }
+            }
+            Declared::Stateless { name, version, oldest } => {
+                Entry { oldest, ..Entry::new(name, instance, version, Content::None) }
+            }
+        };
+        entry.priority = priority;
+        entry.key = dev as usize;
+        machine.add_section(entry)?;
+        Ok(0)
+    })
+}
+
+/// Removes every device and section added with the pointer `dev`. -ENOENT: there is none; -EBUSY while a migration
+/// runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_remove_device(m: *mut vmig, dev: *mut c_void) -> c_int {
+    enter("vmig_remove_device", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        machine.remove_section(dev as usize)?;
+        Ok(0)
+    })
+}
+
+/// Adds a reason not to migrate and returns its id, which is positive: vmig_outgoing() and vmig_incoming() fail with
+/// -EBUSY and all reasons until it is taken back. `reason` is for people and says what cannot be migrated and why.
+/// \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_block(m: *mut vmig, reason: *const c_char) -> c_int {
+    enter("vmig_block", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of strings.
+        machine.sections().block(unsafe { string("reason", reason) }?)
+    })
+}
+
+/// Takes a reason not to migrate back, by its id. -ENOENT: there is none. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_unblock(m: *mut vmig, id: c_int) -> c_int {
+    enter("vmig_unblock", || {
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.sections().unblock(id)?;
+        Ok(0)
+    })
+}

@@ -1,0 +1,287 @@
+//! A migration is started on both sides, runs on threads of the library, and is watched by polling, by an eventfd, or by
+//! waiting. Destination first: vmig_incoming() listens; then vmig_outgoing() at the source.
+
+use std::ffi::{c_char, c_int};
+
+use super::guest::vmig;
+use super::run::time;
+use super::{enter, enter_text, guest, string};
+use crate::error::Error;
+use crate::status::{STATES, Side, Snapshot, State};
+use crate::sys::sized::{SizedStruct, sized_fill};
+
+/// No migration yet.
+pub const VMIG_STATE_NONE: u32 = State::None as u32;
+/// Connecting or listening, and preparing.
+pub const VMIG_STATE_SETUP: u32 = State::Setup as u32;
+/// A cancel is being carried out.
+pub const VMIG_STATE_CANCELLING: u32 = State::Cancelling as u32;
+/// Ended by a cancel; the guest runs on at the source.
+pub const VMIG_STATE_CANCELLED: u32 = State::Cancelled as u32;
+/// Data moves; at the source the guest runs.
+pub const VMIG_STATE_ACTIVE: u32 = State::Active as u32;
+/// The guest is stopped; devices and the last pages move.
+pub const VMIG_STATE_DEVICE: u32 = State::Device as u32;
+/// Ended well: the guest is at the destination.
+pub const VMIG_STATE_COMPLETED: u32 = State::Completed as u32;
+/// Ended by an error (vmig_get_error()). At the source the guest runs on.
+pub const VMIG_STATE_FAILED: u32 = State::Failed as u32;
+/// At the source: the guest was handed over and the destination's answer got lost. Nobody but you can know where it
+/// runs: find out, then call vmig_resolve(). Until then it is stopped here.
+pub const VMIG_STATE_SWITCHOVER_UNKNOWN: u32 = State::SwitchoverUnknown as u32;
+
+/// No migration yet.
+pub const VMIG_SIDE_NONE: u32 = 0;
+/// The guest leaves.
+pub const VMIG_SIDE_SOURCE: u32 = 1;
+/// The guest arrives.
+pub const VMIG_SIDE_DESTINATION: u32 = 2;
+
+/// Where the present (or last) migration stands. Amounts in bytes, rates in bytes per second, times in nanoseconds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_status {
+    /// Size of the struct: VMIG_SIZED(vmig_status).
+    pub size: usize,
+    /// One of VMIG_STATE_...; expect new values.
+    pub state: u32,
+    /// One of VMIG_SIDE_...
+    pub side: u32,
+    /// Round over the dirty pages; 1 is the first, over all pages. 0 at the destination.
+    pub iteration: u64,
+    /// Guest RAM that migrates.
+    pub total: u64,
+    /// Guest RAM that is left to send.
+    pub remaining: u64,
+    /// Bytes sent or received.
+    pub transferred: u64,
+    /// Pages sent or received whole.
+    pub normal_pages: u64,
+    /// Pages of zeros, which travel as a few bytes.
+    pub zero_pages: u64,
+    /// How fast the guest dirtied pages in the last round.
+    pub dirty_rate: u64,
+    /// How fast bytes went in the last 100 ms.
+    pub bandwidth: u64,
+    /// Since the migration was started; final once it ended.
+    pub elapsed: u64,
+    /// Until data began to move.
+    pub setup: u64,
+    /// How long the guest would be stopped if it were stopped now.
+    pub expected_downtime: u64,
+    /// What the stop hook and the run-state handlers took.
+    pub stop: u64,
+    /// How long the guest was stopped: from the stop hook's call to the destination's answer.
+    pub downtime: u64,
+    /// Until completion, at the present rates; UINT64_MAX while the guest dirties faster than the link sends, or
+    /// nothing is known yet.
+    pub eta: u64,
+}
+
+// SAFETY: repr(C), size first, integers, no padding.
+unsafe impl SizedStruct for vmig_status {
+    const NAME: &'static str = "vmig_status";
+    const REQUIRED: usize = size_of::<usize>();
+}
+
+fn status_of(now: &Snapshot) -> vmig_status {
+    vmig_status {
+        size: size_of::<vmig_status>(),
+        state: now.state as u32,
+        side: match now.side {
+            None => VMIG_SIDE_NONE,
+            Some(Side::Source) => VMIG_SIDE_SOURCE,
+            Some(Side::Destination) => VMIG_SIDE_DESTINATION,
+        },
+        iteration: now.iteration,
+        total: now.total,
+        remaining: now.remaining,
+        transferred: now.transferred,
+        normal_pages: now.normal_pages,
+        zero_pages: now.zero_pages,
+        dirty_rate: now.dirty_rate,
+        bandwidth: now.bandwidth,
+        elapsed: now.elapsed,
+        setup: now.setup,
+        expected_downtime: now.expected_downtime,
+        stop: now.stop,
+        downtime: now.downtime,
+        eta: now.eta,
+    }
+}
+
+/// Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. \[any\]
+///
+/// `tcp:HOST:PORT` (an IPv6 address stands in brackets; no host is loopback), `unix:PATH`, or `fd:NUMBER` for a
+/// connected socket, a pipe or a file the VMM opened (the library works on a duplicate; closing or not closing yours is
+/// up to you). Over pipes and files nothing comes back, so success means only that all bytes were written.
+///
+/// -EINVAL: a URI that is not understood; -EBUSY: a migration runs, or something blocks migration; -EPERM: the guest is
+/// not here. What happens later is in vmig_get_status() and vmig_get_error().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_outgoing(m: *mut vmig, uri: *const c_char) -> c_int {
+    enter("vmig_outgoing", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of strings.
+        machine.outgoing(unsafe { string("uri", uri) }?)?;
+        Ok(0)
+    })
+}
+
+/// Listens at `uri` for a guest and returns at once; the thread `incoming` does the work. \[free\]
+///
+/// URIs as for vmig_outgoing(). With TCP port 0 the system chooses one: read it from vmig_get(m, "listen-address"). A
+/// unix socket can be connected to by its owner only. Accepts one source. When the guest has arrived it is started
+/// through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
+///
+/// -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
+/// something blocks migration, or a guest runs here (vmig_stop() it).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_incoming(m: *mut vmig, uri: *const c_char) -> c_int {
+    enter("vmig_incoming", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of strings.
+        machine.incoming(unsafe { string("uri", uri) }?)?;
+        Ok(0)
+    })
+}
+
+/// Asks a migration that runs to end; the guest goes on at the source. Returns at once, and 0 also if none runs; the
+/// state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_cancel(m: *mut vmig) -> c_int {
+    enter("vmig_cancel", || {
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.cancel()?;
+        Ok(0)
+    })
+}
+
+/// Ends the state `switchover-unknown`: with `run` 1 the guest does certainly not run at the destination and is started
+/// here; with 0 it runs there and stays stopped here. -EINVAL in any other state. \[free\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_resolve(m: *mut vmig, run: c_int) -> c_int {
+    enter("vmig_resolve", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        match run {
+            0 | 1 => machine.resolve(run == 1).map(|()| 0),
+            _ => Err(Error::invalid(format!("run is {run}; it can be 1 (run here) or 0 (it runs there)"))),
+        }
+    })
+}
+
+/// Waits until no migration runs (1; also in `switchover-unknown`) or `timeout_ms` milliseconds have passed (0);
+/// negative waits for ever. \[free\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_wait(m: *mut vmig, timeout_ms: c_int) -> c_int {
+    enter("vmig_wait", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        machine.vmm().bql().require_free("wait for a migration")?;
+        Ok(c_int::from(machine.wait(time(timeout_ms))))
+    })
+}
+
+/// Fills `*status`. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_get_status(m: *mut vmig, status: *mut vmig_status) -> c_int {
+    enter("vmig_get_status", || {
+        // SAFETY: the C contract of handles.
+        let now = unsafe { guest(m) }?.status().snapshot();
+        // SAFETY: the C contract: NULL or a sized struct that can be written.
+        unsafe { sized_fill(status, &status_of(&now)) }.map(|()| 0)
+    })
+}
+
+/// Name of a state, such as "active"; "unknown" for numbers this library does not know. Stays the library's.
+/// \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub extern "C" fn vmig_state_name(state: u32) -> *const c_char {
+    let known = usize::try_from(state).ok().and_then(|i| STATES.get(i));
+    let name = match known {
+        Some(State::None) => c"none",
+        Some(State::Setup) => c"setup",
+        Some(State::Cancelling) => c"cancelling",
+        Some(State::Cancelled) => c"cancelled",
+        Some(State::Active) => c"active",
+        Some(State::Device) => c"device",
+        Some(State::Completed) => c"completed",
+        Some(State::Failed) => c"failed",
+        Some(State::SwitchoverUnknown) => c"switchover-unknown",
+        None => c"unknown",
+    };
+    name.as_ptr()
+}
+
+/// Why the present (or last) migration failed, as JSON with the keys text, errno and, as far as known, side, phase,
+/// section, field, expected, got; `message` is all of it as one sentence. NULL if there is no error. Free it with
+/// vmig_string_free(). \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_get_error(m: *mut vmig) -> *mut c_char {
+    enter_text("vmig_get_error", || {
+        // SAFETY: the C contract of handles.
+        let error = unsafe { guest(m) }?.status().error();
+        Ok(error.map(|error| {
+            let mut json = error.to_json();
+            json["message"] = error.to_string().into();
+            json.to_string()
+        }))
+    })
+}
+
+/// A descriptor that is readable while vmig_next_event() has news: for the VMM's main loop. Stays the library's; do not
+/// read it, only poll it. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_event_fd(m: *mut vmig) -> c_int {
+    enter("vmig_event_fd", || {
+        // SAFETY: the C contract of handles.
+        Ok(unsafe { guest(m) }?.status().event_fd().raw())
+    })
+}
+
+/// Takes the next piece of news, oldest first: 1 and the status at that moment, or 0. There is news at every change of
+/// state and at every iteration; the oldest of more than 256 are dropped. Option `events` switches it off.
+/// \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_next_event(m: *mut vmig, status: *mut vmig_status) -> c_int {
+    enter("vmig_next_event", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // The struct is checked before news is taken out of the queue: a failed call changes nothing.
+        // SAFETY: the C contract: NULL or a sized struct that can be written.
+        unsafe { sized_fill(status, &status_of(&machine.status().snapshot())) }?;
+        let Some(news) = machine.status().next_news() else { return Ok(0) };
+        // SAFETY: as above.
+        unsafe { sized_fill(status, &status_of(&news)) }.map(|()| 1)
+    })
+}
+
+/// Sets an option by name, such as "max-bandwidth" to "1G". docs/options.md lists them. -ENOENT: there is none of this
+/// name; -EINVAL: not a value for it; -EBUSY: it cannot change while a migration runs. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_set(m: *mut vmig, option: *const c_char, value: *const c_char) -> c_int {
+    enter("vmig_set", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of strings.
+        let option = unsafe { string("option", option) }?;
+        // SAFETY: as above.
+        machine.set(option, unsafe { string("value", value) }?)?;
+        Ok(0)
+    })
+}
+
+/// The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens. NULL on failure
+/// (vmig_errmsg()). Free it with vmig_string_free(). \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_get(m: *mut vmig, option: *const c_char) -> *mut c_char {
+    enter_text("vmig_get", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of strings.
+        machine.get(unsafe { string("option", option) }?).map(Some)
+    })
+}

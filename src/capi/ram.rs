@@ -1,0 +1,176 @@
+//! Guest RAM is registered in blocks: contiguous pieces of this process's memory, known to both sides by name. Every
+//! write to it must be seen by the library: the vCPUs' by KVM's dirty log (vmig_use_kvm(), vmig_add_kvm_slot()) or, for
+//! an emulator, by vmig_dirty() on its store path; a device's by vmig_dirty().
+
+use std::ffi::{c_char, c_int, c_void};
+
+use super::guest::vmig;
+use super::{enter, guest, string};
+use crate::error::Error;
+use crate::machine::KvmSlot;
+use crate::ram::BlockSpec;
+use crate::sys::sized::{SizedStruct, sized_copy};
+
+/// Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed.
+pub const VMIG_RAM_MARKED: u32 = 1;
+/// Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent.
+pub const VMIG_RAM_SHARED_STORAGE: u32 = 2;
+
+/// A block of guest RAM.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_ram {
+    /// Size of the struct: VMIG_SIZED(vmig_ram).
+    pub size: usize,
+    /// Name, the same on both sides; 1 to 255 printable bytes. Copied.
+    pub name: *const c_char,
+    /// Start in this process, page aligned (4096 bytes). Must stay mapped until the block is removed.
+    pub host: *mut c_void,
+    /// Length in bytes, a multiple of 4096, the same on both sides.
+    pub len: u64,
+    /// Guest-physical address, a multiple of 4096.
+    pub gpa: u64,
+    /// Sum of VMIG_RAM_... flags.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+// SAFETY: repr(C), size first, integers and raw pointers, no padding.
+unsafe impl SizedStruct for vmig_ram {
+    const NAME: &'static str = "vmig_ram";
+    const REQUIRED: usize = std::mem::offset_of!(vmig_ram, gpa);
+}
+
+/// Registers a block of guest RAM. -EEXIST if the name is taken or the memory overlaps another block's; -EBUSY while a
+/// migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_add_ram(m: *mut vmig, ram: *const vmig_ram) -> c_int {
+    enter("vmig_add_ram", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of sized structs.
+        let ram = unsafe { sized_copy(ram) }?;
+        let known = VMIG_RAM_MARKED | VMIG_RAM_SHARED_STORAGE;
+        if ram.flags & !known != 0 || ram.reserved != 0 {
+            return Err(Error::invalid(format!("vmig_ram.flags {:#x} has unknown bits", ram.flags)));
+        }
+        // SAFETY: the C contract of strings.
+        let name = unsafe { string("vmig_ram.name", ram.name) }?.to_owned();
+        machine.add_ram(BlockSpec {
+            name,
+            host: ram.host.cast(),
+            len: ram.len,
+            gpa: ram.gpa,
+            marked: ram.flags & VMIG_RAM_MARKED != 0,
+            shared_storage: ram.flags & VMIG_RAM_SHARED_STORAGE != 0,
+        })?;
+        Ok(0)
+    })
+}
+
+/// Forgets a block and its KVM slots; the memory is not used any more once this returns. -ENOENT: there is no such
+/// block; -EBUSY while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_remove_ram(m: *mut vmig, name: *const c_char) -> c_int {
+    enter("vmig_remove_ram", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of strings.
+        machine.remove_ram(unsafe { string("name", name) }?)?;
+        Ok(0)
+    })
+}
+
+/// `len` bytes of guest RAM at `host` (an address in this process) were written by something whose writes nobody else
+/// sees: a device, or an emulated CPU. Call it after the write. Wait-free; costs one atomic operation per block and
+/// word of 64 pages. Memory that is in no block is ignored. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_dirty(m: *mut vmig, host: *const c_void, len: u64) {
+    // SAFETY: the C contract of handles. No fence: nothing in here can panic, and this is the hot path of devices.
+    if let Ok(machine) = unsafe { guest(m) } {
+        machine.mark_dirty(host as u64, len);
+    }
+}
+
+/// Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
+/// the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
+/// sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM. -EEXIST the second time; -ENOSYS on architectures
+/// that are not supported yet. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_use_kvm(m: *mut vmig, vm_fd: c_int, vcpu_fds: *const c_int, vcpus: usize) -> c_int {
+    /// More vCPUs than any kernel has.
+    const VCPUS_MAX: usize = 1 << 16;
+    enter("vmig_use_kvm", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        if vcpu_fds.is_null() || vcpus == 0 || vcpus > VCPUS_MAX {
+            return Err(Error::invalid(format!("vcpu_fds is NULL, or {vcpus} is no number of vCPUs")));
+        }
+        // SAFETY: not NULL; the C contract says there are as many.
+        let fds = unsafe { std::slice::from_raw_parts(vcpu_fds, vcpus) };
+        machine.use_kvm(vm_fd, fds)?;
+        Ok(0)
+    })
+}
+
+/// A KVM memory slot: the part of a RAM block that it shows to the guest.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_kvm_slot {
+    /// Size of the struct: VMIG_SIZED(vmig_kvm_slot).
+    pub size: usize,
+    /// Number of the slot; bits 16 and up are the address space, as in KVM_SET_USER_MEMORY_REGION.
+    pub slot: u32,
+    /// KVM_MEM_... flags the VMM gave the slot, without KVM_MEM_LOG_DIRTY_PAGES.
+    pub flags: u32,
+    /// Name of the RAM block.
+    pub ram: *const c_char,
+    /// Where in the block the slot starts, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Guest-physical address of the slot.
+    pub gpa: u64,
+}
+
+// SAFETY: repr(C), size first, integers and raw pointers, no padding.
+unsafe impl SizedStruct for vmig_kvm_slot {
+    const NAME: &'static str = "vmig_kvm_slot";
+    const REQUIRED: usize = size_of::<vmig_kvm_slot>();
+}
+
+/// Registers a KVM memory slot, after vmig_use_kvm() and its RAM block. Several slots may show one block, from any
+/// offset. While a migration runs the slot's dirty log is on: switched by the hook `log_dirty`, or, without that hook,
+/// by the library itself, which sets the slot again with the values given here. Do not change or delete the slot while
+/// a migration runs: that is noticed where KVM lets us, and fails the migration. -EBUSY while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_add_kvm_slot(m: *mut vmig, slot: *const vmig_kvm_slot) -> c_int {
+    enter("vmig_add_kvm_slot", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of sized structs.
+        let slot = unsafe { sized_copy(slot) }?;
+        // SAFETY: the C contract of strings.
+        let ram = unsafe { string("vmig_kvm_slot.ram", slot.ram) }?;
+        machine.add_kvm_slot(&KvmSlot {
+            number: slot.slot,
+            flags: slot.flags,
+            ram,
+            offset: slot.offset,
+            len: slot.len,
+            gpa: slot.gpa,
+        })?;
+        Ok(0)
+    })
+}
+
+/// Forgets a KVM memory slot. -ENOENT: it is not registered; -EBUSY while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_remove_kvm_slot(m: *mut vmig, slot: u32) -> c_int {
+    enter("vmig_remove_kvm_slot", || {
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.remove_kvm_slot(slot)?;
+        Ok(0)
+    })
+}

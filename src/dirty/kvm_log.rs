@@ -1,0 +1,223 @@
+//! KVM's dirty log: one bitmap per memory slot, kept by the kernel.
+//!
+//! With manual protection reading the log changes nothing; pages become clean, and write-protected again, only when
+//! they are cleared, and that happens chunk by chunk just before a chunk is read, so that no vCPU waits long. Logs that
+//! start all set make switching logging on cheap: nothing is protected until it is first cleared.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Found, Tracker};
+use crate::error::{Error, Result};
+use crate::ram::{Block, PAGE};
+use crate::sys::kvm::{DirtyLog, GROUP, LOG_DIRTY_PAGES, Slot, Vm};
+
+/// Pages cleared by one call into the kernel: 16 MiB, so that a vCPU never waits long for the lock it takes.
+const CHUNK: usize = 4096;
+/// Slots a guest may register.
+const SLOTS_MAX: usize = 4096;
+
+/// Switches a slot's logging by the VMM's hook.
+pub type Switch = Box<dyn Fn(u32, bool) -> Result<()> + Send + Sync>;
+
+/// A memory slot that shows (a part of) a block.
+#[derive(Debug)]
+struct Logged {
+    slot: Slot,
+    block: Arc<Block>,
+    /// The block's page that the slot starts at.
+    first: usize,
+    log: DirtyLog,
+    /// What the last read found and nobody cleared since; empty without manual protection.
+    uncleared: Vec<u64>,
+}
+
+impl Logged {
+    fn pages(&self) -> usize {
+        usize::try_from(self.slot.len / PAGE).unwrap_or(usize::MAX)
+    }
+
+    /// Pages of the block.
+    fn range(&self) -> Range<usize> {
+        self.first..self.first + self.pages()
+    }
+}
+
+/// Tracks a guest by KVM's dirty log.
+pub struct KvmLog {
+    vm: Vm,
+    manual: bool,
+    switch: Option<Switch>,
+    slots: Mutex<Vec<Logged>>,
+}
+
+impl std::fmt::Debug for KvmLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KvmLog({} slots, manual protection {})", self.lock().len(), self.manual)
+    }
+}
+
+impl KvmLog {
+    /// A tracker for the VM. `switch` switches logging; without it the library sets the slot's flags itself.
+    pub fn new(vm: Vm, switch: Option<Switch>) -> Result<Self> {
+        let manual = vm.enable_manual_protect()?.manual;
+        Ok(Self { vm, manual, switch, slots: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Logged>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Registers a slot: `len` bytes of `block` from `offset` on, seen by the guest at `gpa`.
+    pub fn add_slot(
+        &self,
+        number: u32,
+        flags: u32,
+        block: &Arc<Block>,
+        offset: u64,
+        len: u64,
+        gpa: u64,
+    ) -> Result<()> {
+        let name = block.name();
+        let aligned = [offset, len, gpa].iter().all(|n| n % PAGE == 0);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= block.len());
+        if !aligned || len == 0 || !inside || gpa.checked_add(len).is_none() {
+            return Err(Error::invalid(format!(
+                "KVM slot {number}: offset {offset:#x}, length {len:#x} and address {gpa:#x} must be page aligned and \
+                 lie within RAM block '{name}' of {:#x} bytes",
+                block.len()
+            )));
+        }
+        let mut slots = self.lock();
+        if slots.len() == SLOTS_MAX {
+            return Err(Error::new(libc::ENOSPC, format!("more than {SLOTS_MAX} KVM slots")));
+        }
+        if slots.iter().any(|s| s.slot.slot == number) {
+            return Err(Error::new(libc::EEXIST, format!("KVM slot {number} is registered already")));
+        }
+        let slot = Slot { slot: number, flags: flags & !LOG_DIRTY_PAGES, gpa, len, host: block.host_address(offset) };
+        let log = DirtyLog::new(len / PAGE)?;
+        let first = usize::try_from(offset / PAGE).map_err(|_| Error::no_memory("a dirty log", len))?;
+        slots.push(Logged { slot, block: Arc::clone(block), first, log, uncleared: Vec::new() });
+        Ok(())
+    }
+
+    /// Forgets a slot.
+    pub fn remove_slot(&self, number: u32) -> Result<()> {
+        let mut slots = self.lock();
+        match slots.iter().position(|s| s.slot.slot == number) {
+            Some(at) => {
+                slots.remove(at);
+                Ok(())
+            }
+            None => Err(Error::new(libc::ENOENT, format!("KVM slot {number} is not registered"))),
+        }
+    }
+
+    /// Forgets the slots of a block that goes away.
+    pub fn remove_block(&self, block: &Arc<Block>) {
+        self.lock().retain(|s| !Arc::ptr_eq(&s.block, block));
+    }
+
+    fn set_logging(&self, slot: &Slot, on: bool) -> Result<()> {
+        match &self.switch {
+            Some(switch) => switch(slot.slot, on),
+            None => self.vm.set_slot(&Slot { flags: slot.flags | if on { LOG_DIRTY_PAGES } else { 0 }, ..*slot }),
+        }
+    }
+}
+
+/// Says which RAM an error of a slot is about.
+fn named(error: Error, slot: &Logged) -> Error {
+    let range = slot.range();
+    let (from, to) = (range.start as u64 * PAGE, range.end as u64 * PAGE);
+    error
+        .context(format!("KVM slot {} (RAM block '{}', {from:#x} to {to:#x})", slot.slot.slot, slot.block.name()))
+        .in_section("ram")
+}
+
+impl Tracker for KvmLog {
+    fn start(&self) -> Result<()> {
+        let mut slots = self.lock();
+        for index in 0..slots.len() {
+            let logged = &mut slots[index];
+            logged.uncleared.clear();
+            if let Err(error) = self.set_logging(&logged.slot, true) {
+                let error = named(error, logged);
+                for logged in &slots[..index] {
+                    // The error that matters is the first; what was switched on is harmless but slow.
+                    let _ = self.set_logging(&logged.slot, false);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&self) {
+        for logged in self.lock().iter_mut() {
+            logged.uncleared.clear();
+            // A slot that is gone needs no switching off; the guest runs on either way.
+            let _ = self.set_logging(&logged.slot, false);
+        }
+    }
+
+    fn sync(&self, found: &mut Found<'_>) -> Result<()> {
+        for logged in self.lock().iter_mut() {
+            let number = logged.slot.slot;
+            self.vm.get_dirty_log(number, &mut logged.log).map_err(|e| named(e, logged))?;
+            let words = logged.log.words();
+            if self.manual {
+                let room = words.len().saturating_sub(logged.uncleared.len());
+                logged
+                    .uncleared
+                    .try_reserve(room)
+                    .map_err(|_| Error::no_memory("a dirty log", logged.slot.len / 8))?;
+                logged.uncleared.clear();
+                logged.uncleared.extend_from_slice(words);
+            }
+            found(&logged.block, logged.first, words);
+        }
+        Ok(())
+    }
+
+    fn clear(&self, block: &Block, pages: Range<usize>) -> Result<()> {
+        if !self.manual {
+            return Ok(());
+        }
+        for logged in self.lock().iter_mut().filter(|s| std::ptr::eq(&*s.block, block)) {
+            let slot = logged.range();
+            let (start, end) = (pages.start.max(slot.start), pages.end.min(slot.end));
+            if start < end {
+                clear_chunks(&self.vm, logged, start - slot.start..end - slot.start).map_err(|e| named(e, logged))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn covers(&self, block: &Block) -> Vec<Range<usize>> {
+        self.lock().iter().filter(|s| std::ptr::eq(&*s.block, block)).map(Logged::range).collect()
+    }
+}
+
+/// Clears every chunk that `pages` (of the slot) touches and that was not cleared since the last read of the log.
+///
+/// Only bits that were read are cleared: all readers have them. A bit set since then stays, and is found again.
+fn clear_chunks(vm: &Vm, logged: &mut Logged, pages: Range<usize>) -> Result<()> {
+    let group = usize::try_from(GROUP).unwrap_or(64);
+    let all = logged.pages();
+    for chunk in pages.start / CHUNK..pages.end.div_ceil(CHUNK) {
+        let first = chunk * CHUNK;
+        let count = CHUNK.min(all - first);
+        let words = first / group..(first + count).div_ceil(group);
+        // Before the first read of an all-set log there is nothing to clear by: the first round reads the log first.
+        let Some(bits) = logged.uncleared.get_mut(words) else { continue };
+        if bits.iter().all(|w| *w == 0) {
+            continue;
+        }
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        vm.clear_dirty_log(logged.slot.slot, first as u64, count, bits)?;
+        bits.fill(0);
+    }
+    Ok(())
+}

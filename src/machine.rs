@@ -1,0 +1,375 @@
+//! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
+
+use std::ffi::c_int;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::dirty::hub::Hub;
+use crate::dirty::kvm_log::{KvmLog, Switch};
+use crate::error::{Error, Result};
+use crate::kvm::{self, Kvm};
+use crate::options::{Opt, Options};
+use crate::ram::{BlockSpec, Ram};
+use crate::section::builtin;
+use crate::section::list::{Content, Entry, SectionList};
+use crate::status::{Side, State, Status};
+use crate::sys::eventfd::Wake;
+use crate::sys::kvm::Vm;
+use crate::thread::{Handle, Threads};
+use crate::transport::uri::Uri;
+use crate::transport::{self};
+use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
+use crate::wire::ram as wire_ram;
+use crate::{incoming, outgoing};
+
+/// Priority of the handler that completes the vCPUs' last exits and reads their clock: first of all at the stop, since
+/// other handlers may want to see what the vCPUs did; last of all at the start.
+const KVM_HANDLER_PRIORITY: i32 = i32::MAX;
+
+/// A slot of KVM memory, as registered.
+#[derive(Clone, Debug)]
+pub struct KvmSlot<'a> {
+    /// Number, address space in the upper half.
+    pub number: u32,
+    /// Flags without dirty logging.
+    pub flags: u32,
+    /// Name of the RAM block it shows.
+    pub ram: &'a str,
+    /// Where in the block it starts.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+}
+
+/// KVM's part of a guest.
+#[derive(Debug)]
+struct WithKvm {
+    kvm: Arc<Kvm>,
+    log: Arc<KvmLog>,
+}
+
+/// A guest and everything the library knows of it.
+#[derive(Debug)]
+pub struct Machine {
+    vmm: Arc<Vmm>,
+    ram: Ram,
+    sections: SectionList,
+    dirty: Arc<Hub>,
+    options: Arc<Options>,
+    status: Arc<Status>,
+    threads: Arc<Threads>,
+    kvm: Mutex<Option<WithKvm>>,
+    /// Thread of the present or last migration.
+    worker: Mutex<Option<Handle<()>>>,
+    listening: Mutex<Option<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// A guest with these hooks and nothing registered yet.
+    pub fn new(vmm: Vmm) -> Result<Self> {
+        Ok(Self {
+            vmm: Arc::new(vmm),
+            ram: Ram::default(),
+            sections: SectionList::new(),
+            dirty: Arc::default(),
+            options: Arc::default(),
+            status: Arc::new(Status::new()?),
+            threads: Arc::default(),
+            kvm: Mutex::default(),
+            worker: Mutex::default(),
+            listening: Mutex::default(),
+        })
+    }
+
+    /// The VMM as we see it: big lock, run state, log.
+    pub fn vmm(&self) -> &Arc<Vmm> {
+        &self.vmm
+    }
+
+    /// Where the present or last migration stands.
+    pub fn status(&self) -> &Arc<Status> {
+        &self.status
+    }
+
+    /// What may keep the guest from migrating, besides its sections.
+    pub fn sections(&self) -> &SectionList {
+        &self.sections
+    }
+
+    /// Name and kernel id of each thread of the library.
+    pub fn threads(&self) -> Vec<(String, c_int)> {
+        self.threads.list()
+    }
+
+    /// What is registered is what migrates: nothing may change while a migration runs. \[bql\]
+    fn check_registering(&self, what: &str) -> Result<()> {
+        self.vmm.bql().require_held(what)?;
+        self.status.check_idle().map_err(|e| e.context(format_args!("cannot {what} now")))
+    }
+
+    /// Registers guest RAM. \[bql\]
+    pub fn add_ram(&self, spec: BlockSpec) -> Result<()> {
+        self.check_registering("add RAM")?;
+        self.ram.add(spec).map(drop)
+    }
+
+    /// Forgets guest RAM and its KVM slots. \[bql\]
+    pub fn remove_ram(&self, name: &str) -> Result<()> {
+        self.check_registering("remove RAM")?;
+        let block = self.ram.find(name);
+        self.ram.remove(name)?;
+        if let (Some(block), Some(kvm)) = (block, &*lock(&self.kvm)) {
+            kvm.log.remove_block(&block);
+        }
+        Ok(())
+    }
+
+    /// A device wrote guest RAM. Wait-free. \[any\]
+    pub fn mark_dirty(&self, host: u64, len: u64) {
+        self.ram.mark(host, len);
+    }
+
+    /// Takes over vCPUs, interrupt controllers, clock and dirty log of a KVM guest. \[bql\]
+    pub fn use_kvm(&self, vm_fd: c_int, vcpu_fds: &[c_int]) -> Result<()> {
+        self.check_registering("use KVM")?;
+        let mut slot = lock(&self.kvm);
+        if slot.is_some() {
+            return Err(Error::new(libc::EEXIST, "vmig_use_kvm was called before for this guest"));
+        }
+        let kvm = kvm::attach(vm_fd, vcpu_fds)?;
+        let log = Arc::new(KvmLog::new(Vm::dup(vm_fd)?, self.switch())?);
+        let entries = kvm.sections()?;
+        let handler = kvm_handler(&kvm);
+        let mut added: Vec<usize> = Vec::new();
+        let key = Arc::as_ptr(&kvm) as usize;
+        for entry in entries {
+            let mut full = Entry::new(entry.name, entry.instance, entry.version, Content::State(entry.section));
+            full.priority = entry.priority;
+            full.key = key;
+            if let Err(error) = self.sections.add(full) {
+                if !added.is_empty() {
+                    self.sections.remove(key)?;
+                }
+                return Err(error);
+            }
+            added.push(key);
+        }
+        let registered = self
+            .vmm
+            .add_handler("KVM", KVM_HANDLER_PRIORITY, handler)
+            .and_then(|_| self.dirty.add_tracker(Arc::<KvmLog>::clone(&log)));
+        if let Err(error) = registered {
+            self.sections.remove(key)?;
+            return Err(error);
+        }
+        *slot = Some(WithKvm { kvm, log });
+        Ok(())
+    }
+
+    /// How logging is switched: by the VMM's hook if there is one.
+    fn switch(&self) -> Option<Switch> {
+        let vmm = Arc::clone(&self.vmm);
+        self.vmm.has_log_dirty().then(|| Box::new(move |slot, on| vmm.log_dirty(slot, on)) as Switch)
+    }
+
+    /// Registers a KVM memory slot, whose dirty log is then read. \[bql\]
+    pub fn add_kvm_slot(&self, slot: &KvmSlot<'_>) -> Result<()> {
+        self.check_registering("add a KVM slot")?;
+        let kvm = lock(&self.kvm);
+        let Some(kvm) = &*kvm else {
+            return Err(Error::invalid("call vmig_use_kvm before registering KVM slots"));
+        };
+        let Some(block) = self.ram.find(slot.ram) else {
+            let text = format!("KVM slot {}: there is no RAM block '{}'", slot.number, slot.ram.escape_default());
+            return Err(Error::new(libc::ENOENT, text));
+        };
+        kvm.log.add_slot(slot.number, slot.flags, &block, slot.offset, slot.len, slot.gpa)
+    }
+
+    /// Forgets a KVM memory slot. \[bql\]
+    pub fn remove_kvm_slot(&self, number: u32) -> Result<()> {
+        self.check_registering("remove a KVM slot")?;
+        match &*lock(&self.kvm) {
+            Some(kvm) => kvm.log.remove_slot(number),
+            None => Err(Error::new(libc::ENOENT, format!("KVM slot {number} is not registered"))),
+        }
+    }
+
+    /// Registers a device or section. \[bql\]
+    pub fn add_section(&self, entry: Entry) -> Result<()> {
+        self.check_registering("add a device")?;
+        let reserved = [wire_ram::NAME, builtin::TIMER.0, builtin::GLOBAL_STATE.0];
+        if reserved.contains(&entry.name.as_str()) {
+            let text = format!("'{}' is a section of the library itself; take another name", entry.name);
+            return Err(Error::new(libc::EEXIST, text));
+        }
+        self.sections.add(entry).map(drop)
+    }
+
+    /// Forgets a device or section by its key; returns it, so that its last callback runs without any lock of ours
+    /// but the big one. \[bql\]
+    pub fn remove_section(&self, key: usize) -> Result<Vec<Entry>> {
+        self.check_registering("remove a device")?;
+        self.sections.remove(key)
+    }
+
+    /// Sets an option.
+    pub fn set(&self, name: &str, value: &str) -> Result<()> {
+        self.options.set_text(name, value, self.status.check_idle().is_err())
+    }
+
+    /// An option's value; also `listen-address`.
+    pub fn get(&self, name: &str) -> Result<String> {
+        if name == "listen-address" {
+            let address = lock(&self.listening).clone();
+            return address.ok_or_else(|| Error::new(libc::ENOTCONN, "no incoming migration listens"));
+        }
+        self.options.get_text(name)
+    }
+
+    /// Starts to migrate to `uri`; returns at once.
+    pub fn outgoing(&self, uri: &str) -> Result<()> {
+        let uri = Uri::parse(uri)?;
+        if self.vmm.reasons().contains(StopReason::NotOwner) {
+            return Err(Error::new(libc::EPERM, "the guest is not here: it left, or did not arrive yet"));
+        }
+        self.sections.check_unblocked()?;
+        if self.options.on(Opt::SwitchoverAck) && !self.options.on(Opt::ReturnPath) {
+            return Err(Error::invalid("option 'switchover-ack' needs option 'return-path'"));
+        }
+        self.tell_kvm();
+        let wake = Arc::new(Wake::new()?);
+        let job = outgoing::Job {
+            uri,
+            ram: self.ram.list(),
+            sections: self.sections.snapshot(),
+            dirty: Arc::clone(&self.dirty),
+            vmm: Arc::clone(&self.vmm),
+            status: Arc::clone(&self.status),
+            options: self.options.snapshot(),
+            live: Arc::clone(&self.options),
+            threads: Arc::clone(&self.threads),
+            wake: Arc::clone(&wake),
+        };
+        self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))
+    }
+
+    /// Listens at `uri` for a guest; returns at once.
+    pub fn incoming(&self, uri: &str) -> Result<()> {
+        let uri = Uri::parse(uri)?;
+        self.status.check_idle()?;
+        self.sections.check_unblocked()?;
+        self.tell_kvm();
+        let wake = Arc::new(Wake::new()?);
+        let listener = transport::listen(&uri, &wake)?;
+        self.vmm.expect_arrival()?;
+        let address = listener.address().map(str::to_owned);
+        let job = incoming::Job {
+            ram: self.ram.list(),
+            sections: self.sections.snapshot(),
+            vmm: Arc::clone(&self.vmm),
+            status: Arc::clone(&self.status),
+            options: self.options.snapshot(),
+            wake: Arc::clone(&wake),
+        };
+        self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, listener))?;
+        *lock(&self.listening) = address;
+        Ok(())
+    }
+
+    fn tell_kvm(&self) {
+        if let Some(kvm) = &*lock(&self.kvm) {
+            kvm.kvm.set_stop_timeout(self.options.time(Opt::StopTimeout));
+        }
+    }
+
+    /// Starts the thread of a migration; the one before it has ended and is joined first.
+    fn launch(&self, side: Side, name: &str, wake: &Arc<Wake>, f: impl FnOnce() + Send + 'static) -> Result<()> {
+        let mut worker = lock(&self.worker);
+        self.status.begin(side, self.options.on(Opt::Events), wake)?;
+        if let Some(last) = worker.take() {
+            // Its result went to the status; this only frees the thread.
+            let _ = last.join(None);
+        }
+        let status = Arc::clone(&self.status);
+        let body = move || {
+            f();
+            Ok(())
+        };
+        let spawned = self.threads.spawn_with(name, body, move |panic| {
+            if !status.state().is_final() {
+                status.end(Err(panic.clone()));
+            }
+        });
+        match spawned {
+            Ok(handle) => {
+                *worker = Some(handle);
+                Ok(())
+            }
+            Err(error) => {
+                self.status.end(Err(error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends a migration that runs, if it may still be ended. \[any\]
+    pub fn cancel(&self) -> Result<()> {
+        self.status.cancel()
+    }
+
+    /// The outcome of an unknown switchover was found out: the guest runs here (again), or it does not. \[free\]
+    pub fn resolve(&self, here: bool) -> Result<()> {
+        if self.status.state() != State::SwitchoverUnknown {
+            return self.status.resolve(here);
+        }
+        if here {
+            self.vmm.stop(StopReason::User)?;
+            self.vmm.start(StopReason::Migration)?;
+            self.vmm.start(StopReason::NotOwner)?;
+            self.vmm.start(StopReason::User)?;
+        }
+        self.status.resolve(here)
+    }
+
+    /// Waits until no migration runs; false at the timeout. \[free\]
+    pub fn wait(&self, timeout: Option<Duration>) -> bool {
+        self.status.wait(timeout.and_then(|t| Instant::now().checked_add(t)))
+    }
+
+    /// Ends everything: a migration that runs is cancelled (or, once handed over, waited for), threads are joined.
+    pub fn shut_down(&self) -> Result<()> {
+        if self.cancel().is_err() {
+            // Handed over already: the last answer is on its way and has its own time limit.
+            self.wait(None);
+        }
+        self.threads.join_all(None)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Err(error) = self.shut_down() {
+            self.vmm.log().error(error);
+        }
+    }
+}
+
+/// Completes the vCPUs' last exits and keeps their clock while the guest is stopped.
+fn kvm_handler(kvm: &Arc<Kvm>) -> Arc<dyn crate::vmm::RunHandler> {
+    let kvm = Arc::clone(kvm);
+    Arc::new(move |phase: Phase, _at: &Moment| match phase {
+        Phase::PrepareStop => kvm.ready(None).and_then(|()| kvm.clock_stop()),
+        Phase::Starting => kvm.clock_start(),
+        Phase::Stopped | Phase::PrepareStart => Ok(()),
+    })
+}
+
+/// Whether a new guest counts as stopped: no, but see [`Vmm::new`].
+pub const NEW_GUEST: Reasons = Reasons::NONE;
