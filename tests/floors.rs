@@ -82,17 +82,19 @@ fn used(text: &str, relative: &Path) -> Vec<(usize, String)> {
     found
 }
 
-/// The module of src from which `#[path = "..."]` takes a file; none outside of src (guests of the tests), where no
-/// floors are.
+/// The module of src from which `#[path = "..."]` takes a file. None for one below tests, where no floors are (guests
+/// that several tests run).
 fn taken_from(relative: &Path, path: &str) -> Option<String> {
-    let mut place: Vec<&str> = relative.parent()?.iter().filter_map(|p| p.to_str()).collect();
+    let mut place = vec!["src"];
+    place.extend(relative.parent().iter().flat_map(|p| p.iter()).filter_map(|p| p.to_str()));
     for part in path.split('/') {
-        match part {
-            ".." => drop(place.pop()?),
-            part => place.push(part),
-        }
+        if part == ".." { place.truncate(place.len().saturating_sub(1)) } else { place.push(part) }
     }
-    Some(place.first()?.trim_end_matches(".rs").to_string())
+    match place[..] {
+        ["tests", _, ..] => None,
+        ["src", module, ..] => Some(module.trim_end_matches(".rs").to_string()),
+        _ => Some(path.to_string()),
+    }
 }
 
 /// How deep a file's module is: src/bql.rs and src/wire/mod.rs are 1, src/wire/input.rs is 2.
@@ -173,6 +175,7 @@ fn every_way_of_naming_a_module_is_seen() {
         ("a.rs", "use crate as root;", vec![1]),
         ("a.rs", "use crate::Reexported;", vec![1]),
         ("a.rs", "#[path = \"../top/x.rs\"] mod x;", vec![1]),
+        ("a.rs", "#[path = \"../src/top/x.rs\"] mod x;", vec![1]),
         ("a.rs", "#[path = \"top/x.rs\"] mod x;", vec![1]),
         ("a/b.rs", "#[path = \"../top/x.rs\"] mod x;", vec![1]),
         ("incoming.rs", "use crate::outgoing::X;", vec![1]),
