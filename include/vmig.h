@@ -174,7 +174,7 @@ uint32_t vmig_version(void);
  * dispatch=manual, big lock held. They get the pointer given to vmig_add_device, or in a nested table a pointer to
  * the element. They return 0, or a negative errno, which fails the migration with an error that names device and
  * callback; the guest goes on at the source. They must not wait, throw or longjmp, nor call vmig functions other than
- * those marked [cb]. */
+ * those marked `[cb]`. */
 typedef struct vmig_device {
     /* Size of the struct, in bytes: VMIG_SIZED(vmig_device). */
     size_t size;
@@ -260,10 +260,14 @@ typedef struct vmig_field {
  *     VMIG_END                 the last row
  */
 
-/* 0, if the types agree; else it does not compile. C99 has no type test of its own, hence the three ways. The last
- * one is a constraint violation that every compiler reports, some as a warning. */
+/* 0, if the types agree; else it does not compile. C99 has no type test of its own, hence so many ways. The last one
+ * is a constraint violation that every compiler reports, some as a warning. */
 #if defined(__cplusplus)
-#define VMIG_SAME_(pointer, expression) (0 * sizeof((pointer)0 == (expression)))
+extern "C++" {
+template <class A, class B> struct vmig_same_;                  /* incomplete: the member is of another type */
+template <class A> struct vmig_same_<A, A> { char same; };
+}
+#define VMIG_SAME_(pointer, expression) (0 * sizeof(vmig_same_<pointer, decltype(expression)>))
 #define VMIG_BOOL_TYPE_ bool
 #else
 #define VMIG_BOOL_TYPE_ _Bool
@@ -402,11 +406,11 @@ typedef struct vmig_field {
 /* Flag of a section that is not iterative: it is sent at setup, while the guest still runs, and loaded before RAM. */
 #define VMIG_SECTION_EARLY 1
 
-/* Where a section's callback puts its bytes. Valid only during the callback that got it. */
-typedef struct vmig_writer vmig_writer;
-
 /* Where a section's callback gets its bytes from. Valid only during the callback that got it. */
 typedef struct vmig_reader vmig_reader;
+
+/* Where a section's callback puts its bytes. Valid only during the callback that got it. */
+typedef struct vmig_writer vmig_writer;
 
 /* Callbacks of a section with a format of its own.
  *
@@ -416,10 +420,10 @@ typedef struct vmig_reader vmig_reader;
  * fails with an error that names section and offset.
  *
  * The struct is copied when the section is added. All callbacks run on a thread of the library, or inside
- * vmig_dispatch() with dispatch=manual; [bql] says the big lock is held, [free] that it is not. They return 0 or
+ * vmig_dispatch() with dispatch=manual; `[bql]` says the big lock is held, `[free]` that it is not. They return 0 or
  * more, or a negative errno, which fails the migration with an error that names section and callback; the guest goes
- * on at the source. They must not throw or longjmp; those marked [bql] must not wait. They may call the vmig
- * functions marked [cb], and use their writer or reader until they return. */
+ * on at the source. They must not throw or longjmp; those marked `[bql]` must not wait. They may call the vmig
+ * functions marked `[cb]`, and use their writer or reader until they return. */
 typedef struct vmig_section_ops {
     /* Size of the struct, in bytes: VMIG_SIZED(vmig_section_ops). */
     size_t size;
@@ -431,38 +435,38 @@ typedef struct vmig_section_ops {
     int32_t priority;
     /* VMIG_SECTION_EARLY or 0. */
     uint32_t flags;
-    /* Positive: takes part in this migration, 0: not. NULL: always. Source. [bql] or [free] */
+    /* Positive: takes part in this migration, 0: not. NULL: always. Source. `[bql]` or `[free]` */
     int (*is_active)(void *opaque);
-    /* Positive: `iterate` is worth calling now, 0: not. NULL: always. Source. [free] */
+    /* Positive: `iterate` is worth calling now, 0: not. NULL: always. Source. `[free]` */
     int (*is_active_iterate)(void *opaque);
-    /* Positive: what is left may also be sent after the guest runs on the destination. NULL: no. Source. [free] */
+    /* Positive: what is left may also be sent after the guest runs on the destination. NULL: no. Source. `[free]` */
     int (*has_postcopy)(void *opaque);
-    /* Before anything is sent; an error refuses the migration. Source. [bql] */
+    /* Before anything is sent; an error refuses the migration. Source. `[bql]` */
     int (*prepare)(void *opaque);
-    /* Writes the first body. Source. [bql] */
+    /* Writes the first body. Source. `[bql]` */
     int (*setup)(void *opaque, vmig_writer *out);
     /* Cheap guess of the bytes left, called in every loop: those that must be sent before the guest may run on the
      * destination, and those that may also follow. Both are zero before the call. Required if iterative. Source.
-     * [free] */
+     * `[free]` */
     int (*pending_estimate)(void *opaque, uint64_t *must_precopy, uint64_t *can_postcopy);
     /* The same, exactly; called when the estimate lets the guest be stopped. NULL: the estimate is exact. Source.
-     * [free] */
+     * `[free]` */
     int (*pending_exact)(void *opaque, uint64_t *must_precopy, uint64_t *can_postcopy);
     /* Writes the next body, about `budget` bytes at most. Positive: nothing left for now, 0: more to come. Source.
-     * [free] */
+     * `[free]` */
     int (*iterate)(void *opaque, vmig_writer *out, uint64_t budget);
-    /* Writes the last or only body; the guest is stopped, unless VMIG_SECTION_EARLY. Required. Source. [bql] */
+    /* Writes the last or only body; the guest is stopped, unless VMIG_SECTION_EARLY. Required. Source. `[bql]` */
     int (*complete)(void *opaque, vmig_writer *out);
-    /* Undoes `setup`; exactly once for each `setup` that was tried, however the migration ended. Source. [bql] */
+    /* Undoes `setup`; exactly once for each `setup` that was tried, however the migration ended. Source. `[bql]` */
     void (*cleanup)(void *opaque);
-    /* Before the first body arrives. Destination. [bql] */
+    /* Before the first body arrives. Destination. `[bql]` */
     int (*load_setup)(void *opaque);
     /* Reads one body, all of which has arrived; `part` is one of VMIG_PART_..., `version` the sender's. Required.
-     * Destination. [bql] */
+     * Destination. `[bql]` */
     int (*load)(void *opaque, uint32_t part, uint32_t version, vmig_reader *input);
-    /* Undoes `load_setup`; exactly once, told whether (1) or not (0) the migration succeeded. Destination. [bql] */
+    /* Undoes `load_setup`; exactly once, told whether (1) or not (0) the migration succeeded. Destination. `[bql]` */
     void (*load_cleanup)(void *opaque, int ok);
-    /* Positive: the source must wait for this section's approval before it stops the guest. NULL: no. Destination. [bql] */
+    /* Positive: the source must wait for this section's approval before it stops the guest. NULL: no. Destination. `[bql]` */
     int (*switchover_ack_needed)(void *opaque);
 } vmig_section_ops;
 

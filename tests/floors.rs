@@ -58,9 +58,9 @@ fn named(tokens: &[(usize, String)], at: usize) -> Vec<(usize, String)> {
 }
 
 /// Everything a file names directly under the crate root, with the line.
-fn used(text: &str, file_depth: usize) -> Vec<(usize, String)> {
+fn used(text: &str, relative: &Path) -> Vec<(usize, String)> {
     let tokens = tokens(&code_only(text));
-    let depths = depths(&tokens, file_depth);
+    let depths = depths(&tokens, depth_of(relative));
     let is = |i: usize, what: &str| tokens.get(i).is_some_and(|t| t.1 == what);
     let mut found = Vec::new();
     for i in 0..tokens.len() {
@@ -74,10 +74,27 @@ fn used(text: &str, file_depth: usize) -> Vec<(usize, String)> {
                 found.extend(named(&tokens, i + 2 * supers));
             }
         } else if is(i, "path") && is(i + 1, "=") && i >= 2 && is(i - 1, "[") && is(i - 2, "#") {
-            found.push((tokens[i].0, "#[path]".into())); // a file that is not where its name says
+            let line = text.lines().nth(tokens[i].0 - 1).unwrap();
+            let path = line.split('"').nth(1).unwrap_or("?");
+            found.extend(taken_from(relative, path).map(|name| (tokens[i].0, name)));
         }
     }
     found
+}
+
+/// The module of src from which `#[path = "..."]` takes a file. None for one below tests, where no floors are (guests
+/// that several tests run).
+fn taken_from(relative: &Path, path: &str) -> Option<String> {
+    let mut place = vec!["src"];
+    place.extend(relative.parent().iter().flat_map(|p| p.iter()).filter_map(|p| p.to_str()));
+    for part in path.split('/') {
+        if part == ".." { place.truncate(place.len().saturating_sub(1)) } else { place.push(part) }
+    }
+    match place[..] {
+        ["tests", _, ..] => None,
+        ["src", module, ..] => Some(module.trim_end_matches(".rs").to_string()),
+        _ => Some(path.to_string()),
+    }
 }
 
 /// How deep a file's module is: src/bql.rs and src/wire/mod.rs are 1, src/wire/input.rs is 2.
@@ -96,7 +113,7 @@ fn violations(order: &[String], relative: &Path, text: &str) -> Vec<String> {
         (None, _) => Some("not a module of src/lib.rs"),
         _ => Some("listed later"),
     };
-    let names = used(text, depth_of(relative));
+    let names = used(text, relative);
     let bad = names.iter().filter_map(|(line, name)| {
         let why = wrong(name)?;
         Some(format!("src/{}:{line}: `{mine}` must not use `{name}`: {why}", relative.display()))
@@ -158,6 +175,9 @@ fn every_way_of_naming_a_module_is_seen() {
         ("a.rs", "use crate as root;", vec![1]),
         ("a.rs", "use crate::Reexported;", vec![1]),
         ("a.rs", "#[path = \"../top/x.rs\"] mod x;", vec![1]),
+        ("a.rs", "#[path = \"../src/top/x.rs\"] mod x;", vec![1]),
+        ("a.rs", "#[path = \"top/x.rs\"] mod x;", vec![1]),
+        ("a/b.rs", "#[path = \"../top/x.rs\"] mod x;", vec![1]),
         ("incoming.rs", "use crate::outgoing::X;", vec![1]),
         ("outgoing/x.rs", "use crate::incoming::X;", vec![1]),
     ];
@@ -176,6 +196,10 @@ fn what_is_allowed_is_left_alone() {
         ("a.rs", "mod tests { use super::top; }"),
         ("a.rs", "pub(super) fn f() {} pub(crate) fn g() {}"),
         ("a/b.rs", "use super::top;"),
+        ("a/b.rs", "#[path = \"b_tests.rs\"] mod tests;"),
+        ("a.rs", "#[path = \"a/tests.rs\"] mod tests;"),
+        ("a/b.rs", "#[path = \"../../tests/guest/mod.rs\"] mod guest;"),
+        ("a/b/c.rs", "#[path = \"../x.rs\"] mod x;"),
     ];
     for (file, text) in cases {
         assert_eq!(caught(file, text), Vec::<usize>::new(), "{file}: {text}");

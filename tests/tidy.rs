@@ -7,8 +7,9 @@ use common::source::{code_only, files, tokens};
 use std::{fs, path::Path};
 
 const LINES_MAX: usize = 700;
-/// Where `unsafe` may stand: the doors, guest memory, and what calls back into C.
-const UNSAFE_ALLOWED: [&str; 6] = ["src/sys", "src/capi", "src/ram.rs", "src/ram", "src/section", "src/vmm"];
+/// Where `unsafe` may stand: the doors, guest memory, what calls back into C, and KVM state that is saved as a device.
+const UNSAFE_ALLOWED: [&str; 7] =
+    ["src/sys", "src/capi", "src/ram.rs", "src/ram", "src/section", "src/vmm", "src/kvm/x86_64/section.rs"];
 /// Words are put together here so that this file keeps its own rules.
 const MARKS: [&str; 5] = [
     concat!("TO", "DO"),
@@ -34,7 +35,7 @@ fn complaints(path: &str, text: &str) -> Vec<String> {
     let mut say = |line: usize, what: &str| bad.push(format!("{path}:{line}: {what}"));
     let generated = path == "include/vmig.h";
     for (i, line) in text.lines().enumerate() {
-        if MARKS.iter().any(|m| line.contains(m)) && is_source(path) {
+        if MARKS.iter().any(|m| marked(line, m)) && is_source(path) {
             say(i + 1, "unfinished");
         }
         if MACHINE_PATHS.iter().any(|p| line.contains(p)) {
@@ -53,6 +54,15 @@ fn complaints(path: &str, text: &str) -> Vec<String> {
         }
     }
     bad
+}
+
+/// Whether a line has this mark, not as a part of a longer word (the XXXXXX of mkdtemp).
+fn marked(line: &str, mark: &str) -> bool {
+    let letter = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    line.match_indices(mark).any(|(at, _)| {
+        let after = line[at + mark.len()..].chars().next();
+        !letter(line[..at].chars().next_back()) && (mark.ends_with('(') || !letter(after))
+    })
 }
 
 /// `unsafe` where it may not be, or without its reason.
@@ -122,6 +132,7 @@ fn what_keeps_the_rules_passes() {
         ("src/sys/a.rs", "// SAFETY: because\n// of this\nunsafe { f() }"),
         ("src/vmm.rs", "/// # Safety\n/// x\npub unsafe fn f() {}"),
         ("src/error.rs", "// unsafe { }\nconst S: &str = \"unsafe {\";"),
+        ("c-examples/a.c", concat!("char t[] = \"x-X", "XXXXX\";")),
         ("src/capi/a.rs", "#[unsafe(no_mangle)]\npub extern \"C\" fn f() {}"),
     ];
     for (path, text) in cases {
