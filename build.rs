@@ -17,9 +17,20 @@ struct Chapter {
 
 /// The table of contents: edit here to add or move a chapter. A file that does not exist is an error.
 const CHAPTERS: &[Chapter] = &[
-    Chapter { title: "the guest", sources: &["src/capi/version.rs", "src/vmm/ops.rs"], fragment: None },
-    Chapter { title: "device state", sources: &["src/section/cdevice.rs"], fragment: Some("src/section/macros.h") },
-    Chapter { title: "full control", sources: &["src/section/ops.rs", "src/section/stream.rs"], fragment: None },
+    Chapter { title: "the guest", sources: &["src/capi/guest.rs", "src/vmm/ops.rs"], fragment: None },
+    Chapter { title: "the big lock and the run state", sources: &["src/capi/run.rs"], fragment: None },
+    Chapter { title: "guest RAM and dirty pages", sources: &["src/capi/ram.rs"], fragment: None },
+    Chapter {
+        title: "device state",
+        sources: &["src/capi/device.rs", "src/section/cdevice.rs"],
+        fragment: Some("src/section/macros.h"),
+    },
+    Chapter { title: "migrating", sources: &["src/capi/migrate.rs"], fragment: None },
+    Chapter {
+        title: "full control: sections of your own",
+        sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],
+        fragment: None,
+    },
 ];
 
 /// What stands before the first chapter: the grammar of the API, includes, VMIG_SIZED.

@@ -47,16 +47,16 @@ extern "C" {
 #endif
 
 /* ---- 1. the guest ---------------------------------------------------------------------------------------------- */
-/* Everything begins with a guest: a handle made from the VMM's hooks, and the pointer they are called with. */
+/* Everything begins with a guest: a handle made from the VMM's hooks, and the pointer they are called with. A process
+ * may have several guests; they share nothing. */
 
 #define VMIG_LOG_ERROR 1         /* Level of a log line: something failed. */
 #define VMIG_LOG_WARNING 2       /* Level of a log line: something is odd, and went on. */
 #define VMIG_LOG_INFO 3          /* Level of a log line: what an operator wants to read afterwards. */
 #define VMIG_LOG_DEBUG 4         /* Level of a log line: what a developer wants to read. */
 
-/* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
- * Later versions may add more; return 0 for those you do not know. */
-typedef uint32_t vmig_phase;
+/* A guest. Opaque. */
+typedef struct vmig vmig;
 
 /* What the library asks of the VMM.
  *
@@ -97,6 +97,10 @@ typedef struct vmig_ops {
     void (*destroy)(void *vm);
 } vmig_ops;
 
+/* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
+ * Later versions may add more; return 0 for those you do not know. */
+typedef uint32_t vmig_phase;
+
 /* A point in time, in nanoseconds. */
 typedef struct vmig_moment {
     /* sizeof(vmig_moment) of the library: do not read members beyond it. */
@@ -130,11 +134,197 @@ typedef int (*vmig_run_fn)(void *opaque, vmig_phase phase, const vmig_moment *at
 
 #define VMIG_STARTING 3          /* The guest starts next; undoes VMIG_STOPPED. */
 
+/* Makes a guest from the VMM's hooks and stores its handle in `*out`. [any]
+ *
+ * Whether the guest runs is up to the VMM at first. Let it run for the first time with vmig_start(), or start it by
+ * other means: the library then finds out by stopping it, and calls the stop hook either way. From there on
+ * vmig_stop() and vmig_start() are the way to pause and resume it. Before a guest arrives from elsewhere
+ * (vmig_incoming()) it must not have run here, or be stopped.
+ *
+ * Fails with -EINVAL if a required hook is missing; then nothing was made, and `destroy` is not called. */
+int vmig_new(const vmig_ops *ops, void *vm, vmig **out);
+
+/* Ends a migration that runs, waits for the library's threads, forgets everything that was registered (every
+ * `destroy` is called, that of vmig_ops last) and frees the guest. NULL is fine. [free]
+ *
+ * A migration whose guest was handed over already is not ended but waited for, at most for `stall-timeout`. Not from
+ * a callback. The guest itself is not stopped or started. */
+void vmig_free(vmig *m);
+
 /* Version of the library at run time: major << 16 | minor << 8 | patch. [any][cb] */
 uint32_t vmig_version(void);
 
-/* ---- 2. device state ------------------------------------------------------------------------------------------- */
-/* Device tables as C sees them. The text of each item is what a C author reads in the header. */
+/* Why this thread's last failed call failed, in a sentence; empty if none failed yet. Stays the library's, valid
+ * until the thread's next failure. [any][cb] */
+const char *vmig_errmsg(void);
+
+/* Frees a string the library returned as `char *`. NULL is fine. [any][cb] */
+void vmig_string_free(char *text);
+
+/* Name and kernel thread id of each of the library's threads that run for this guest, as JSON:
+ * [{"name": "live_migration", "thread-id": 1234}]. Free it with vmig_string_free(). NULL on failure. [any][cb] */
+char *vmig_get_threads(vmig *m);
+
+/* ---- 2. the big lock and the run state ------------------------------------------------------------------------- */
+/* One big lock per guest, like QEMU's BQL, and one run state. The library holds the big lock while it calls device
+ * callbacks and run-state handlers, never while it waits for a peer. It is fair (first come, first served) and not
+ * recursive. The run state is a set of reasons to be stopped: a user's pause, a migration that switches over, an
+ * error, a guest that is not here. The guest runs if there is none. */
+
+#define VMIG_STOPPED_BY_USER 1   /* The guest is paused by the user. Reason of vmig_get_stop_reasons(). */
+#define VMIG_STOPPED_BY_MIGRATION 2 /* A migration is switching over. Reason of vmig_get_stop_reasons(). */
+#define VMIG_STOPPED_BY_ERROR 4  /* The guest cannot go on. Reason of vmig_get_stop_reasons(). */
+
+/* The guest is not here: it left, or did not arrive yet. Reason of vmig_get_stop_reasons(). */
+#define VMIG_STOPPED_NOT_OWNER 8
+
+/* How the big lock was used since the guest was made. Times in nanoseconds. */
+typedef struct vmig_bql_stats {
+    /* Size of the struct: VMIG_SIZED(vmig_bql_stats). */
+    size_t size;
+    /* How often it was taken. */
+    uint64_t acquisitions;
+    /* How often somebody had to wait for it. */
+    uint64_t contended;
+    /* Time threads waited for it, all together. */
+    uint64_t wait_ns;
+    /* Longest such wait. */
+    uint64_t wait_max_ns;
+    /* Time it was held, all together. */
+    uint64_t hold_ns;
+    /* Longest time it was held at a stretch. */
+    uint64_t hold_max_ns;
+} vmig_bql_stats;
+
+/* Takes the big lock; waits for it. -EDEADLK if this thread has it already. [free] */
+int vmig_bql_lock(vmig *m);
+
+/* Gives the big lock up. -EPERM if this thread does not have it. [bql] */
+int vmig_bql_unlock(vmig *m);
+
+/* Does this thread have the big lock? 1 yes, 0 no. [any][cb] */
+int vmig_bql_held(vmig *m);
+
+/* Gives the big lock up, sleeps until vmig_bql_wake() or for `timeout_ms` milliseconds (negative: for ever), and takes
+ * it again. 1 if woken, 0 if the time was up. -EPERM without the lock. [bql] */
+int vmig_bql_wait(vmig *m,
+                  int timeout_ms);
+
+/* Wakes every thread that sleeps in vmig_bql_wait(). [any][cb] */
+int vmig_bql_wake(vmig *m);
+
+/* Fills `*stats`. [any][cb] */
+int vmig_get_bql_stats(vmig *m, vmig_bql_stats *stats);
+
+/* Pauses the guest for the user: calls the stop hook and the run-state handlers on this thread, unless it is stopped
+ * already. A pause during a migration travels: the guest arrives paused. -EDEADLK from inside a hook or a handler.
+ * [free] */
+int vmig_stop(vmig *m);
+
+/* Takes the user's pause back, and runs the guest if nothing else keeps it stopped: calls the run-state handlers and
+ * the start hook on this thread. -EPERM if the guest is not here (it left, or did not arrive yet); -EDEADLK from
+ * inside a hook or a handler. [free] */
+int vmig_start(vmig *m);
+
+/* Why the guest is stopped: a sum of VMIG_STOPPED_...; 0: it runs (or was never started or stopped through the
+ * library). [any][cb] */
+int vmig_get_stop_reasons(vmig *m);
+
+/* Nanoseconds the guest has run, over all hosts it lived on: the clock for timers of devices. Stands still while the
+ * guest is stopped, and travels with it. 0 on failure. [any][cb] */
+uint64_t vmig_clock_ns(vmig *m);
+
+/* Adds a run-state handler and returns its id, which is positive. `destroy(opaque)`, if given, is called once it is
+ * removed or the guest is freed, and not if this call fails. -EBUSY while the guest is being stopped or started.
+ * [bql] */
+int vmig_on_run(vmig *m, int priority, vmig_run_fn run, void *opaque, void (*destroy)(void *opaque));
+
+/* Removes a run-state handler by its id; it is not called any more. -ENOENT: there is none; -EBUSY while the guest is
+ * being stopped or started. [bql] */
+int vmig_remove_on_run(vmig *m, int id);
+
+/* ---- 3. guest RAM and dirty pages ------------------------------------------------------------------------------ */
+/* Guest RAM is registered in blocks: contiguous pieces of this process's memory, known to both sides by name. Every
+ * write to it must be seen by the library: the vCPUs' by KVM's dirty log (vmig_use_kvm(), vmig_add_kvm_slot()) or, for
+ * an emulator, by vmig_dirty() on its store path; a device's by vmig_dirty(). */
+
+/* Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed. */
+#define VMIG_RAM_MARKED 1
+
+/* Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent. */
+#define VMIG_RAM_SHARED_STORAGE 2
+
+/* A block of guest RAM. */
+typedef struct vmig_ram {
+    /* Size of the struct: VMIG_SIZED(vmig_ram). */
+    size_t size;
+    /* Name, the same on both sides; 1 to 255 printable bytes. Copied. */
+    const char *name;
+    /* Start in this process, page aligned (4096 bytes). Must stay mapped until the block is removed. */
+    void *host;
+    /* Length in bytes, a multiple of 4096, the same on both sides. */
+    uint64_t len;
+    /* Guest-physical address, a multiple of 4096. */
+    uint64_t gpa;
+    /* Sum of VMIG_RAM_... flags. */
+    uint32_t flags;
+    /* Zero. */
+    uint32_t reserved;
+} vmig_ram;
+
+/* A KVM memory slot: the part of a RAM block that it shows to the guest. */
+typedef struct vmig_kvm_slot {
+    /* Size of the struct: VMIG_SIZED(vmig_kvm_slot). */
+    size_t size;
+    /* Number of the slot; bits 16 and up are the address space, as in KVM_SET_USER_MEMORY_REGION. */
+    uint32_t slot;
+    /* KVM_MEM_... flags the VMM gave the slot, without KVM_MEM_LOG_DIRTY_PAGES. */
+    uint32_t flags;
+    /* Name of the RAM block. */
+    const char *ram;
+    /* Where in the block the slot starts, in bytes. */
+    uint64_t offset;
+    /* Length in bytes. */
+    uint64_t len;
+    /* Guest-physical address of the slot. */
+    uint64_t gpa;
+} vmig_kvm_slot;
+
+/* Registers a block of guest RAM. -EEXIST if the name is taken or the memory overlaps another block's; -EBUSY while a
+ * migration runs. [bql] */
+int vmig_add_ram(vmig *m, const vmig_ram *ram);
+
+/* Forgets a block and its KVM slots; the memory is not used any more once this returns. -ENOENT: there is no such
+ * block; -EBUSY while a migration runs. [bql] */
+int vmig_remove_ram(vmig *m, const char *name);
+
+/* `len` bytes of guest RAM at `host` (an address in this process) were written by something whose writes nobody else
+ * sees: a device, or an emulated CPU. Call it after the write. Wait-free; costs one atomic operation per block and
+ * word of 64 pages. Memory that is in no block is ignored. [any][cb] */
+void vmig_dirty(vmig *m, const void *host, uint64_t len);
+
+/* Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
+ * the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
+ * sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM. -EEXIST the second time; -ENOSYS on architectures
+ * that are not supported yet. [bql] */
+int vmig_use_kvm(vmig *m,
+                 int vm_fd,
+                 const int *vcpu_fds,
+                 size_t vcpus);
+
+/* Registers a KVM memory slot, after vmig_use_kvm() and its RAM block. Several slots may show one block, from any
+ * offset. While a migration runs the slot's dirty log is on: switched by the hook `log_dirty`, or, without that hook,
+ * by the library itself, which sets the slot again with the values given here. Do not change or delete the slot while
+ * a migration runs: that is noticed where KVM lets us, and fails the migration. -EBUSY while a migration runs. [bql] */
+int vmig_add_kvm_slot(vmig *m,
+                      const vmig_kvm_slot *slot);
+
+/* Forgets a KVM memory slot. -ENOENT: it is not registered; -EBUSY while a migration runs. [bql] */
+int vmig_remove_kvm_slot(vmig *m, uint32_t slot);
+
+/* ---- 4. device state ------------------------------------------------------------------------------------------- */
+/* A device's state is declared once, as a table of its struct's members; the same table saves, loads, describes and is
+ * compared with the other side's. The macros check each member's type where they are used. */
 
 #define VMIG_KIND_END 0          /* Ends a table of fields. Use VMIG_END. */
 #define VMIG_KIND_U8 1           /* uint8_t; 1 byte. */
@@ -167,11 +357,38 @@ uint32_t vmig_version(void);
 /* Flag of a device: its state is sent at setup, while the guest still runs, and loaded before RAM. */
 #define VMIG_DEVICE_EARLY 1
 
+/* One field of a device's state. Write it with the VMIG_... macros, which check the member's type and fill in every
+ * member; a field written by hand must be zero where nothing is given. */
+typedef struct vmig_field {
+    /* Name in errors and descriptions; unique in its table, at most 255 bytes. May be NULL for unused space. */
+    const char *name;
+    /* One of VMIG_KIND_... */
+    uint32_t kind;
+    /* First version of the table that has the field; 0: that of the last VMIG_SINCE before it, or 1. */
+    uint32_t since;
+    /* Of the member in its struct, in bytes. */
+    size_t offset;
+    /* Size of one element in memory, in bytes. For unused space: its size on the wire. */
+    size_t width;
+    /* Number of elements; with `count_field` the room there is, in elements. */
+    size_t count;
+    /* Table of one element, for VMIG_KIND_STRUCT. It is always read at the version it has now, because nothing on
+     * the wire names it: to change a nested struct, add to the outer table or add a part. */
+    const struct vmig_device *nested;
+    /* Name of the integer field, earlier in the same table, that holds the number of elements; NULL: `count` it is. */
+    const char *count_field;
+    /* VMIG_FIELD_POINTER or 0. */
+    uint32_t flags;
+    /* Zero. */
+    uint32_t reserved32;
+    /* Zero. */
+    size_t reserved[2];
+} vmig_field;
+
 /* The state of a kind of device: one table saves, loads, describes and compares.
  *
  * Everything here is copied when the device is added (strings, fields, nested tables, parts); the callbacks must stay
- * callable until the device is removed. Callbacks run on a thread of the library, or inside vmig_dispatch() with
- * dispatch=manual, big lock held. They get the pointer given to vmig_add_device, or in a nested table a pointer to
+ * callable until the device is removed. Callbacks run on a thread of the library, big lock held. They get the pointer given to vmig_add_device, or in a nested table a pointer to
  * the element. They return 0, or a negative errno, which fails the migration with an error that names device and
  * callback; the guest goes on at the source. They must not wait, throw or longjmp, nor call vmig functions other than
  * those marked `[cb]`. */
@@ -187,7 +404,7 @@ typedef struct vmig_device {
     uint32_t oldest;
     /* Fields in the order of the stream, ended by VMIG_END. NULL declares that the device has no state at all, which
      * excludes parts and callbacks. */
-    const struct vmig_field *fields;
+    const vmig_field *fields;
     /* Optional parts (subsections), NULL-terminated; NULL: none. Their fields are relative to the same pointer. A
      * part is sent when `needed` says so, and absence means that what it describes has its default value: set it in
      * `pre_load`. */
@@ -208,34 +425,6 @@ typedef struct vmig_device {
     /* Devices are saved in descending priority, then in the order they were added. Not of parts and nested tables. */
     int32_t priority;
 } vmig_device;
-
-/* One field of a device's state. Write it with the VMIG_... macros, which check the member's type and fill in every
- * member; a field written by hand must be zero where nothing is given. */
-typedef struct vmig_field {
-    /* Name in errors and descriptions; unique in its table, at most 255 bytes. May be NULL for unused space. */
-    const char *name;
-    /* One of VMIG_KIND_... */
-    uint32_t kind;
-    /* First version of the table that has the field; 0: that of the last VMIG_SINCE before it, or 1. */
-    uint32_t since;
-    /* Of the member in its struct, in bytes. */
-    size_t offset;
-    /* Size of one element in memory, in bytes. For unused space: its size on the wire. */
-    size_t width;
-    /* Number of elements; with `count_field` the room there is, in elements. */
-    size_t count;
-    /* Table of one element, for VMIG_KIND_STRUCT. It is always read at the version it has now, because nothing on
-     * the wire names it: to change a nested struct, add to the outer table or add a part. */
-    const vmig_device *nested;
-    /* Name of the integer field, earlier in the same table, that holds the number of elements; NULL: `count` it is. */
-    const char *count_field;
-    /* VMIG_FIELD_POINTER or 0. */
-    uint32_t flags;
-    /* Zero. */
-    uint32_t reserved32;
-    /* Zero. */
-    size_t reserved[2];
-} vmig_field;
 
 /* ---- fields of a device table ----------------------------------------------------------------------------------
  *
@@ -395,8 +584,139 @@ template <class A> struct vmig_same_<A, A> { char same; };
 #define VMIG_SINCE(version) VMIG_ROW_(NULL, VMIG_KIND_SINCE, version, 0, 0, 0, NULL, NULL, 0)
 #define VMIG_END VMIG_ROW_(NULL, VMIG_KIND_END, 0, 0, 0, 0, NULL, NULL, 0)
 
-/* ---- 3. full control ------------------------------------------------------------------------------------------- */
-/* The callbacks of a custom section as C sees them. The text of each item is what a C author reads in the header. */
+/* Adds a device: the state at `dev`, described by `kind`. `instance` tells apart devices of one name, the same on both
+ * sides. Every device says what it has: a table, none (`fields` NULL), or a reason not to migrate (vmig_block()).
+ * -EEXIST: name and instance are taken; -EBUSY while a migration runs. [bql] */
+int vmig_add_device(vmig *m,
+                    const vmig_device *kind,
+                    uint32_t instance,
+                    void *dev);
+
+/* Removes every device and section added with the pointer `dev`. -ENOENT: there is none; -EBUSY while a migration
+ * runs. [bql] */
+int vmig_remove_device(vmig *m, void *dev);
+
+/* Adds a reason not to migrate and returns its id, which is positive: vmig_outgoing() and vmig_incoming() fail with
+ * -EBUSY and all reasons until it is taken back. `reason` is for people and says what cannot be migrated and why.
+ * [any][cb] */
+int vmig_block(vmig *m, const char *reason);
+
+/* Takes a reason not to migrate back, by its id. -ENOENT: there is none. [any][cb] */
+int vmig_unblock(vmig *m, int id);
+
+/* ---- 5. migrating ---------------------------------------------------------------------------------------------- */
+/* A migration is started on both sides, runs on threads of the library, and is watched by polling, by an eventfd, or by
+ * waiting. Destination first: vmig_incoming() listens; then vmig_outgoing() at the source. */
+
+#define VMIG_SIDE_NONE 0         /* No migration yet. */
+#define VMIG_SIDE_SOURCE 1       /* The guest leaves. */
+#define VMIG_SIDE_DESTINATION 2  /* The guest arrives. */
+
+/* Where the present (or last) migration stands. Amounts in bytes, rates in bytes per second, times in nanoseconds. */
+typedef struct vmig_status {
+    /* Size of the struct: VMIG_SIZED(vmig_status). */
+    size_t size;
+    /* One of VMIG_STATE_...; expect new values. */
+    uint32_t state;
+    /* One of VMIG_SIDE_... */
+    uint32_t side;
+    /* Round over the dirty pages; 1 is the first, over all pages. 0 at the destination. */
+    uint64_t iteration;
+    /* Guest RAM that migrates. */
+    uint64_t total;
+    /* Guest RAM that is left to send. */
+    uint64_t remaining;
+    /* Bytes sent or received. */
+    uint64_t transferred;
+    /* Pages sent or received whole. */
+    uint64_t normal_pages;
+    /* Pages of zeros, which travel as a few bytes. */
+    uint64_t zero_pages;
+    /* How fast the guest dirtied pages in the last round. */
+    uint64_t dirty_rate;
+    /* How fast bytes went in the last 100 ms. */
+    uint64_t bandwidth;
+    /* Since the migration was started; final once it ended. */
+    uint64_t elapsed;
+    /* Until data began to move. */
+    uint64_t setup;
+    /* How long the guest would be stopped if it were stopped now. */
+    uint64_t expected_downtime;
+    /* What the stop hook and the run-state handlers took. */
+    uint64_t stop;
+    /* How long the guest was stopped: from the stop hook's call to the destination's answer. */
+    uint64_t downtime;
+    /* Until completion, at the present rates; UINT64_MAX while the guest dirties faster than the link sends, or
+     * nothing is known yet. */
+    uint64_t eta;
+} vmig_status;
+
+/* Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. [any]
+ *
+ * `tcp:HOST:PORT` (an IPv6 address stands in brackets; no host is loopback), `unix:PATH`, or `fd:NUMBER` for a
+ * connected socket, a pipe or a file the VMM opened (the library works on a duplicate; closing or not closing yours is
+ * up to you). Over pipes and files nothing comes back, so success means only that all bytes were written.
+ *
+ * -EINVAL: a URI that is not understood; -EBUSY: a migration runs, or something blocks migration; -EPERM: the guest is
+ * not here. What happens later is in vmig_get_status() and vmig_get_error(). */
+int vmig_outgoing(vmig *m,
+                  const char *uri);
+
+/* Listens at `uri` for a guest and returns at once; the thread `incoming` does the work. [free]
+ *
+ * URIs as for vmig_outgoing(). With TCP port 0 the system chooses one: read it from vmig_get(m, "listen-address"). A
+ * unix socket can be connected to by its owner only. Accepts one source. When the guest has arrived it is started
+ * through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
+ *
+ * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
+ * something blocks migration, or a guest runs here (vmig_stop() it). */
+int vmig_incoming(vmig *m, const char *uri);
+
+/* Asks a migration that runs to end; the guest goes on at the source. Returns at once, and 0 also if none runs; the
+ * state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over. [any][cb] */
+int vmig_cancel(vmig *m);
+
+/* Ends the state `switchover-unknown`: with `run` 1 the guest does certainly not run at the destination and is started
+ * here; with 0 it runs there and stays stopped here. -EINVAL in any other state. [free] */
+int vmig_resolve(vmig *m,
+                 int run);
+
+/* Waits until no migration runs (1; also in `switchover-unknown`) or `timeout_ms` milliseconds have passed (0);
+ * negative waits for ever. [free] */
+int vmig_wait(vmig *m, int timeout_ms);
+
+/* Fills `*status`. [any][cb] */
+int vmig_get_status(vmig *m, vmig_status *status);
+
+/* Name of a state, such as "active"; "unknown" for numbers this library does not know. Stays the library's.
+ * [any][cb] */
+const char *vmig_state_name(uint32_t state);
+
+/* Why the present (or last) migration failed, as JSON with the keys text, errno and, as far as known, side, phase,
+ * section, field, expected, got; `message` is all of it as one sentence. NULL if there is no error. Free it with
+ * vmig_string_free(). [any][cb] */
+char *vmig_get_error(vmig *m);
+
+/* A descriptor that is readable while vmig_next_event() has news: for the VMM's main loop. Stays the library's; do not
+ * read it, only poll it. [any][cb] */
+int vmig_event_fd(vmig *m);
+
+/* Takes the next piece of news, oldest first: 1 and the status at that moment, or 0. There is news at every change of
+ * state and at every iteration; the oldest of more than 256 are dropped. Option `events` switches it off.
+ * [any][cb] */
+int vmig_next_event(vmig *m, vmig_status *status);
+
+/* Sets an option by name, such as "max-bandwidth" to "1G". docs/options.md lists them. -ENOENT: there is none of this
+ * name; -EINVAL: not a value for it; -EBUSY: it cannot change while a migration runs. [any][cb] */
+int vmig_set(vmig *m, const char *option, const char *value);
+
+/* The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens. NULL on failure
+ * (vmig_errmsg()). Free it with vmig_string_free(). [any][cb] */
+char *vmig_get(vmig *m, const char *option);
+
+/* ---- 6. full control: sections of your own --------------------------------------------------------------------- */
+/* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
+ * own, which the library frames, so that a body read too short or too long is an error with a name and an offset. */
 
 #define VMIG_PART_START 1        /* First body of an iterative section, from `setup`. */
 #define VMIG_PART_ITERATE 2      /* Body sent while the guest runs, from `iterate`. */
@@ -419,8 +739,8 @@ typedef struct vmig_writer vmig_writer;
  * by the library (be32 length, bytes), at most 1 GiB: `load` must read exactly what was written, or the migration
  * fails with an error that names section and offset.
  *
- * The struct is copied when the section is added. All callbacks run on a thread of the library, or inside
- * vmig_dispatch() with dispatch=manual; `[bql]` says the big lock is held, `[free]` that it is not. They return 0 or
+ * The struct is copied when the section is added. All callbacks run on a thread of the library;
+ * `[bql]` says the big lock is held, `[free]` that it is not. They return 0 or
  * more, or a negative errno, which fails the migration with an error that names section and callback; the guest goes
  * on at the source. They must not throw or longjmp; those marked `[bql]` must not wait. They may call the vmig
  * functions marked `[cb]`, and use their writer or reader until they return. */
@@ -469,6 +789,52 @@ typedef struct vmig_section_ops {
     /* Positive: the source must wait for this section's approval before it stops the guest. NULL: no. Destination. `[bql]` */
     int (*switchover_ack_needed)(void *opaque);
 } vmig_section_ops;
+
+/* Adds a section with a format of its own, for devices with much state that is sent while the guest runs. `name` is
+ * the same on both sides; `version` is what is sent. `destroy(opaque)`, if given, is called once, after every other
+ * callback, and not if this call fails. vmig_remove_device(m, opaque) removes the section. -EEXIST: name and instance
+ * are taken; -EBUSY while a migration runs. [bql] */
+int vmig_add_section(vmig *m,
+                     const char *name,
+                     uint32_t version,
+                     const vmig_section_ops *ops,
+                     void *opaque,
+                     void (*destroy)(void *opaque));
+
+/* Appends `len` bytes to the body. -EFBIG beyond 1 GiB, -ENOMEM; the first error stays and fails the body, so that
+ * results need not be checked one by one. [cb] of the callback that got the writer, as all functions below. */
+int vmig_put(vmig_writer *out, const void *bytes, size_t len);
+
+/* Appends one byte. */
+int vmig_put_u8(vmig_writer *out, uint8_t value);
+
+/* Appends two bytes, big-endian. */
+int vmig_put_u16(vmig_writer *out, uint16_t value);
+
+/* Appends four bytes, big-endian. */
+int vmig_put_u32(vmig_writer *out, uint32_t value);
+
+/* Appends eight bytes, big-endian. */
+int vmig_put_u64(vmig_writer *out, uint64_t value);
+
+/* Fills `buf` with the next `len` bytes of the body. -EIO if there are fewer; `buf` is zero then, and the error stays
+ * and fails the body. */
+int vmig_get_bytes(vmig_reader *input, void *buf, size_t len);
+
+/* The next byte; 0 after an error, which stays and fails the body. */
+uint8_t vmig_get_u8(vmig_reader *input);
+
+/* The next two bytes as a big-endian number; 0 after an error. */
+uint16_t vmig_get_u16(vmig_reader *input);
+
+/* The next four bytes as a big-endian number; 0 after an error. */
+uint32_t vmig_get_u32(vmig_reader *input);
+
+/* The next eight bytes as a big-endian number; 0 after an error. */
+uint64_t vmig_get_u64(vmig_reader *input);
+
+/* Bytes of the body that were not read yet; 0 for NULL. */
+size_t vmig_reader_left(vmig_reader *input);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,5 @@
-//! Functions of the chapter on device state; its types and macros stand before them.
+//! A device's state is declared once, as a table of its struct's members; the same table saves, loads, describes and is
+//! compared with the other side's. The macros check each member's type where they are used.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;

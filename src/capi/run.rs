@@ -96,9 +96,9 @@ pub unsafe extern "C" fn vmig_get_bql_stats(m: *mut vmig, stats: *mut vmig_bql_s
             size: size_of::<vmig_bql_stats>(),
             acquisitions: now.acquisitions,
             contended: now.contended,
-            wait_ns: now.wait_ns,
+            wait_ns: now.wait_total_ns,
             wait_max_ns: now.wait_max_ns,
-            hold_ns: now.hold_ns,
+            hold_ns: now.hold_total_ns,
             hold_max_ns: now.hold_max_ns,
         };
         // SAFETY: the C contract: NULL or a sized struct that can be written.

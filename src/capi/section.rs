@@ -1,4 +1,5 @@
-//! Functions of the last chapter; the callbacks of a section and its writer and reader stand before them.
+//! A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
+//! own, which the library frames, so that a body read too short or too long is an error with a name and an offset.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;

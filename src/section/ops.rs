@@ -25,8 +25,8 @@ pub const VMIG_SECTION_EARLY: u32 = 1;
 /// by the library (be32 length, bytes), at most 1 GiB: `load` must read exactly what was written, or the migration
 /// fails with an error that names section and offset.
 ///
-/// The struct is copied when the section is added. All callbacks run on a thread of the library, or inside
-/// vmig_dispatch() with dispatch=manual; `[bql]` says the big lock is held, `[free]` that it is not. They return 0 or
+/// The struct is copied when the section is added. All callbacks run on a thread of the library;
+/// `[bql]` says the big lock is held, `[free]` that it is not. They return 0 or
 /// more, or a negative errno, which fails the migration with an error that names section and callback; the guest goes
 /// on at the source. They must not throw or longjmp; those marked `[bql]` must not wait. They may call the vmig
 /// functions marked `[cb]`, and use their writer or reader until they return.
