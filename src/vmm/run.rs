@@ -299,9 +299,8 @@ impl Vmm {
             Ok(_) => error,
             Err(second) => {
                 self.set(StopReason::Error.into());
-                let text =
-                    format!("{}; and it stays stopped (reason: error), because {}", error.text(), second.text());
-                Error::new(error.errno(), text)
+                let why = second.text();
+                error.context(format_args!("the guest stays stopped (reason: error), because {why}; at first"))
             }
         }
     }

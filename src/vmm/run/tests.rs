@@ -188,7 +188,7 @@ fn whatever_two_calls_fail_the_set_tells_the_truth() {
             assert_eq!(vmm.is_running(), running, "{first} {second}: {:?}", world.take());
             if !running {
                 assert_eq!(vmm.reasons(), StopReason::Error.into());
-                assert!(error.text().contains("it stays stopped (reason: error), because"), "{error}");
+                assert!(error.text().contains("the guest stays stopped (reason: error), because"), "{error}");
             }
             let before = vmm.clock_ns();
             std::thread::sleep(Duration::from_micros(100));
@@ -208,8 +208,9 @@ fn a_failing_handler_is_named() {
     assert_eq!(error.text(), "run-state handler 3 'b' (priority 1) in stopped failed: planned");
     world.fail_at([3, 6]);
     let error = vmm.stop(User).unwrap_err();
-    let why = "and it stays stopped (reason: error), because planned";
-    assert_eq!(error.text(), format!("run-state handler 2 'a' (priority 1) in prepare-stop failed: planned; {why}"));
+    let first = "run-state handler 2 'a' (priority 1) in prepare-stop failed: planned";
+    let expected = format!("the guest stays stopped (reason: error), because planned; at first: {first}");
+    assert_eq!(error.text(), expected);
     // The guest is stopped after all, so every handler is told, the one that failed at first included.
     let calls = world.take();
     assert_eq!(calls[calls.len() - 13..], words("stop cps bps aps! bpr cpr start! cps bps aps cS bS aS"));
