@@ -278,7 +278,7 @@ impl Vmm {
 
     /// Running -> stopped for `reason`.
     fn halt(&self, reason: StopReason) -> Result<RunReport> {
-        let mut walk = self.handlers.walk(false);
+        let mut walk = self.handlers.walk(&self.bql, false);
         let began = Moment::now();
         fence("the stop hook", || self.hooks.stop())?;
         self.freeze_clock();
@@ -307,7 +307,7 @@ impl Vmm {
 
     /// Stopped -> running.
     fn resume(&self) -> Result<RunReport> {
-        self.bring_up(&mut self.handlers.walk(true))
+        self.bring_up(&mut self.handlers.walk(&self.bql, true))
     }
 
     /// Start handlers and hook. On failure everything is stopped again and the reasons are as before.

@@ -232,6 +232,31 @@ fn panics_are_failures() {
 }
 
 #[test]
+fn a_handler_that_loses_the_lock_fails_and_the_others_have_it() {
+    let loser = |world: &Arc<World>, vmm: &Vmm| {
+        let bql = Arc::clone(&world.bql);
+        let loses = move |phase: Phase, _: &Moment| if phase == Phase::Stopped { bql.unlock() } else { Ok(()) };
+        vmm.add_handler("loser", 9, Arc::new(loses)).unwrap();
+    };
+    let (world, vmm) = rig(Reasons::NONE);
+    loser(&world, &vmm);
+    let error = vmm.stop(User).unwrap_err();
+    let name = "run-state handler 4 'loser' (priority 9)";
+    let expected = format!("{name} in stopped returned without the big lock it was called with");
+    assert_eq!((error.errno(), error.text()), (libc::EPERM, expected.as_str()));
+    // Each call of the rig asserts that the lock is held.
+    assert_eq!(world.take(), words("stop cps bps aps apr bpr cpr start"));
+    assert!(vmm.is_running() && !world.bql.held());
+
+    let (world, vmm) = rig(User.into());
+    loser(&world, &vmm);
+    world.fail_at([6]);
+    vmm.start(User).unwrap_err();
+    assert_eq!(world.take(), words("apr bpr cpr aR bR cR start! cps bps aps cS bS aS"));
+    assert!(!world.bql.held());
+}
+
+#[test]
 fn stopping_and_starting_twice_is_harmless() {
     let (world, vmm) = rig(Reasons::NONE);
     assert!(!vmm.start(User).unwrap().changed);
