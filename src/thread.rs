@@ -19,6 +19,10 @@ pub const THREADS_MAX: usize = 1024;
 /// How long `spawn` waits for a new thread to report its id; only `list` is poorer when that passes.
 const START_WAIT: Duration = Duration::from_secs(1);
 
+/// How long a join waits for the kernel to forget the thread: that takes microseconds, unless its id was given to a
+/// new thread at once.
+const GONE_WAIT: Duration = Duration::from_millis(100);
+
 /// Locks a mutex of ours. Panics are fenced, and what our mutexes guard is consistent between statements.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -286,6 +290,8 @@ impl Shared {
         drop(list);
         // The body catches every panic, so there is nothing to learn from the result.
         let _ = entry.join.map(JoinHandle::join);
+        // So that whoever counts threads afterwards counts none of ours.
+        thread_sys::wait_gone(entry.tid, GONE_WAIT);
         lock(&self.list).joining -= 1;
         self.changed.notify_all();
     }

@@ -3,6 +3,7 @@
 
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
@@ -10,6 +11,25 @@ use crate::error::{Error, Result};
 pub fn tid() -> i32 {
     // SAFETY: gettid takes no arguments and cannot fail.
     unsafe { libc::gettid() }
+}
+
+/// Waits, at most `limit`, until the kernel has forgotten a joined thread of this process; false: it still knows it.
+///
+/// A join returns when the thread's last instruction is done, moments before it leaves /proc and the thread count.
+pub fn wait_gone(tid: i32, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        // SAFETY: getpid takes no arguments and cannot fail.
+        let pid = unsafe { libc::getpid() };
+        // SAFETY: signal 0 is never delivered, it only asks whether the thread exists.
+        if unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, 0) } != 0 {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(20));
+    }
 }
 
 /// Runs `f` with every signal blocked on this thread, then restores the mask.
@@ -45,6 +65,14 @@ mod tests {
     fn blocked() -> String {
         let status = std::fs::read_to_string(format!("/proc/self/task/{}/status", tid())).unwrap();
         status.lines().find_map(|l| l.strip_prefix("SigBlk:")).unwrap().trim().to_owned()
+    }
+
+    #[test]
+    fn gone_is_told_from_alive() {
+        assert!(!wait_gone(tid(), Duration::from_millis(1)));
+        let ended = std::thread::spawn(tid).join().unwrap();
+        assert!(wait_gone(ended, Duration::from_secs(5)));
+        assert!(!std::path::Path::new(&format!("/proc/self/task/{ended}")).exists());
     }
 
     #[test]

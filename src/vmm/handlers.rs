@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use crate::bql::Bql;
 use crate::error::{Error, Result};
 use crate::sys::clock::{monotonic_ns, wall_ns};
 use crate::thread::{fence, lock};
@@ -73,9 +74,15 @@ struct Entry {
 }
 
 impl Entry {
-    fn call(&self, phase: Phase, at: &Moment) -> Result<()> {
+    fn call(&self, phase: Phase, at: &Moment, bql: &Bql) -> Result<()> {
         let who = format!("run-state handler {} '{}' (priority {}) in {phase}", self.id, self.name, self.priority);
-        fence(&who, || self.handler.run(phase, at).map_err(|error| error.context(format_args!("{who} failed"))))
+        let done = fence(&who, || self.handler.run(phase, at).map_err(|e| e.context(format_args!("{who} failed"))));
+        if bql.held() {
+            return done;
+        }
+        // The handlers after it count on the lock.
+        bql.lock()?;
+        done.and(Err(Error::new(libc::EPERM, format!("{who} returned without the big lock it was called with"))))
     }
 }
 
@@ -125,11 +132,11 @@ impl Registry {
     }
 
     /// Freezes the list for one stop or start. `stopped`: the handlers were told of a stop, or never of a start.
-    pub(super) fn walk(&self, stopped: bool) -> Walk<'_> {
+    pub(super) fn walk<'a>(&'a self, bql: &'a Bql, stopped: bool) -> Walk<'a> {
         let mut list = lock(&self.list);
         list.walking = true;
         let steps = list.entries.iter().map(|entry| Step::new(Arc::clone(entry), stopped)).collect();
-        Walk { steps, _still: Still(self) }
+        Walk { steps, bql, _still: Still(self) }
     }
 }
 
@@ -169,6 +176,7 @@ impl Step {
 pub(super) struct Walk<'a> {
     // Before `_still`: once handlers may be removed again, no one else may hold them.
     steps: Vec<Step>,
+    bql: &'a Bql,
     _still: Still<'a>,
 }
 
@@ -176,30 +184,30 @@ impl Walk<'_> {
     /// Tells of the stop whoever does not know yet: prepares first, descending. Ends at the first failure.
     pub(super) fn stop(&mut self, at: &Moment) -> Result<()> {
         for step in self.steps.iter_mut().rev() {
-            step.go(Phase::PrepareStop, at)?;
+            step.go(Phase::PrepareStop, at, self.bql)?;
         }
-        self.steps.iter_mut().rev().try_for_each(|step| step.go(Phase::Stopped, at))
+        self.steps.iter_mut().rev().try_for_each(|step| step.go(Phase::Stopped, at, self.bql))
     }
 
     /// Tells of the start whoever does not know yet: prepares first, ascending. Ends at the first failure.
     pub(super) fn start(&mut self, at: &Moment) -> Result<()> {
         for step in &mut self.steps {
-            step.go(Phase::PrepareStart, at)?;
+            step.go(Phase::PrepareStart, at, self.bql)?;
         }
-        self.steps.iter_mut().try_for_each(|step| step.go(Phase::Starting, at))
+        self.steps.iter_mut().try_for_each(|step| step.go(Phase::Starting, at, self.bql))
     }
 
     /// Like [`stop`](Self::stop), but failures hold nobody up: the guest is stopped, whether a handler likes it or not.
     pub(super) fn stop_again(&mut self, at: &Moment, mut failed: impl FnMut(Error)) {
         for phase in [Phase::PrepareStop, Phase::Stopped] {
-            self.steps.iter_mut().rev().filter_map(|step| step.go(phase, at).err()).for_each(&mut failed);
+            self.steps.iter_mut().rev().filter_map(|step| step.go(phase, at, self.bql).err()).for_each(&mut failed);
         }
     }
 }
 
 impl Step {
     /// Makes the call unless the handler is there already.
-    fn go(&mut self, phase: Phase, at: &Moment) -> Result<()> {
+    fn go(&mut self, phase: Phase, at: &Moment, bql: &Bql) -> Result<()> {
         let (flag, after) = match phase {
             Phase::PrepareStop => (&mut self.prepared, true),
             Phase::Stopped => (&mut self.stopped, true),
@@ -207,7 +215,7 @@ impl Step {
             Phase::Starting => (&mut self.stopped, false),
         };
         if *flag != after {
-            self.entry.call(phase, at)?;
+            self.entry.call(phase, at, bql)?;
             *flag = after;
         }
         Ok(())

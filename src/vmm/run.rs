@@ -299,7 +299,7 @@ impl Vmm {
 
     /// Running -> stopped for `reason`.
     fn halt(&self, reason: StopReason) -> Result<RunReport> {
-        let mut walk = self.handlers.walk(false);
+        let mut walk = self.handlers.walk(&self.bql, false);
         let began = Moment::now();
         fence("the stop hook", || self.hooks.stop())?;
         self.fresh.store(false, Ordering::Relaxed);
@@ -321,16 +321,15 @@ impl Vmm {
             Ok(_) => error,
             Err(second) => {
                 self.set(StopReason::Error.into());
-                let text =
-                    format!("{}; and it stays stopped (reason: error), because {}", error.text(), second.text());
-                Error::new(error.errno(), text)
+                let why = second.text();
+                error.context(format_args!("the guest stays stopped (reason: error), because {why}; at first"))
             }
         }
     }
 
     /// Stopped -> running.
     fn resume(&self) -> Result<RunReport> {
-        self.bring_up(&mut self.handlers.walk(true))
+        self.bring_up(&mut self.handlers.walk(&self.bql, true))
     }
 
     /// Start handlers and hook. On failure everything is stopped again and the reasons are as before.

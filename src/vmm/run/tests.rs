@@ -188,7 +188,7 @@ fn whatever_two_calls_fail_the_set_tells_the_truth() {
             assert_eq!(vmm.is_running(), running, "{first} {second}: {:?}", world.take());
             if !running {
                 assert_eq!(vmm.reasons(), StopReason::Error.into());
-                assert!(error.text().contains("it stays stopped (reason: error), because"), "{error}");
+                assert!(error.text().contains("the guest stays stopped (reason: error), because"), "{error}");
             }
             let before = vmm.clock_ns();
             std::thread::sleep(Duration::from_micros(100));
@@ -208,8 +208,9 @@ fn a_failing_handler_is_named() {
     assert_eq!(error.text(), "run-state handler 3 'b' (priority 1) in stopped failed: planned");
     world.fail_at([3, 6]);
     let error = vmm.stop(User).unwrap_err();
-    let why = "and it stays stopped (reason: error), because planned";
-    assert_eq!(error.text(), format!("run-state handler 2 'a' (priority 1) in prepare-stop failed: planned; {why}"));
+    let first = "run-state handler 2 'a' (priority 1) in prepare-stop failed: planned";
+    let expected = format!("the guest stays stopped (reason: error), because planned; at first: {first}");
+    assert_eq!(error.text(), expected);
     // The guest is stopped after all, so every handler is told, the one that failed at first included.
     let calls = world.take();
     assert_eq!(calls[calls.len() - 13..], words("stop cps bps aps! bpr cpr start! cps bps aps cS bS aS"));
@@ -228,6 +229,31 @@ fn panics_are_failures() {
     assert!(vmm.is_running() && world.running.load(Ordering::SeqCst) && !world.bql.held());
     vmm.remove_handler(id).unwrap();
     vmm.stop(User).unwrap();
+}
+
+#[test]
+fn a_handler_that_loses_the_lock_fails_and_the_others_have_it() {
+    let loser = |world: &Arc<World>, vmm: &Vmm| {
+        let bql = Arc::clone(&world.bql);
+        let loses = move |phase: Phase, _: &Moment| if phase == Phase::Stopped { bql.unlock() } else { Ok(()) };
+        vmm.add_handler("loser", 9, Arc::new(loses)).unwrap();
+    };
+    let (world, vmm) = rig(Reasons::NONE);
+    loser(&world, &vmm);
+    let error = vmm.stop(User).unwrap_err();
+    let name = "run-state handler 4 'loser' (priority 9)";
+    let expected = format!("{name} in stopped returned without the big lock it was called with");
+    assert_eq!((error.errno(), error.text()), (libc::EPERM, expected.as_str()));
+    // Each call of the rig asserts that the lock is held.
+    assert_eq!(world.take(), words("stop cps bps aps apr bpr cpr start"));
+    assert!(vmm.is_running() && !world.bql.held());
+
+    let (world, vmm) = rig(User.into());
+    loser(&world, &vmm);
+    world.fail_at([6]);
+    vmm.start(User).unwrap_err();
+    assert_eq!(world.take(), words("apr bpr cpr aR bR cR start! cps bps aps cS bS aS"));
+    assert!(!world.bql.held());
 }
 
 #[test]
