@@ -48,10 +48,11 @@ $(TARGET)/fault/release/libvmig.a: FORCE
 
 # One object in which only our names are global: else Rust's standard library in our archive collides with the one in
 # another Rust archive of the same program ("multiple definition of rust_eh_personality").
-$(LIB) $(LIB_FAULT): %/lib/libvmig.a: %/release/libvmig.a
+$(LIB) $(LIB_FAULT): %/lib/libvmig.a: %/release/libvmig.a Makefile
 	mkdir -p $(@D)
 	nm -D --defined-only $(<:.a=.so) | awk '{ print "--undefined=" $$3 }' >$(@D)/exports
 	$(LD) -r --force-group-allocation @$(@D)/exports -o $(@D)/vmig.o $<
+	$(OBJCOPY) --remove-section=.llvmbc --remove-section=.llvmcmd $(@D)/vmig.o
 	$(OBJCOPY) --wildcard --keep-global-symbol='vmig_*' $(@D)/vmig.o
 	rm -f $@
 	$(AR) rcs $@ $(@D)/vmig.o

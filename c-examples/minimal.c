@@ -123,7 +123,7 @@ static int make_migratable(struct machine *vm)
     int err;
 
     ops.stop = stop, ops.start = start;
-    ram.name = "ram", ram.host = vm->ram, ram.len = RAM_BYTES;
+    ram.name = "ram", ram.host = vm->ram, ram.len = RAM_BYTES, ram.flags = VMIG_RAM_MARKED;
     if ((err = vmig_new(&ops, vm, &vm->m)) < 0)
         return err;
     vmig_bql_lock(vm->m);
@@ -173,8 +173,8 @@ static int run(struct machine *vm, const char *uri)
             return err;
         printf("went on to %" PRIu64 "\n", vm->counter);
     } else if ((err = vmig_get_status(vm->m, &s)) >= 0) {
-        printf("left at %" PRIu64 ": %.1f MB sent in %.1f ms, downtime %.1f ms\n", vm->counter, (double)s.sent / 1e6,
-               (double)s.elapsed / 1e6, (double)s.downtime / 1e6);
+        printf("left at %" PRIu64 ": %.1f MB sent in %.1f ms, downtime %.1f ms\n", vm->counter,
+               (double)s.transferred / 1e6, (double)s.elapsed / 1e6, (double)s.downtime / 1e6);
     }
     return err;
 }

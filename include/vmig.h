@@ -608,6 +608,19 @@ int vmig_unblock(vmig *m, int id);
 /* A migration is started on both sides, runs on threads of the library, and is watched by polling, by an eventfd, or by
  * waiting. Destination first: vmig_incoming() listens; then vmig_outgoing() at the source. */
 
+#define VMIG_STATE_NONE 0        /* No migration yet. */
+#define VMIG_STATE_SETUP 1       /* Connecting or listening, and preparing. */
+#define VMIG_STATE_CANCELLING 2  /* A cancel is being carried out. */
+#define VMIG_STATE_CANCELLED 3   /* Ended by a cancel; the guest runs on at the source. */
+#define VMIG_STATE_ACTIVE 4      /* Data moves; at the source the guest runs. */
+#define VMIG_STATE_DEVICE 5      /* The guest is stopped; devices and the last pages move. */
+#define VMIG_STATE_COMPLETED 6   /* Ended well: the guest is at the destination. */
+#define VMIG_STATE_FAILED 7      /* Ended by an error (vmig_get_error()). At the source the guest runs on. */
+
+/* At the source: the guest was handed over and the destination's answer got lost. Nobody but you can know where it
+ * runs: find out, then call vmig_resolve(). Until then it is stopped here. */
+#define VMIG_STATE_SWITCHOVER_UNKNOWN 8
+
 #define VMIG_SIDE_NONE 0         /* No migration yet. */
 #define VMIG_SIDE_SOURCE 1       /* The guest leaves. */
 #define VMIG_SIDE_DESTINATION 2  /* The guest arrives. */

@@ -91,7 +91,7 @@ static const vmig_device ticker_kind = {
 };
 
 static const vmig_field probe_fields[] = {
-    VMIG_ARRAY_U32(struct probe, word), VMIG_U32(struct probe, words), VMIG_U32(struct probe, generation),
+    VMIG_U32_ARRAY(struct probe, word), VMIG_U32(struct probe, words), VMIG_U32(struct probe, generation),
     VMIG_U64(struct probe, verified),
     VMIG_END,
 };
@@ -109,8 +109,6 @@ static int add_ram(vmig *m, const struct ram_block *block)
     int err;
 
     ram.name = block->name, ram.host = block->host, ram.len = block->len, ram.gpa = block->gpa;
-    if (block->fd >= 0)
-        ram.flags = VMIG_RAM_FD, ram.fd = block->fd;
     slot.slot = block->slot, slot.ram = block->name, slot.len = block->len, slot.gpa = block->gpa;
     if ((err = vmig_add_ram(m, &ram)) < 0)
         return err;
@@ -198,10 +196,10 @@ static void print_status(vmig *m)
         printf("error status: %s\n", vmig_errmsg());
         return;
     }
-    printf("status state=%s iteration=%" PRIu32 " total=%" PRIu64 " remaining=%" PRIu64 " sent=%" PRIu64
+    printf("status state=%s iteration=%" PRIu64 " total=%" PRIu64 " remaining=%" PRIu64 " sent=%" PRIu64
            " dirty-rate=%" PRIu64 " bandwidth=%" PRIu64 " elapsed=%" PRIu64 " expected-downtime=%" PRIu64
            " downtime=%" PRIu64 " eta=%" PRIu64 "\n", vmig_state_name(s.state), s.iteration, s.total, s.remaining,
-           s.sent, s.dirty_rate, s.bandwidth, s.elapsed, s.expected_downtime, s.downtime, s.eta);
+           s.transferred, s.dirty_rate, s.bandwidth, s.elapsed, s.expected_downtime, s.downtime, s.eta);
 }
 
 static void print_string(const char *label, char *value)
@@ -238,6 +236,8 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
         print_result(verb, vmig_outgoing(m, argument));
     else if (strcmp(verb, "cancel") == 0)
         print_result(verb, vmig_cancel(m));
+    else if (strcmp(verb, "resolve") == 0)
+        print_result(verb, vmig_resolve(m, argument && strcmp(argument, "here") == 0));
     else if (strcmp(verb, "set") == 0)
         print_result(verb, set_option(m, argument));
     else if (strcmp(verb, "get") == 0)

@@ -11,24 +11,44 @@ use crate::status::{STATES, Side, Snapshot, State};
 use crate::sys::sized::{SizedStruct, sized_fill};
 
 /// No migration yet.
-pub const VMIG_STATE_NONE: u32 = State::None as u32;
+pub const VMIG_STATE_NONE: u32 = 0;
 /// Connecting or listening, and preparing.
-pub const VMIG_STATE_SETUP: u32 = State::Setup as u32;
+pub const VMIG_STATE_SETUP: u32 = 1;
 /// A cancel is being carried out.
-pub const VMIG_STATE_CANCELLING: u32 = State::Cancelling as u32;
+pub const VMIG_STATE_CANCELLING: u32 = 2;
 /// Ended by a cancel; the guest runs on at the source.
-pub const VMIG_STATE_CANCELLED: u32 = State::Cancelled as u32;
+pub const VMIG_STATE_CANCELLED: u32 = 3;
 /// Data moves; at the source the guest runs.
-pub const VMIG_STATE_ACTIVE: u32 = State::Active as u32;
+pub const VMIG_STATE_ACTIVE: u32 = 4;
 /// The guest is stopped; devices and the last pages move.
-pub const VMIG_STATE_DEVICE: u32 = State::Device as u32;
+pub const VMIG_STATE_DEVICE: u32 = 5;
 /// Ended well: the guest is at the destination.
-pub const VMIG_STATE_COMPLETED: u32 = State::Completed as u32;
+pub const VMIG_STATE_COMPLETED: u32 = 6;
 /// Ended by an error (vmig_get_error()). At the source the guest runs on.
-pub const VMIG_STATE_FAILED: u32 = State::Failed as u32;
+pub const VMIG_STATE_FAILED: u32 = 7;
 /// At the source: the guest was handed over and the destination's answer got lost. Nobody but you can know where it
 /// runs: find out, then call vmig_resolve(). Until then it is stopped here.
-pub const VMIG_STATE_SWITCHOVER_UNKNOWN: u32 = State::SwitchoverUnknown as u32;
+pub const VMIG_STATE_SWITCHOVER_UNKNOWN: u32 = 8;
+
+// The header's generator reads only literals.
+const _: () = {
+    let numbers = [
+        VMIG_STATE_NONE,
+        VMIG_STATE_SETUP,
+        VMIG_STATE_CANCELLING,
+        VMIG_STATE_CANCELLED,
+        VMIG_STATE_ACTIVE,
+        VMIG_STATE_DEVICE,
+        VMIG_STATE_COMPLETED,
+        VMIG_STATE_FAILED,
+        VMIG_STATE_SWITCHOVER_UNKNOWN,
+    ];
+    let mut i = 0;
+    while i < STATES.len() {
+        assert!(numbers[i] == STATES[i] as u32);
+        i += 1;
+    }
+};
 
 /// No migration yet.
 pub const VMIG_SIDE_NONE: u32 = 0;
