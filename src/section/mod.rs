@@ -16,6 +16,11 @@ pub mod staged;
 pub mod stream;
 pub mod table;
 
+#[cfg(test)]
+mod codec_tests;
+#[cfg(test)]
+mod random_tests;
+
 use crate::error::Result;
 use crate::wire::input::Input;
 
