@@ -17,7 +17,11 @@ pub mod stream;
 pub mod table;
 
 #[cfg(test)]
+mod check_tests;
+#[cfg(test)]
 mod codec_tests;
+#[cfg(test)]
+mod convert_tests;
 #[cfg(test)]
 mod random_tests;
 
