@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::wire::input::{Input, Slice};
 
 fn saved<T>(table: &Checked, device: &mut T) -> Result<Vec<u8>> {
-    assert!(table.extent() as usize <= size_of::<T>());
+    assert!(table.extent() <= size_of::<T>() as u64);
     let mut out = vec![0xee];
     // SAFETY: the tests below pair each table with the struct it describes.
     let result = unsafe { save(table, from_mut(device).cast(), &mut out) };

@@ -81,7 +81,8 @@ struct Uart {
 
 #[test]
 fn every_kind_arrives() {
-    let kinds: &[(u32, usize, fn(&Kind) -> bool)] = &[
+    type Is = fn(&Kind) -> bool;
+    let kinds: &[(u32, usize, Is)] = &[
         (VMIG_KIND_U8, 1, |k| matches!(k, Kind::Unsigned(1))),
         (VMIG_KIND_U16, 2, |k| matches!(k, Kind::Unsigned(2))),
         (VMIG_KIND_U32, 4, |k| matches!(k, Kind::Unsigned(4))),

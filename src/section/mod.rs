@@ -23,6 +23,10 @@ mod codec_tests;
 #[cfg(test)]
 mod convert_tests;
 #[cfg(test)]
+mod custom_tests;
+#[cfg(test)]
+mod list_tests;
+#[cfg(test)]
 mod random_tests;
 
 use crate::error::Result;
