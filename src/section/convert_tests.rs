@@ -8,6 +8,7 @@ use std::ptr::{from_ref, null, null_mut};
 use super::cdevice::*;
 use super::convert::Declared;
 use super::device::Device;
+use super::list::Entry;
 use super::table::{Checked, Count, Kind};
 use super::{Part, Section};
 use crate::error::{Error, Result};
@@ -342,4 +343,23 @@ fn callbacks_keep_their_errno_and_are_named() {
     let mut fine = state(0);
     run(&load[1].0, &mut fine, true).unwrap();
     assert_eq!((fine.value, fine.version), (7, 1));
+}
+
+#[test]
+fn entries_carry_what_the_table_says() {
+    let fields = [row(c"value", VMIG_KIND_U8, 0, 1), END];
+    let state = vmig_device { version: 5, oldest: 2, priority: 9, ..device(c"dev", &fields) };
+    let mut value = 7u8;
+    let dev: *mut c_void = (&raw mut value).cast();
+    // SAFETY: the table describes one byte, which outlives the entry.
+    let entry = unsafe { Entry::of_device(&raw const state, 3, dev) }.unwrap();
+    let numbers = (entry.instance, entry.version, entry.oldest, entry.priority, entry.key);
+    assert_eq!((entry.name.as_str(), numbers), ("dev", (3, 5, 2, 9, dev.addr())));
+    let mut body = Vec::new();
+    entry.section().unwrap().complete(&mut body).unwrap();
+    assert_eq!(body, [7]);
+    let none = vmig_device { fields: null(), ..state };
+    // SAFETY: as above.
+    let entry = unsafe { Entry::of_device(&raw const none, 0, null_mut()) }.unwrap();
+    assert!(entry.section().is_none() && entry.version == 5 && entry.key == 0);
 }

@@ -3,11 +3,10 @@
 
 use std::ffi::{c_int, c_void};
 use std::ptr::{from_ref, null, null_mut};
-use std::sync::Arc;
 
 use super::check::BODY_MAX;
 use super::custom::Custom;
-use super::list::{Content, Entry, SectionList};
+use super::list::SectionList;
 use super::ops::*;
 use super::stream::{Reader, Writer, vmig_reader, vmig_writer};
 use super::{Part, Pending, Section};
@@ -251,19 +250,18 @@ fn destroy_is_called_once_last_and_only_if_a_list_took_the_section() {
     let mut c = State::default();
     let pointer = &raw mut c;
     let list = SectionList::new();
-    let entry = |section: Custom| {
-        let key = section.opaque() as usize;
-        Entry { key, ..Entry::new("gpu", 0, 3, Content::State(Arc::new(section))) }
-    };
-    list.add(entry(custom(&full(), &mut c).unwrap())).unwrap();
+    let entry = custom(&vmig_section_ops { instance: 4, priority: -1, ..full() }, &mut c).unwrap().entry();
+    let numbers = (entry.instance, entry.version, entry.oldest, entry.priority, entry.key);
+    assert_eq!(numbers, (4, 3, 2, -1, pointer.addr()));
+    list.add(entry).unwrap();
     // SAFETY: the sections only keep the pointer while the state is looked at.
     let destroyed = || unsafe { (*pointer).destroyed };
     let mut twin = State::default();
-    list.add(entry(custom(&full(), &mut twin).unwrap())).unwrap_err();
+    list.add(custom(&vmig_section_ops { instance: 4, ..full() }, &mut twin).unwrap().entry()).unwrap_err();
     assert_eq!(twin.destroyed, 0, "a failed call changes nothing: the pointer is still the caller's");
 
     let running = list.snapshot();
-    drop(list.remove(pointer as usize).unwrap());
+    drop(list.remove(pointer.addr()).unwrap());
     assert_eq!(destroyed(), 0, "a migration still has the section");
     drop(running);
     drop(list);

@@ -30,7 +30,8 @@ fn names(entries: &[Entry]) -> Vec<String> {
 #[test]
 fn order_is_priority_then_registration_and_ids_count_registrations() {
     let list = SectionList::new();
-    for (name, priority) in [("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5)] {
+    for (count, (name, priority)) in [("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5)].into_iter().enumerate() {
+        assert_eq!(list.snapshot().len(), count);
         list.add(Entry { priority, ..entry(name, 0) }).unwrap();
     }
     assert_eq!(names(&list.snapshot()), ["b0:1", "e0:4", "a0:0", "c0:2", "d0:3"]);
