@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use super::cdevice::*;
 use super::check::{DEPTH_MAX, FIELDS_MAX, NAME_MAX};
+use super::device::Device;
 use super::errno::returned;
+use super::list::{Content, Entry};
 use super::sized;
 use super::table::{Checked, Count, Field, Hooks, Kind, Table};
 use crate::error::{Error, Result};
@@ -57,6 +59,29 @@ impl vmig_device {
             other => return Err(Error::invalid(format!("unknown flags {other:#x}")).in_section(&table.name)),
         }
         Ok((Declared::State(table.checked()?), c.priority))
+    }
+}
+
+impl Entry {
+    /// What to register for the device `dev` of the kind `device`: with state or declared without.
+    ///
+    /// # Safety
+    /// As for [`vmig_device::declared`], and for `dev` as for [`Device::new`].
+    pub unsafe fn of_device(device: *const vmig_device, instance: u32, dev: *mut c_void) -> Result<Self> {
+        // SAFETY: the caller vouches for the table.
+        let (declared, priority) = unsafe { vmig_device::declared(device) }?;
+        let entry = match declared {
+            Declared::State(table) => {
+                let (name, version, oldest) = (table.name.clone(), table.version, table.oldest);
+                // SAFETY: the caller vouches for `dev`.
+                let device = unsafe { Device::new(table, instance, dev.cast()) }?;
+                Self { oldest, ..Self::new(name, instance, version, Content::State(Arc::new(device))) }
+            }
+            Declared::Stateless { name, version, oldest } => {
+                Self { oldest, ..Self::new(name, instance, version, Content::None) }
+            }
+        };
+        Ok(Self { priority, key: dev.addr(), ..entry })
     }
 }
 

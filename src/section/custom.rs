@@ -6,10 +6,11 @@
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::check::{self, BODY_MAX};
 use super::errno::returned;
+use super::list::{Content, Entry};
 use super::ops::*;
 use super::sized;
 use super::stream::{Reader, Writer};
@@ -99,6 +100,14 @@ impl Custom {
     /// What identifies the section when it is removed.
     pub fn opaque(&self) -> *mut c_void {
         self.opaque.pointer
+    }
+
+    /// What to register.
+    pub fn entry(self) -> Entry {
+        let (name, version) = (self.name.clone(), self.version);
+        let vmig_section_ops { instance, oldest, priority, .. } = self.ops;
+        let key = self.opaque.pointer.addr();
+        Entry { oldest, priority, key, ..Entry::new(name, instance, version, Content::State(Arc::new(self))) }
     }
 
     fn call(&self, callback: &str, f: Option<Call>, default: c_int) -> Result<c_int> {

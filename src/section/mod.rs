@@ -16,6 +16,21 @@ pub mod staged;
 pub mod stream;
 pub mod table;
 
+#[cfg(test)]
+mod check_tests;
+#[cfg(test)]
+mod codec_tests;
+#[cfg(test)]
+mod convert_tests;
+#[cfg(test)]
+mod custom_tests;
+#[cfg(test)]
+mod hook_tests;
+#[cfg(test)]
+mod list_tests;
+#[cfg(test)]
+mod random_tests;
+
 use crate::error::Result;
 use crate::wire::input::Input;
 

@@ -9,6 +9,9 @@ use super::table::{Checked, Count, Field, Kind, Table};
 use crate::error::{Error, Result};
 use crate::wire::input::Slice;
 
+/// Most objects of one device's description; a body with more is described as a whole.
+pub const OBJECTS_MAX: usize = 65536;
+
 /// A body that kept every rule of its table and waits to be applied.
 #[derive(Debug)]
 pub struct Staged<'t> {
@@ -33,9 +36,9 @@ impl Staged<'_> {
         unsafe { apply.table(self.table, self.version, base) }.map_err(|e| e.in_section(&self.table.name))
     }
 
-    /// Keys `vmsd_name`, `version`, `fields` and, if any were sent, `subsections`.
+    /// Keys `vmsd_name`, `version`, `fields` and, if any were sent, `subsections`. `E2BIG`: more than [`OBJECTS_MAX`].
     pub fn describe(&self) -> Result<Value> {
-        let mut describe = Describe { script: Script(self.script.iter()) };
+        let mut describe = Describe { script: Script(self.script.iter()), objects: 0 };
         Ok(describe.table(self.table, self.version)?.0)
     }
 }
@@ -133,11 +136,16 @@ impl<'t> Apply<'_, 't> {
 
 struct Describe<'s> {
     script: Script<'s>,
+    objects: usize,
 }
 
 impl Describe<'_> {
     /// The object of a table, and how many bytes it has on the wire.
     fn table(&mut self, table: &Table, version: u32) -> Result<(Value, u64)> {
+        self.objects += 1 + table.fields.len();
+        if self.objects > OBJECTS_MAX {
+            return Err(Error::new(libc::E2BIG, format!("a description of more than {OBJECTS_MAX} objects")));
+        }
         let (mut fields, mut size) = (Vec::new(), 0);
         for field in table.fields.iter().filter(|field| field.since <= version) {
             let count = self.script.elements(field)?;
