@@ -20,10 +20,11 @@ use kvm_bindings::kvm_clock_data;
 use self::section::{KvmSection, Transfer};
 use self::state::{ClockState, IrqchipState, PitState, VcpuState};
 use super::Entry;
-use super::worker::{Bench, lock};
+use super::worker::Bench;
 use crate::error::{Error, Result};
 use crate::sys::kvm::Vm;
 use crate::sys::kvm_x86::{Machine, Vcpu, failed};
+use crate::thread::{Threads, lock};
 
 /// Loaded first: vCPUs find their interrupt lines and the I/O APIC in place, and what an I/O APIC injects while it
 /// loads is overwritten by the lapic that follows (kvm_set_ioapic injects pending lines, arch/x86/kvm/ioapic.c).
@@ -46,6 +47,7 @@ pub type Reentry<'a> = &'a dyn Fn(usize) -> Result<()>;
 #[derive(Debug)]
 pub struct Kvm {
     machine: Machine,
+    threads: Arc<Threads>,
     vcpus: Vec<Bench<Vcpu>>,
     /// MSRs to read, in the order they are to be written.
     msrs: Vec<u32>,
@@ -63,7 +65,10 @@ struct Shared {
 }
 
 /// Duplicates the VMM's fds and takes stock. Makes no call that waits for a running vCPU.
-pub fn attach(vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result<Arc<Kvm>> {
+///
+/// Calls on vCPUs are made on short-lived threads of `threads`. One whose vCPU stays inside `KVM_RUN` lasts until the
+/// vCPU comes out; the registry joins it then.
+pub fn attach(threads: Arc<Threads>, vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result<Arc<Kvm>> {
     drop(Vm::dup(vm_fd)?);
     let machine = Machine::dup(vm_fd)?;
     let msrs = msr::in_order(machine.msr_indices()?);
@@ -73,7 +78,7 @@ pub fn attach(vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result<Arc<Kvm>> {
         vcpus.push(Bench::new(index, vcpu));
     }
     let shared = Shared { stop_timeout: STOP_TIMEOUT, ready: false, clock: None, unreadable_msrs: BTreeSet::new() };
-    Ok(Arc::new(Kvm { machine, vcpus, msrs, state: Mutex::new(shared) }))
+    Ok(Arc::new(Kvm { machine, threads, vcpus, msrs, state: Mutex::new(shared) }))
 }
 
 impl Kvm {
@@ -187,7 +192,7 @@ impl Kvm {
         let (mut jobs, mut failure) = (Vec::new(), None);
         for &index in indices {
             let Some(bench) = self.vcpus.get(index) else { continue };
-            match bench.start(Vcpu::probe, work.clone()) {
+            match bench.start(&self.threads, Vcpu::probe, work.clone()) {
                 Ok(job) => jobs.push((index, job)),
                 Err(error) => failure = failure.or(Some((index, error))),
             }
@@ -214,15 +219,6 @@ impl Kvm {
     ) -> Result<T> {
         let timeout = lock(&self.state).stop_timeout;
         let bench = self.vcpus.get(index).ok_or_else(|| Error::invalid(format!("there is no vCPU {index}")))?;
-        bench.start(Vcpu::probe, work)?.wait(Instant::now() + timeout, timeout)
-    }
-}
-
-impl Drop for Kvm {
-    fn drop(&mut self) {
-        let deadline = Instant::now() + lock(&self.state).stop_timeout;
-        for bench in &self.vcpus {
-            bench.wind_up(deadline);
-        }
+        bench.start(&self.threads, Vcpu::probe, work)?.wait(Instant::now() + timeout, timeout)
     }
 }
