@@ -10,7 +10,7 @@ mod vcpu;
 #[cfg(test)]
 mod order_tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -51,7 +51,7 @@ pub struct Kvm {
     vcpus: Vec<Bench<Vcpu>>,
     /// MSRs to read, in the order they are to be written.
     msrs: Vec<u32>,
-    state: Mutex<Shared>,
+    state: Arc<Mutex<Shared>>,
 }
 
 #[derive(Debug)]
@@ -59,6 +59,8 @@ struct Shared {
     stop_timeout: Duration,
     /// Every vCPU's last exit was completed since it ran last.
     ready: bool,
+    /// Exits (vCPU, reason) that completing an exit led to and nobody handled yet.
+    unfinished: BTreeMap<usize, u32>,
     /// kvmclock, as read at the stop or as loaded; taken at the start.
     clock: Option<u64>,
     unreadable_msrs: BTreeSet<u32>,
@@ -77,8 +79,14 @@ pub fn attach(threads: Arc<Threads>, vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result
         let vcpu = machine.vcpu(*fd).map_err(|error| error.context(format_args!("vCPU {index}")))?;
         vcpus.push(Bench::new(index, vcpu));
     }
-    let shared = Shared { stop_timeout: STOP_TIMEOUT, ready: false, clock: None, unreadable_msrs: BTreeSet::new() };
-    Ok(Arc::new(Kvm { machine, threads, vcpus, msrs, state: Mutex::new(shared) }))
+    let shared = Shared {
+        stop_timeout: STOP_TIMEOUT,
+        ready: false,
+        unfinished: BTreeMap::new(),
+        clock: None,
+        unreadable_msrs: BTreeSet::new(),
+    };
+    Ok(Arc::new(Kvm { machine, threads, vcpus, msrs, state: Arc::new(Mutex::new(shared)) }))
 }
 
 impl Kvm {
@@ -119,19 +127,41 @@ impl Kvm {
     /// Completes every vCPU's last exit, without running the guest. Call it when the stop hook returned and before
     /// device state is saved: until then the guest's registers do not show what a port or MMIO read returned.
     ///
-    /// An instruction may need a further exit (an access that crosses into a second device, a string of port reads).
+    /// An instruction may need a further exit (an access that crosses into another page, a string of port reads).
     /// `reentry` is then called, on this thread, to handle what `kvm_run` of that vCPU asks for, as the VMM's vCPU
-    /// thread would; without it that is an error.
+    /// thread would. Without it that is `EBUSY`, the exit stays on record for the next call, and a guest that goes on
+    /// instead needs it handled before its next `KVM_RUN`; see [`unfinished`](Self::unfinished).
     pub fn ready(&self, reentry: Option<Reentry<'_>>) -> Result<()> {
-        let mut unfinished: Vec<usize> = (0..self.vcpus.len()).collect();
+        let mut vcpus: Vec<usize> = (0..self.vcpus.len()).collect();
         for _ in 0..EXITS_MAX {
-            let exits = self.on_vcpus(&unfinished, |vcpu| vcpu.complete_exit())?;
-            let asked: Vec<(usize, u32)> =
-                unfinished.iter().zip(exits).filter_map(|(&index, exit)| Some((index, exit?))).collect();
-            let Some(&(index, reason)) = asked.first() else {
-                lock(&self.state).ready = true;
+            self.answer(reentry)?;
+            let shared = Arc::clone(&self.state);
+            self.on_vcpus(&vcpus, move |index, vcpu| {
+                if let Some(reason) = vcpu.complete_exit()? {
+                    lock(&shared).unfinished.insert(index, reason);
+                }
+                Ok(())
+            })?;
+            let mut shared = lock(&self.state);
+            if shared.unfinished.is_empty() {
+                shared.ready = true;
                 return Ok(());
-            };
+            }
+            vcpus = shared.unfinished.keys().copied().collect();
+        }
+        let index = vcpus.first().copied().unwrap_or_default();
+        Err(Error::new(libc::EBUSY, format!("vCPU {index} still asks for exits after {EXITS_MAX} of them")))
+    }
+
+    /// vCPUs whose `kvm_run` holds an exit that KVM came to in [`ready`](Self::ready) and nobody handled.
+    pub fn unfinished(&self) -> Vec<usize> {
+        lock(&self.state).unfinished.keys().copied().collect()
+    }
+
+    /// Has the exits on record handled: KVM takes the next `KVM_RUN` as the answer, whatever `kvm_run` holds.
+    fn answer(&self, reentry: Option<Reentry<'_>>) -> Result<()> {
+        let asked = lock(&self.state).unfinished.clone();
+        for (index, reason) in asked {
             let Some(reentry) = reentry else {
                 return Err(Error::new(
                     libc::EBUSY,
@@ -141,13 +171,10 @@ impl Kvm {
                     ),
                 ));
             };
-            for &(index, _) in &asked {
-                reentry(index)?;
-            }
-            unfinished = asked.into_iter().map(|(index, _)| index).collect();
+            reentry(index)?;
+            lock(&self.state).unfinished.remove(&index);
         }
-        let index = unfinished.first().copied().unwrap_or_default();
-        Err(Error::new(libc::EBUSY, format!("vCPU {index} still asks for exits after {EXITS_MAX} of them")))
+        Ok(())
     }
 
     /// Reads kvmclock. To be called at the stop, when the vCPUs have stopped.
@@ -163,17 +190,17 @@ impl Kvm {
         let clock = {
             let mut state = lock(&self.state);
             state.ready = false;
+            state.unfinished.clear();
             state.clock.take()
         };
         let Some(clock) = clock else { return Ok(()) };
         self.set_clock(clock)?;
         let all: Vec<usize> = (0..self.vcpus.len()).collect();
-        self.on_vcpus(&all, |vcpu| match vcpu.fd().kvmclock_ctrl() {
+        self.on_vcpus(&all, |_, vcpu| match vcpu.fd().kvmclock_ctrl() {
             // EINVAL: this guest does not use kvmclock.
             Err(e) if e.errno() != libc::EINVAL => Err(failed("KVM_KVMCLOCK_CTRL", &e)),
             _ => Ok(()),
         })
-        .map(drop)
     }
 
     fn set_clock(&self, clock: u64) -> Result<()> {
@@ -181,32 +208,31 @@ impl Kvm {
         self.machine.vm().set_clock(&data).map_err(|e| failed("KVM_SET_CLOCK", &e))
     }
 
-    /// Runs `work` on these vCPUs at once, each on a thread of its own; results in the order of `indices`.
-    fn on_vcpus<T: Send + 'static>(
+    /// Runs `work` on these vCPUs at once, each on a thread of its own.
+    fn on_vcpus(
         &self,
         indices: &[usize],
-        work: impl Fn(&mut Vcpu) -> Result<T> + Send + Clone + 'static,
-    ) -> Result<Vec<T>> {
+        work: impl Fn(usize, &mut Vcpu) -> Result<()> + Send + Clone + 'static,
+    ) -> Result<()> {
         let timeout = lock(&self.state).stop_timeout;
         let deadline = Instant::now() + timeout;
         let (mut jobs, mut failure) = (Vec::new(), None);
         for &index in indices {
             let Some(bench) = self.vcpus.get(index) else { continue };
-            match bench.start(&self.threads, Vcpu::probe, work.clone()) {
+            let work = work.clone();
+            match bench.start(&self.threads, Vcpu::probe, move |vcpu| work(index, vcpu)) {
                 Ok(job) => jobs.push((index, job)),
                 Err(error) => failure = failure.or(Some((index, error))),
             }
         }
-        let mut results = Vec::new();
         for (index, job) in jobs {
             // All are waited for, also after a failure: a thread must not be left behind unseen.
-            match job.wait(deadline, timeout) {
-                Ok(result) => results.push(result),
-                Err(error) => failure = failure.or(Some((index, error))),
+            if let Err(error) = job.wait(deadline, timeout) {
+                failure = failure.or(Some((index, error)));
             }
         }
         match failure {
-            None => Ok(results),
+            None => Ok(()),
             Some((_, error)) if error.errno() == libc::ETIMEDOUT => Err(error),
             Some((index, error)) => Err(error.context(format_args!("vCPU {index}"))),
         }
