@@ -1,6 +1,11 @@
 //! vCPU, interrupt controller and clock state between two real KVM VMs of this process.
 #![cfg(target_arch = "x86_64")]
 #![allow(unsafe_code, reason = "xsave areas and kvm_run's union are raw in kvm-ioctls")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "test support outside of test functions; the numbers are small"
+)]
 
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
@@ -111,7 +116,8 @@ fn busy_guest() -> Option<Guest> {
     let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
     guest.vm.get_irqchip(&mut chip).unwrap();
     // SAFETY: KVM filled the I/O APIC's arm.
-    unsafe { chip.chip.ioapic.redirtbl[4].bits = 0x1_0034 };
+    let ioapic = unsafe { &mut chip.chip.ioapic };
+    ioapic.redirtbl[4].bits = 0x1_0034;
     guest.vm.set_irqchip(&chip).unwrap();
     let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_MASTER, ..Default::default() };
     guest.vm.get_irqchip(&mut chip).unwrap();

@@ -8,3 +8,7 @@ pub mod kvm;
 pub mod kvm_x86;
 pub mod sized;
 pub mod thread_sys;
+
+#[cfg(all(test, target_arch = "x86_64"))]
+#[path = "../../tests/kvm_guest/mod.rs"]
+pub(crate) mod kvm_guest;

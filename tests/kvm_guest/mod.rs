@@ -1,6 +1,11 @@
 //! A small real KVM guest: flat 64-bit paging, code in ring 3, so that it also runs natively where KVM itself runs
 //! without hardware virtualization.
 #![allow(unsafe_code, reason = "guest memory is mapped and shared with the guest")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "test support outside of test functions; the numbers are small"
+)]
 #![allow(unreachable_pub, reason = "shared by unit tests and tests of the crate's outside")]
 #![allow(dead_code, reason = "each test uses its own part of this")]
 
@@ -216,13 +221,13 @@ impl Guest {
     pub fn write(&self, gpa: u64, bytes: &[u8]) {
         assert!(gpa as usize + bytes.len() <= MEM);
         // SAFETY: inside the mapping, and no vCPU runs.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mem.add(gpa as usize), bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mem.wrapping_add(gpa as usize), bytes.len()) };
     }
 
     pub fn read_u64(&self, gpa: u64) -> u64 {
         assert!(gpa as usize + 8 <= MEM && gpa % 8 == 0);
         // SAFETY: inside the mapping, aligned, and no vCPU runs.
-        unsafe { self.mem.add(gpa as usize).cast::<u64>().read_volatile() }
+        unsafe { self.mem.wrapping_add(gpa as usize).cast::<u64>().read_volatile() }
     }
 
     pub fn copy_memory_from(&self, other: &Self) {

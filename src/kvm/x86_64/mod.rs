@@ -19,8 +19,8 @@ use kvm_bindings::kvm_clock_data;
 
 use self::section::{KvmSection, Transfer};
 use self::state::{ClockState, IrqchipState, PitState, VcpuState};
-use super::Entry;
 use super::worker::Bench;
+use super::{Entry, Reentry};
 use crate::error::{Error, Result};
 use crate::sys::kvm::Vm;
 use crate::sys::kvm_x86::{Machine, Vcpu, failed};
@@ -39,9 +39,6 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Exits a vCPU may need until its last instruction is complete: a wide access across pages is split into a few.
 const EXITS_MAX: u32 = 64;
-
-/// Handles one more exit of the vCPU with this index; see [`Kvm::ready`].
-pub type Reentry<'a> = &'a dyn Fn(usize) -> Result<()>;
 
 /// The KVM side of a guest.
 #[derive(Debug)]

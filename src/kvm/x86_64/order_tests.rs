@@ -1,4 +1,5 @@
 //! The order of loading: each rule broken once, to see that it is needed.
+#![allow(clippy::unwrap_used, reason = "test support outside of test functions")]
 
 use std::os::fd::AsRawFd;
 
@@ -8,9 +9,7 @@ use super::state::VcpuState;
 use super::vcpu::{LOAD, Load, Notes, load_in_order, save};
 use super::*;
 
-#[path = "../../../tests/kvm_guest/mod.rs"]
-mod kvm_guest;
-use kvm_guest::{COUNT, Guest, READ_SENSOR, SENSOR, Shape};
+use crate::sys::kvm_guest::{COUNT, Guest, READ_SENSOR, SENSOR, Shape};
 
 const SHAPE: Shape = Shape { vcpus: 1, irqchip: true, cpuid: true };
 
