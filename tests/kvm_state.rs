@@ -19,6 +19,7 @@ use vmig::section::Part;
 use vmig::thread::Threads;
 use vmig::wire::input::{Input, Slice};
 
+#[path = "../src/sys/kvm_guest.rs"]
 mod kvm_guest;
 use kvm_guest::{COUNT_XMM, DATA, Guest, HOLE, READ_RBX, READ_SENSOR, SENSOR, Shape, WAIT_FLAG};
 

@@ -1,3 +1,4 @@
+//! The dirty log of a real guest: what is seen, and what happens to slots behind our back.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -6,9 +7,11 @@
 
 use std::os::fd::AsRawFd;
 
-use super::*;
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap};
 
-use crate::sys::kvm_guest::{CODE, DATA, Guest, MEM, Shape, WRITE_PAGES};
+use super::kvm::{DirtyLog, LOG_DIRTY_PAGES, ManualProtect, Slot, Vm};
+
+use super::kvm_guest::{CODE, DATA, Guest, MEM, Shape, WRITE_PAGES};
 
 const PAGES: u64 = MEM as u64 >> 12;
 const SHAPE: Shape = Shape { vcpus: 1, irqchip: false, cpuid: true };

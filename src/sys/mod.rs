@@ -10,5 +10,6 @@ pub mod sized;
 pub mod thread_sys;
 
 #[cfg(all(test, target_arch = "x86_64"))]
-#[path = "../../tests/kvm_guest/mod.rs"]
 pub(crate) mod kvm_guest;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod kvm_tests;
