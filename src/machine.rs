@@ -142,7 +142,7 @@ impl Machine {
         if slot.is_some() {
             return Err(Error::new(libc::EEXIST, "vmig_use_kvm was called before for this guest"));
         }
-        let kvm = kvm::attach(vm_fd, vcpu_fds)?;
+        let kvm = kvm::attach(Arc::clone(&self.threads), vm_fd, vcpu_fds)?;
         let log = Arc::new(KvmLog::new(Vm::dup(vm_fd)?, self.switch())?);
         let entries = kvm.sections()?;
         let handler = kvm_handler(&kvm);

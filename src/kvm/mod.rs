@@ -1,27 +1,26 @@
 //! vCPU, interrupt controller and clock state of a KVM guest as ready sections, one module per architecture.
 
-mod worker;
-
 #[cfg(target_arch = "x86_64")]
 mod layout;
 #[cfg(target_arch = "x86_64")]
+mod worker;
+#[cfg(target_arch = "x86_64")]
 mod x86_64;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{Kvm, Reentry, attach};
+pub use x86_64::{Kvm, attach};
 
-#[cfg(target_arch = "aarch64")]
-mod aarch64;
-#[cfg(target_arch = "aarch64")]
-pub use aarch64::{Kvm, attach};
-
-#[cfg(target_arch = "riscv64")]
-mod riscv64;
-#[cfg(target_arch = "riscv64")]
-pub use riscv64::{Kvm, attach};
+#[cfg(not(target_arch = "x86_64"))]
+mod not_yet;
+#[cfg(not(target_arch = "x86_64"))]
+pub use not_yet::{Kvm, attach};
 
 use std::sync::Arc;
 
+use crate::error::Result;
 use crate::section::Section;
+
+/// Handles one more exit of the vCPU with this index; see [`Kvm::ready`].
+pub type Reentry<'a> = &'a dyn Fn(usize) -> Result<()>;
 
 /// A section of KVM state with its place in the stream.
 pub struct Entry {

@@ -320,8 +320,3 @@ fn host_page_size() -> usize {
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).unwrap_or(4096)
 }
-
-#[cfg(test)]
-#[cfg(target_arch = "x86_64")]
-#[path = "kvm_tests.rs"]
-mod tests;

@@ -1,10 +1,17 @@
+//! The dirty log of a real guest: what is seen, and what happens to slots behind our back.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "test support outside of test functions; the numbers are small"
+)]
+
 use std::os::fd::AsRawFd;
 
-use super::*;
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap};
 
-#[path = "../../tests/kvm_guest/mod.rs"]
-mod kvm_guest;
-use kvm_guest::{DATA, Guest, MEM, Shape, WRITE_PAGES};
+use super::kvm::{DirtyLog, LOG_DIRTY_PAGES, ManualProtect, Slot, Vm};
+
+use super::kvm_guest::{CODE, DATA, Guest, MEM, Shape, WRITE_PAGES};
 
 const PAGES: u64 = MEM as u64 >> 12;
 const SHAPE: Shape = Shape { vcpus: 1, irqchip: false, cpuid: true };
@@ -30,7 +37,7 @@ fn logged() -> Option<(Guest, Vm, DirtyLog)> {
 /// Lets the guest write `pages` pages from `gpa` on.
 fn dirty(guest: &mut Guest, gpa: u64, pages: u64) {
     let mut regs = guest.vcpus[0].get_regs().unwrap();
-    (regs.rip, regs.rsi, regs.rcx) = (kvm_guest::CODE, gpa, pages);
+    (regs.rip, regs.rsi, regs.rcx) = (CODE, gpa, pages);
     guest.vcpus[0].set_regs(&regs).unwrap();
     guest.run(0);
 }

@@ -8,3 +8,8 @@ pub mod kvm;
 pub mod kvm_x86;
 pub mod sized;
 pub mod thread_sys;
+
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) mod kvm_guest;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod kvm_tests;

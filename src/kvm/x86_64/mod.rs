@@ -10,7 +10,7 @@ mod vcpu;
 #[cfg(test)]
 mod order_tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -19,11 +19,12 @@ use kvm_bindings::kvm_clock_data;
 
 use self::section::{KvmSection, Transfer};
 use self::state::{ClockState, IrqchipState, PitState, VcpuState};
-use super::Entry;
-use super::worker::{Bench, lock};
+use super::worker::Bench;
+use super::{Entry, Reentry};
 use crate::error::{Error, Result};
 use crate::sys::kvm::Vm;
 use crate::sys::kvm_x86::{Machine, Vcpu, failed};
+use crate::thread::{Threads, lock};
 
 /// Loaded first: vCPUs find their interrupt lines and the I/O APIC in place, and what an I/O APIC injects while it
 /// loads is overwritten by the lapic that follows (kvm_set_ioapic injects pending lines, arch/x86/kvm/ioapic.c).
@@ -39,17 +40,15 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Exits a vCPU may need until its last instruction is complete: a wide access across pages is split into a few.
 const EXITS_MAX: u32 = 64;
 
-/// Handles one more exit of the vCPU with this index; see [`Kvm::ready`].
-pub type Reentry<'a> = &'a dyn Fn(usize) -> Result<()>;
-
 /// The KVM side of a guest.
 #[derive(Debug)]
 pub struct Kvm {
     machine: Machine,
+    threads: Arc<Threads>,
     vcpus: Vec<Bench<Vcpu>>,
     /// MSRs to read, in the order they are to be written.
     msrs: Vec<u32>,
-    state: Mutex<Shared>,
+    state: Arc<Mutex<Shared>>,
 }
 
 #[derive(Debug)]
@@ -57,13 +56,18 @@ struct Shared {
     stop_timeout: Duration,
     /// Every vCPU's last exit was completed since it ran last.
     ready: bool,
+    /// Exits (vCPU, reason) that completing an exit led to and nobody handled yet.
+    unfinished: BTreeMap<usize, u32>,
     /// kvmclock, as read at the stop or as loaded; taken at the start.
     clock: Option<u64>,
     unreadable_msrs: BTreeSet<u32>,
 }
 
 /// Duplicates the VMM's fds and takes stock. Makes no call that waits for a running vCPU.
-pub fn attach(vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result<Arc<Kvm>> {
+///
+/// Calls on vCPUs are made on short-lived threads of `threads`. One whose vCPU stays inside `KVM_RUN` lasts until the
+/// vCPU comes out; the registry joins it then.
+pub fn attach(threads: Arc<Threads>, vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result<Arc<Kvm>> {
     drop(Vm::dup(vm_fd)?);
     let machine = Machine::dup(vm_fd)?;
     let msrs = msr::in_order(machine.msr_indices()?);
@@ -72,8 +76,14 @@ pub fn attach(vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result<Arc<Kvm>> {
         let vcpu = machine.vcpu(*fd).map_err(|error| error.context(format_args!("vCPU {index}")))?;
         vcpus.push(Bench::new(index, vcpu));
     }
-    let shared = Shared { stop_timeout: STOP_TIMEOUT, ready: false, clock: None, unreadable_msrs: BTreeSet::new() };
-    Ok(Arc::new(Kvm { machine, vcpus, msrs, state: Mutex::new(shared) }))
+    let shared = Shared {
+        stop_timeout: STOP_TIMEOUT,
+        ready: false,
+        unfinished: BTreeMap::new(),
+        clock: None,
+        unreadable_msrs: BTreeSet::new(),
+    };
+    Ok(Arc::new(Kvm { machine, threads, vcpus, msrs, state: Arc::new(Mutex::new(shared)) }))
 }
 
 impl Kvm {
@@ -114,19 +124,41 @@ impl Kvm {
     /// Completes every vCPU's last exit, without running the guest. Call it when the stop hook returned and before
     /// device state is saved: until then the guest's registers do not show what a port or MMIO read returned.
     ///
-    /// An instruction may need a further exit (an access that crosses into a second device, a string of port reads).
+    /// An instruction may need a further exit (an access that crosses into another page, a string of port reads).
     /// `reentry` is then called, on this thread, to handle what `kvm_run` of that vCPU asks for, as the VMM's vCPU
-    /// thread would; without it that is an error.
+    /// thread would. Without it that is `EBUSY`, the exit stays on record for the next call, and a guest that goes on
+    /// instead needs it handled before its next `KVM_RUN`; see [`unfinished`](Self::unfinished).
     pub fn ready(&self, reentry: Option<Reentry<'_>>) -> Result<()> {
-        let mut unfinished: Vec<usize> = (0..self.vcpus.len()).collect();
+        let mut vcpus: Vec<usize> = (0..self.vcpus.len()).collect();
         for _ in 0..EXITS_MAX {
-            let exits = self.on_vcpus(&unfinished, |vcpu| vcpu.complete_exit())?;
-            let asked: Vec<(usize, u32)> =
-                unfinished.iter().zip(exits).filter_map(|(&index, exit)| Some((index, exit?))).collect();
-            let Some(&(index, reason)) = asked.first() else {
-                lock(&self.state).ready = true;
+            self.answer(reentry)?;
+            let shared = Arc::clone(&self.state);
+            self.on_vcpus(&vcpus, move |index, vcpu| {
+                if let Some(reason) = vcpu.complete_exit()? {
+                    lock(&shared).unfinished.insert(index, reason);
+                }
+                Ok(())
+            })?;
+            let mut shared = lock(&self.state);
+            if shared.unfinished.is_empty() {
+                shared.ready = true;
                 return Ok(());
-            };
+            }
+            vcpus = shared.unfinished.keys().copied().collect();
+        }
+        let index = vcpus.first().copied().unwrap_or_default();
+        Err(Error::new(libc::EBUSY, format!("vCPU {index} still asks for exits after {EXITS_MAX} of them")))
+    }
+
+    /// vCPUs whose `kvm_run` holds an exit that KVM came to in [`ready`](Self::ready) and nobody handled.
+    pub fn unfinished(&self) -> Vec<usize> {
+        lock(&self.state).unfinished.keys().copied().collect()
+    }
+
+    /// Has the exits on record handled: KVM takes the next `KVM_RUN` as the answer, whatever `kvm_run` holds.
+    fn answer(&self, reentry: Option<Reentry<'_>>) -> Result<()> {
+        let asked = lock(&self.state).unfinished.clone();
+        for (index, reason) in asked {
             let Some(reentry) = reentry else {
                 return Err(Error::new(
                     libc::EBUSY,
@@ -136,13 +168,10 @@ impl Kvm {
                     ),
                 ));
             };
-            for &(index, _) in &asked {
-                reentry(index)?;
-            }
-            unfinished = asked.into_iter().map(|(index, _)| index).collect();
+            reentry(index)?;
+            lock(&self.state).unfinished.remove(&index);
         }
-        let index = unfinished.first().copied().unwrap_or_default();
-        Err(Error::new(libc::EBUSY, format!("vCPU {index} still asks for exits after {EXITS_MAX} of them")))
+        Ok(())
     }
 
     /// Reads kvmclock. To be called at the stop, when the vCPUs have stopped.
@@ -158,17 +187,17 @@ impl Kvm {
         let clock = {
             let mut state = lock(&self.state);
             state.ready = false;
+            state.unfinished.clear();
             state.clock.take()
         };
         let Some(clock) = clock else { return Ok(()) };
         self.set_clock(clock)?;
         let all: Vec<usize> = (0..self.vcpus.len()).collect();
-        self.on_vcpus(&all, |vcpu| match vcpu.fd().kvmclock_ctrl() {
+        self.on_vcpus(&all, |_, vcpu| match vcpu.fd().kvmclock_ctrl() {
             // EINVAL: this guest does not use kvmclock.
             Err(e) if e.errno() != libc::EINVAL => Err(failed("KVM_KVMCLOCK_CTRL", &e)),
             _ => Ok(()),
         })
-        .map(drop)
     }
 
     fn set_clock(&self, clock: u64) -> Result<()> {
@@ -176,32 +205,31 @@ impl Kvm {
         self.machine.vm().set_clock(&data).map_err(|e| failed("KVM_SET_CLOCK", &e))
     }
 
-    /// Runs `work` on these vCPUs at once, each on a thread of its own; results in the order of `indices`.
-    fn on_vcpus<T: Send + 'static>(
+    /// Runs `work` on these vCPUs at once, each on a thread of its own.
+    fn on_vcpus(
         &self,
         indices: &[usize],
-        work: impl Fn(&mut Vcpu) -> Result<T> + Send + Clone + 'static,
-    ) -> Result<Vec<T>> {
+        work: impl Fn(usize, &mut Vcpu) -> Result<()> + Send + Clone + 'static,
+    ) -> Result<()> {
         let timeout = lock(&self.state).stop_timeout;
         let deadline = Instant::now() + timeout;
         let (mut jobs, mut failure) = (Vec::new(), None);
         for &index in indices {
             let Some(bench) = self.vcpus.get(index) else { continue };
-            match bench.start(Vcpu::probe, work.clone()) {
+            let work = work.clone();
+            match bench.start(&self.threads, Vcpu::probe, move |vcpu| work(index, vcpu)) {
                 Ok(job) => jobs.push((index, job)),
                 Err(error) => failure = failure.or(Some((index, error))),
             }
         }
-        let mut results = Vec::new();
         for (index, job) in jobs {
             // All are waited for, also after a failure: a thread must not be left behind unseen.
-            match job.wait(deadline, timeout) {
-                Ok(result) => results.push(result),
-                Err(error) => failure = failure.or(Some((index, error))),
+            if let Err(error) = job.wait(deadline, timeout) {
+                failure = failure.or(Some((index, error)));
             }
         }
         match failure {
-            None => Ok(results),
+            None => Ok(()),
             Some((_, error)) if error.errno() == libc::ETIMEDOUT => Err(error),
             Some((index, error)) => Err(error.context(format_args!("vCPU {index}"))),
         }
@@ -214,15 +242,6 @@ impl Kvm {
     ) -> Result<T> {
         let timeout = lock(&self.state).stop_timeout;
         let bench = self.vcpus.get(index).ok_or_else(|| Error::invalid(format!("there is no vCPU {index}")))?;
-        bench.start(Vcpu::probe, work)?.wait(Instant::now() + timeout, timeout)
-    }
-}
-
-impl Drop for Kvm {
-    fn drop(&mut self) {
-        let deadline = Instant::now() + lock(&self.state).stop_timeout;
-        for bench in &self.vcpus {
-            bench.wind_up(deadline);
-        }
+        bench.start(&self.threads, Vcpu::probe, work)?.wait(Instant::now() + timeout, timeout)
     }
 }

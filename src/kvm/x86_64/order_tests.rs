@@ -1,4 +1,5 @@
 //! The order of loading: each rule broken once, to see that it is needed.
+#![allow(clippy::unwrap_used, reason = "test support outside of test functions")]
 
 use std::os::fd::AsRawFd;
 
@@ -8,9 +9,7 @@ use super::state::VcpuState;
 use super::vcpu::{LOAD, Load, Notes, load_in_order, save};
 use super::*;
 
-#[path = "../../../tests/kvm_guest/mod.rs"]
-mod kvm_guest;
-use kvm_guest::{COUNT, Guest, Shape};
+use crate::sys::kvm_guest::{COUNT, Guest, READ_SENSOR, SENSOR, Shape};
 
 const SHAPE: Shape = Shape { vcpus: 1, irqchip: true, cpuid: true };
 
@@ -216,6 +215,26 @@ fn mp_state_is_saved_first() {
     let state = save_vcpu(&guest, 1);
     assert_eq!((state.sregs.cs.selector, state.mp_state), (0x1200, kvm_bindings::KVM_MP_STATE_RUNNABLE));
     assert_ne!(read_first.cs.selector, state.sregs.cs.selector, "the order does not matter here");
+}
+
+/// Saving before KVM_RUN with immediate_exit completed a port read loses the answer; after it, it is in al.
+#[test]
+fn an_exit_is_completed_before_saving() {
+    let Some(mut guest) = Guest::new(SHAPE) else { return };
+    guest.start_at(0, &READ_SENSOR);
+    match guest.vcpus[0].run().unwrap() {
+        kvm_ioctls::VcpuExit::IoIn(SENSOR, data) => data[0] = 0x5a,
+        other => panic!("unexpected exit {other:?}"),
+    }
+    let early = save_from(&guest);
+    assert_eq!(vcpu_of(&guest, 0).complete_exit(), Ok(None));
+    let state = save_from(&guest);
+    for (state, answered) in [(early, false), (state, true)] {
+        let (mut target, _) = loaded(SHAPE, &state, &LOAD).unwrap();
+        target.copy_memory_from(&guest);
+        let rang = matches!(target.vcpus[0].run().unwrap(), kvm_ioctls::VcpuExit::IoOut(_, data) if data == [0x5a]);
+        assert_eq!(rang, answered);
+    }
 }
 
 /// A CPUID that differs is named by leaf, register and bit, and nothing of the vCPU was touched.

@@ -67,6 +67,8 @@ pub(super) struct VcpuState {
     pub(super) msrs_len: u32,
     pub(super) msrs: [Msr; MSRS_MAX],
     pub(super) events: kvm_vcpu_events,
+    /// Shadow stack pointer, which is no MSR; 0 where the vCPU has none.
+    pub(super) ssp: u64,
 }
 
 impl Default for VcpuState {
@@ -88,6 +90,7 @@ impl Default for VcpuState {
             msrs_len: 0,
             msrs: [Msr::default(); MSRS_MAX],
             events: kvm_vcpu_events::default(),
+            ssp: 0,
         }
     }
 }
@@ -159,6 +162,7 @@ impl State for VcpuState {
             events.sipi_vector, events.flags,
             events.smi.smm, events.smi.pending, events.smi.smm_inside_nmi, events.smi.latched_init,
             events.triple_fault.pending, events.exception_has_payload, events.exception_payload,
+            ssp,
         );
         let fields = counted(fields, "cpuid", "cpuid_len");
         let fields = counted(fields, "xcrs", "xcrs_len");

@@ -7,8 +7,8 @@ use super::section::Transfer;
 use super::state::{ClockState, IrqchipState, PitState, VcpuState};
 use super::vcpu::{self, Notes};
 use crate::error::{Error, Result};
-use crate::kvm::worker::lock;
 use crate::sys::kvm_x86::failed;
+use crate::thread::lock;
 
 impl Transfer for VcpuState {
     fn capture(kvm: &Kvm, index: usize) -> Result<Box<Self>> {

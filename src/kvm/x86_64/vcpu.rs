@@ -1,7 +1,8 @@
 //! One vCPU: reading and writing its state in the order KVM wants.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_lapic_state, kvm_mp_state, kvm_xcr, kvm_xcrs,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_REG_GUEST_SSP, kvm_cpuid_entry2, kvm_lapic_state, kvm_mp_state,
+    kvm_x86_reg_kvm, kvm_xcr, kvm_xcrs,
 };
 
 use super::cpuid;
@@ -27,7 +28,7 @@ pub(super) type Load = fn(&mut Vcpu, &VcpuState) -> Result<()>;
 /// mp_state first: reading it makes KVM act on a pending INIT or SIPI (kvm_apic_accept_events in
 /// kvm_arch_vcpu_ioctl_get_mpstate, arch/x86/kvm/x86.c), which resets registers. Events last: they are what the other
 /// reads may still turn from pending into state.
-pub(super) const SAVE: [(&str, Save); 11] = [
+pub(super) const SAVE: [(&str, Save); 12] = [
     ("mp_state", save_mp_state),
     ("cpuid", save_cpuid),
     ("tsc_khz", save_tsc_khz),
@@ -38,6 +39,7 @@ pub(super) const SAVE: [(&str, Save); 11] = [
     ("debug", save_debug),
     ("lapic", save_lapic),
     ("msrs", save_msrs),
+    ("ssp", save_ssp),
     ("events", save_events),
 ];
 
@@ -46,7 +48,7 @@ pub(super) const SAVE: [(&str, Save); 11] = [
 /// sregs hold the APIC base, whose mode says how the lapic page is to be read. The lapic before the MSRs: writing
 /// IA32_TSC_DEADLINE is ignored unless the LVT timer is in deadline mode. mp_state after sregs, which may set it (a
 /// quirk for a vCPU at its reset vector). regs before events: KVM_SET_REGS drops a pending exception.
-pub(super) const LOAD: [(&str, Load); 11] = [
+pub(super) const LOAD: [(&str, Load); 12] = [
     ("cpuid", load_cpuid),
     ("tsc_khz", load_tsc_khz),
     ("sregs", load_sregs),
@@ -56,6 +58,7 @@ pub(super) const LOAD: [(&str, Load); 11] = [
     ("regs", load_regs),
     ("lapic", load_lapic),
     ("msrs", load_msrs),
+    ("ssp", load_ssp),
     ("mp_state", load_mp_state),
     ("events", load_events),
 ];
@@ -280,6 +283,26 @@ fn save_msrs(vcpu: &Vcpu, notes: &mut Notes, state: &mut VcpuState) -> Result<()
 fn load_msrs(vcpu: &mut Vcpu, state: &VcpuState) -> Result<()> {
     msr::write(vcpu, state.msrs())?;
     msr::check_tsc(vcpu, state.msrs())
+}
+
+const SSP: u64 = kvm_x86_reg_kvm(KVM_REG_GUEST_SSP);
+
+fn save_ssp(vcpu: &Vcpu, _: &mut Notes, state: &mut VcpuState) -> Result<()> {
+    let mut value = [0; 8];
+    state.ssp = match vcpu.fd().get_one_reg(SSP, &mut value) {
+        Ok(_) => u64::from_le_bytes(value),
+        // An older kernel, or a vCPU without shadow stacks, has nothing to save.
+        Err(_) => 0,
+    };
+    Ok(())
+}
+
+fn load_ssp(vcpu: &mut Vcpu, state: &VcpuState) -> Result<()> {
+    if state.ssp == 0 {
+        return Ok(());
+    }
+    let set = vcpu.fd().set_one_reg(SSP, &state.ssp.to_le_bytes());
+    set.map(drop).map_err(|e| failed("the guest uses shadow stacks: KVM_SET_ONE_REG of its pointer", &e))
 }
 
 fn save_events(vcpu: &Vcpu, _: &mut Notes, state: &mut VcpuState) -> Result<()> {

@@ -1,6 +1,11 @@
 //! A small real KVM guest: flat 64-bit paging, code in ring 3, so that it also runs natively where KVM itself runs
 //! without hardware virtualization.
 #![allow(unsafe_code, reason = "guest memory is mapped and shared with the guest")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "test support outside of test functions; the numbers are small"
+)]
 #![allow(unreachable_pub, reason = "shared by unit tests and tests of the crate's outside")]
 #![allow(dead_code, reason = "each test uses its own part of this")]
 
@@ -17,8 +22,10 @@ pub const CODE: u64 = 0x1_0000;
 pub const DATA: u64 = 0x20_0000;
 /// The port whose write ends a run of [`Guest::run`].
 pub const DOORBELL: u16 = 0x10;
+/// Mapped by the guest's tables, but no memory.
+pub const HOLE: u64 = MEM as u64;
 /// A port the guest reads.
-pub const SENSOR: u16 = 0x20;
+pub const SENSOR: u16 = 0x30;
 
 const PML4: u64 = 0x4000;
 const PDPT: u64 = 0x5000;
@@ -47,17 +54,39 @@ pub const WRITE_PAGES: [u8; 19] = [
 
 /// Reads the sensor, then rings with its value, for ever.
 pub const READ_SENSOR: [u8; 6] = [
-    0xe4, 0x20, // in al, SENSOR
+    0xe4, 0x30, // in al, SENSOR
     0xe6, 0x10, // out DOORBELL, al
     0xeb, 0xfa, // jmp 0
 ];
 
-/// Reads 4 sensor bytes into [rdi], then rings.
-pub const READ_STRING: [u8; 8] = [
-    0x66, 0xba, 0x20, 0x00, // mov dx, SENSOR
-    0x6c, // insb
+/// As [`COUNT`], and adds xmm1 to xmm0 each round, whose low half goes to [rsi + 8].
+pub const COUNT_XMM: [u8; 35] = [
+    0x66, 0x0f, 0xd4, 0xc1, // paddq xmm0, xmm1
+    0x66, 0x48, 0x0f, 0x7e, 0xc0, // movq rax, xmm0
+    0x48, 0x89, 0x46, 0x08, // mov [rsi + 8], rax
+    0x49, 0xff, 0xc4, // inc r12
+    0x4c, 0x89, 0x26, // mov [rsi], r12
+    0x48, 0xff, 0xc9, // dec rcx
+    0x75, 0xe8, // jnz 0
     0xe6, 0x10, // out DOORBELL, al
-    0xf4, // not reached
+    0x48, 0xc7, 0xc1, 0x00, 0x10, 0x00, 0x00, // mov rcx, 4096
+    0xeb, 0xdd, // jmp 0
+];
+
+/// Turns until [rsi] is not 0, then rings.
+pub const WAIT_FLAG: [u8; 9] = [
+    0x80, 0x3e, 0x00, // cmp byte [rsi], 0
+    0x74, 0xfb, // je 0
+    0xe6, 0x10, // out DOORBELL, al
+    0xeb, 0xfc, // jmp out
+];
+
+/// Reads 8 bytes at [rbx] into rax and to [rsi], then rings.
+pub const READ_RBX: [u8; 10] = [
+    0x48, 0x8b, 0x03, // mov rax, [rbx]
+    0x48, 0x89, 0x06, // mov [rsi], rax
+    0xe6, 0x10, // out DOORBELL, al
+    0xeb, 0xfc, // jmp out
 ];
 
 pub struct Guest {
@@ -105,7 +134,7 @@ impl Guest {
         guest.set_slot(0, MEM as u64, 0);
         guest.write(PML4, &(PDPT | 0x27).to_le_bytes());
         guest.write(PDPT, &(PD | 0x27).to_le_bytes());
-        for n in 0..(MEM as u64 >> 21) {
+        for n in 0..=(HOLE >> 21) {
             // Present, writable, user, accessed, dirty, 2 MiB.
             guest.write(PD + n * 8, &(n << 21 | 0xe7).to_le_bytes());
         }
@@ -192,13 +221,13 @@ impl Guest {
     pub fn write(&self, gpa: u64, bytes: &[u8]) {
         assert!(gpa as usize + bytes.len() <= MEM);
         // SAFETY: inside the mapping, and no vCPU runs.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mem.add(gpa as usize), bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mem.wrapping_add(gpa as usize), bytes.len()) };
     }
 
     pub fn read_u64(&self, gpa: u64) -> u64 {
         assert!(gpa as usize + 8 <= MEM && gpa % 8 == 0);
         // SAFETY: inside the mapping, aligned, and no vCPU runs.
-        unsafe { self.mem.add(gpa as usize).cast::<u64>().read_volatile() }
+        unsafe { self.mem.wrapping_add(gpa as usize).cast::<u64>().read_volatile() }
     }
 
     pub fn copy_memory_from(&self, other: &Self) {
