@@ -772,8 +772,6 @@ typedef struct vmig_section_ops {
     int (*is_active)(void *opaque);
     /* Positive: `iterate` is worth calling now, 0: not. NULL: always. Source. `[free]` */
     int (*is_active_iterate)(void *opaque);
-    /* Positive: what is left may also be sent after the guest runs on the destination. NULL: no. Source. `[free]` */
-    int (*has_postcopy)(void *opaque);
     /* Before anything is sent; an error refuses the migration. Source. `[bql]` */
     int (*prepare)(void *opaque);
     /* Writes the first body. Source. `[bql]` */
@@ -799,8 +797,6 @@ typedef struct vmig_section_ops {
     int (*load)(void *opaque, uint32_t part, uint32_t version, vmig_reader *input);
     /* Undoes `load_setup`; exactly once, told whether (1) or not (0) the migration succeeded. Destination. `[bql]` */
     void (*load_cleanup)(void *opaque, int ok);
-    /* Positive: the source must wait for this section's approval before it stops the guest. NULL: no. Destination. `[bql]` */
-    int (*switchover_ack_needed)(void *opaque);
 } vmig_section_ops;
 
 /* Adds a section with a format of its own, for devices with much state that is sent while the guest runs. `name` is

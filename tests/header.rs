@@ -33,10 +33,38 @@ macro_rules! layout {
 
 /// Every struct of the header as Rust lays it out: a line for each.
 fn layouts() -> BTreeMap<String, Layout> {
-    use vmig::{section, vmm};
+    use vmig::{capi, section, vmm};
     let mut t = BTreeMap::new();
     layout!(t, vmm::ops::vmig_ops { size, stop, start, lock, unlock, held, log_dirty, announce, log, destroy });
     layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
+    layout!(
+        t,
+        capi::run::vmig_bql_stats { size, acquisitions, contended, wait_ns, wait_max_ns, hold_ns, hold_max_ns }
+    );
+    layout!(t, capi::ram::vmig_ram { size, name, host, len, gpa, flags, reserved });
+    layout!(t, capi::ram::vmig_kvm_slot { size, slot, flags, ram, offset, len, gpa });
+    layout!(
+        t,
+        capi::migrate::vmig_status {
+            size,
+            state,
+            side,
+            iteration,
+            total,
+            remaining,
+            transferred,
+            normal_pages,
+            zero_pages,
+            dirty_rate,
+            bandwidth,
+            elapsed,
+            setup,
+            expected_downtime,
+            stop,
+            downtime,
+            eta
+        }
+    );
     layout!(
         t,
         section::cdevice::vmig_field {
@@ -81,7 +109,6 @@ fn layouts() -> BTreeMap<String, Layout> {
             flags,
             is_active,
             is_active_iterate,
-            has_postcopy,
             prepare,
             setup,
             pending_estimate,
@@ -91,8 +118,7 @@ fn layouts() -> BTreeMap<String, Layout> {
             cleanup,
             load_setup,
             load,
-            load_cleanup,
-            switchover_ack_needed
+            load_cleanup
         }
     );
     t

@@ -3,7 +3,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 
-use super::sized::Growing;
+use crate::sys::sized::SizedStruct;
 
 /// Ends a table of fields. Use VMIG_END.
 pub const VMIG_KIND_END: u32 = 0;
@@ -118,6 +118,7 @@ pub struct vmig_device {
 
 // SAFETY: repr(C), begins with a usize; integers, raw pointers and optional function pointers.
 #[allow(unsafe_code, reason = "vouches for the struct's layout")]
-unsafe impl Growing for vmig_device {
+unsafe impl SizedStruct for vmig_device {
     const NAME: &'static str = "vmig_device";
+    const REQUIRED: usize = std::mem::offset_of!(vmig_device, fields);
 }

@@ -9,9 +9,9 @@ use super::check::{DEPTH_MAX, FIELDS_MAX, NAME_MAX};
 use super::device::Device;
 use super::errno::returned;
 use super::list::{Content, Entry};
-use super::sized;
 use super::table::{Checked, Count, Field, Hooks, Kind, Table};
 use crate::error::{Error, Result};
+use crate::sys::sized::sized_copy;
 
 /// Rows read in search of a table's end before it is taken for missing.
 const ROWS_MAX: usize = 4096;
@@ -44,7 +44,7 @@ impl vmig_device {
     pub unsafe fn declared(device: *const vmig_device) -> Result<(Declared, i32)> {
         let mut convert = Convert { rows: 0 };
         // SAFETY: the caller vouches for the pointer.
-        let c = unsafe { sized::read(device) }?;
+        let c = unsafe { sized_copy(device) }?;
         if c.fields.is_null() {
             return Ok((stateless(&c)?, c.priority));
         }
@@ -220,7 +220,7 @@ impl Convert {
             VMIG_KIND_UNUSED => Kind::Unused(row.width),
             VMIG_KIND_STRUCT => {
                 // SAFETY: the caller vouches for the nested table.
-                let c = unsafe { sized::read(row.nested) }?;
+                let c = unsafe { sized_copy(row.nested) }?;
                 if c.needed.is_some() || c.flags != 0 {
                     return Err(Error::invalid("a nested table has neither needed nor flags"));
                 }
@@ -244,7 +244,7 @@ impl Convert {
                 return Ok(());
             }
             // SAFETY: the caller vouches for the part.
-            let c = unsafe { sized::read(part) }?;
+            let c = unsafe { sized_copy(part) }?;
             if c.flags != 0 {
                 return Err(Error::invalid("a part has no flags"));
             }

@@ -12,10 +12,10 @@ use super::check::{self, BODY_MAX};
 use super::errno::returned;
 use super::list::{Content, Entry};
 use super::ops::*;
-use super::sized;
 use super::stream::{Reader, Writer};
 use super::{Apply, Part, Pending, Section};
 use crate::error::{Error, Result};
+use crate::sys::sized::sized_copy;
 use crate::wire::input::Input;
 
 /// Frees what `opaque` leads to; called exactly once, after every other callback.
@@ -72,7 +72,7 @@ impl Custom {
     ) -> Result<Self> {
         check::name("the section", name)?;
         // SAFETY: the caller vouches for the pointer.
-        let mut ops = unsafe { sized::read(ops) }?;
+        let mut ops = unsafe { sized_copy(ops) }?;
         if ops.oldest == 0 {
             ops.oldest = version;
         }
@@ -198,7 +198,6 @@ fn ops_fit(version: u32, ops: &vmig_section_ops) -> Result<()> {
             ("pending_estimate", ops.pending_estimate.is_some()),
             ("pending_exact", ops.pending_exact.is_some()),
             ("is_active_iterate", ops.is_active_iterate.is_some()),
-            ("has_postcopy", ops.has_postcopy.is_some()),
         ];
         if let Some((what, _)) = alone.iter().find(|(_, given)| *given) {
             return Err(Error::invalid(format!("{what} is given, but iterate is not: it would never be called")));
@@ -218,10 +217,6 @@ impl Section for Custom {
 
     fn is_active_iterate(&self) -> bool {
         self.ask("is_active_iterate", self.ops.is_active_iterate, true)
-    }
-
-    fn has_postcopy(&self) -> bool {
-        self.ask("has_postcopy", self.ops.has_postcopy, false)
     }
 
     fn prepare(&self) -> Result<()> {
@@ -288,10 +283,6 @@ impl Section for Custom {
     fn load_setup(&self) -> Result<()> {
         self.settle()?;
         self.call("load_setup", self.ops.load_setup, 0).map(drop)
-    }
-
-    fn switchover_ack_needed(&self) -> Result<bool> {
-        self.call("switchover_ack_needed", self.ops.switchover_ack_needed, 0).map(|value| value > 0)
     }
 
     fn parse<'a>(&'a self, part: Part, version: u32, input: &mut dyn Input) -> Result<Apply<'a>> {

@@ -42,7 +42,7 @@ macro_rules! callbacks {
         }
     )* };
 }
-callbacks!(is_active is_active_iterate has_postcopy prepare load_setup switchover_ack_needed);
+callbacks!(is_active is_active_iterate prepare load_setup);
 
 macro_rules! writers {
     ($($name:ident($($extra:ident: $ty:ty)?))*) => { $(
@@ -102,7 +102,6 @@ fn iterative() -> vmig_section_ops {
         flags: 0,
         is_active: Some(is_active),
         is_active_iterate: Some(is_active_iterate),
-        has_postcopy: Some(has_postcopy),
         prepare: Some(prepare),
         setup: Some(setup),
         pending_estimate: Some(pending),
@@ -113,19 +112,11 @@ fn iterative() -> vmig_section_ops {
         load_setup: Some(load_setup),
         load: Some(load),
         load_cleanup: Some(load_cleanup),
-        switchover_ack_needed: Some(switchover_ack_needed),
     }
 }
 
 fn full() -> vmig_section_ops {
-    vmig_section_ops {
-        is_active_iterate: None,
-        has_postcopy: None,
-        setup: None,
-        pending_estimate: None,
-        iterate: None,
-        ..iterative()
-    }
+    vmig_section_ops { is_active_iterate: None, setup: None, pending_estimate: None, iterate: None, ..iterative() }
 }
 
 fn custom(ops: &vmig_section_ops, state: &mut State) -> Result<Custom> {
@@ -138,7 +129,7 @@ fn bodies_are_framed_and_callbacks_run_as_asked() {
     let mut c = State { body: b"abc".to_vec(), result: 1, want: 3, ..State::default() };
     let section = custom(&iterative(), &mut c).unwrap();
     let mut out = vec![9];
-    assert!(section.is_active() && section.is_active_iterate() && section.has_postcopy() && section.is_iterative());
+    assert!(section.is_active() && section.is_active_iterate() && section.is_iterative());
     section.prepare().unwrap();
     section.setup(&mut out).unwrap();
     assert_eq!(section.pending_estimate().unwrap(), Pending { must_precopy: 5, can_postcopy: 6 });
@@ -148,7 +139,6 @@ fn bodies_are_framed_and_callbacks_run_as_asked() {
     section.cleanup();
     assert_eq!(out, b"\x09\0\0\0\x03abc\0\0\0\x03abc\0\0\0\x03abc");
     section.load_setup().unwrap();
-    assert!(section.switchover_ack_needed().unwrap());
     let mut input = Slice::new(&out[1..]);
     for part in [Part::Start, Part::Iterate, Part::End] {
         section.parse(part, 2, &mut input).unwrap()().unwrap();
@@ -158,8 +148,8 @@ fn bodies_are_framed_and_callbacks_run_as_asked() {
     let body = || b"abc".to_vec();
     let loaded = [(VMIG_PART_START, 2, body()), (VMIG_PART_ITERATE, 2, body()), (VMIG_PART_END, 2, body())];
     assert_eq!(c.loaded, loaded);
-    let calls = "is_active is_active_iterate has_postcopy prepare setup pending pending iterate complete cleanup \
-                 load_setup switchover_ack_needed load load load load_cleanup ok";
+    let calls = "is_active is_active_iterate prepare setup pending pending iterate complete cleanup \
+                 load_setup load load load load_cleanup ok";
     assert_eq!(c.calls.join(" "), calls, "and no destroy: no list took the section");
 }
 
@@ -219,7 +209,6 @@ fn every_failing_callback_fails_with_its_name_and_leaves_no_bytes() {
         ("iterate", section.iterate(&mut out, 1).err()),
         ("complete", section.complete(&mut out).err()),
         ("load_setup", section.load_setup().err()),
-        ("switchover_ack_needed", section.switchover_ack_needed().err()),
         ("load", section.parse(Part::Start, 3, &mut Slice::new(b"\0\0\0\0")).and_then(|apply| apply()).err()),
     ];
     for (name, error) in errors {

@@ -11,7 +11,6 @@ mod errno;
 pub mod list;
 mod memory;
 pub mod ops;
-pub mod sized;
 pub mod staged;
 pub mod stream;
 pub mod table;
@@ -85,11 +84,6 @@ pub trait Section: Send + Sync {
         true
     }
 
-    /// Whether what is left may also be sent after the guest runs on the destination.
-    fn has_postcopy(&self) -> bool {
-        false
-    }
-
     /// Asked before anything is sent; an error refuses the migration. Nothing needs to be undone for it. \[bql\]
     fn prepare(&self) -> Result<()> {
         Ok(())
@@ -134,12 +128,6 @@ pub trait Section: Send + Sync {
     /// Called once before the first body arrives. \[bql\]
     fn load_setup(&self) -> Result<()> {
         Ok(())
-    }
-
-    /// Whether the source must wait for this section's approval before it stops the guest; asked once after
-    /// `load_setup`. \[bql\]
-    fn switchover_ack_needed(&self) -> Result<bool> {
-        Ok(false)
     }
 
     /// Takes one body of `version` from `input`. Without the big lock.

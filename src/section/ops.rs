@@ -3,8 +3,8 @@
 
 use std::ffi::{c_int, c_void};
 
-use super::sized::Growing;
 use super::stream::{vmig_reader, vmig_writer};
+use crate::sys::sized::SizedStruct;
 
 /// First body of an iterative section, from `setup`.
 pub const VMIG_PART_START: u32 = 1;
@@ -47,8 +47,6 @@ pub struct vmig_section_ops {
     pub is_active: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
     /// Positive: `iterate` is worth calling now, 0: not. NULL: always. Source. `[free]`
     pub is_active_iterate: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// Positive: what is left may also be sent after the guest runs on the destination. NULL: no. Source. `[free]`
-    pub has_postcopy: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
     /// Before anything is sent; an error refuses the migration. Source. `[bql]`
     pub prepare: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
     /// Writes the first body. Source. `[bql]`
@@ -77,12 +75,11 @@ pub struct vmig_section_ops {
         Option<unsafe extern "C" fn(opaque: *mut c_void, part: u32, version: u32, input: *mut vmig_reader) -> c_int>,
     /// Undoes `load_setup`; exactly once, told whether (1) or not (0) the migration succeeded. Destination. `[bql]`
     pub load_cleanup: Option<unsafe extern "C" fn(opaque: *mut c_void, ok: c_int)>,
-    /// Positive: the source must wait for this section's approval before it stops the guest. NULL: no. Destination. `[bql]`
-    pub switchover_ack_needed: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
 }
 
 // SAFETY: repr(C), begins with a usize; integers and optional function pointers.
 #[allow(unsafe_code, reason = "vouches for the struct's layout")]
-unsafe impl Growing for vmig_section_ops {
+unsafe impl SizedStruct for vmig_section_ops {
     const NAME: &'static str = "vmig_section_ops";
+    const REQUIRED: usize = std::mem::offset_of!(vmig_section_ops, is_active);
 }
