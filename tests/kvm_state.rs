@@ -7,7 +7,7 @@
     reason = "test support outside of test functions; the numbers are small"
 )]
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -372,7 +372,11 @@ fn what_is_not_a_vcpu_is_refused() {
     let threads = Arc::new(Threads::new());
     let null = std::fs::File::open("/dev/null").unwrap();
     let wrong = |vcpu| attach(Arc::clone(&threads), guest.vm.as_raw_fd(), &[guest.vcpus[0].as_raw_fd(), vcpu]);
-    for fd in [null.as_raw_fd(), guest.vm.as_raw_fd()] {
+    // SAFETY: epoll_create1 takes flags and touches no memory.
+    let epoll = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+    // SAFETY: the kernel just made it, for nobody else.
+    let epoll = unsafe { OwnedFd::from_raw_fd(epoll) };
+    for fd in [null.as_raw_fd(), guest.vm.as_raw_fd(), epoll.as_raw_fd()] {
         let error = wrong(fd).unwrap_err();
         assert!(error.text().contains(&format!("vCPU 1: fd {fd} is not a KVM vCPU")), "{error}");
     }

@@ -57,16 +57,17 @@ pub(super) fn dup(fd: RawFd, what: &str) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// Refuses an fd that the kernel names as something else. Where /proc is missing the check is left to the ioctls.
+/// Refuses an fd that the kernel shows to be something else. Where /proc is missing, or a kernel uses names of its own,
+/// the check is left to the ioctls.
 ///
 /// Asking a vCPU fd anything by ioctl waits while the vCPU runs, so a mix-up has to be found without one.
 pub(super) fn check_kind(fd: RawFd, what: &str, name: &str) -> Result<()> {
     let Ok(link) = std::fs::read_link(format!("/proc/self/fd/{fd}")) else { return Ok(()) };
     let link = link.to_string_lossy();
-    if link.starts_with(name) {
+    if link.starts_with("anon_inode:") && (link.contains(name) || !link.contains("kvm-")) {
         return Ok(());
     }
-    Err(Error::invalid(format!("fd {fd} is not a {what}")).expected_got(name, link))
+    Err(Error::invalid(format!("fd {fd} is not a {what}")).expected_got(format!("anon_inode:{name}"), link))
 }
 
 /// The VM fd of the caller, duplicated.
@@ -103,7 +104,7 @@ impl Vm {
     /// Duplicates the caller's VM fd, after asking it whether it is one.
     pub fn dup(fd: RawFd) -> Result<Self> {
         let vm = Self { fd: dup(fd, "the VM")? };
-        check_kind(fd, "KVM VM", "anon_inode:kvm-vm")?;
+        check_kind(fd, "KVM VM", "kvm-vm")?;
         let wrong = |why: &str| Error::invalid(format!("fd {fd} is not a KVM VM: {why}"));
         // /dev/kvm itself answers KVM_CHECK_EXTENSION too, but only it knows the API version.
         if vm.ioctl(GET_API_VERSION, 0).is_ok() {

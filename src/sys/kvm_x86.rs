@@ -65,7 +65,7 @@ impl Machine {
 
     /// Duplicates a vCPU fd of the caller and maps its `kvm_run`. Makes no call that waits for a running vCPU.
     pub fn vcpu(&self, fd: RawFd) -> Result<Vcpu> {
-        check_kind(fd, "KVM vCPU", "anon_inode:kvm-vcpu")?;
+        check_kind(fd, "KVM vCPU", "kvm-vcpu")?;
         let copy = dup(fd, "a vCPU")?.into_raw_fd();
         // SAFETY: `copy` is a fresh fd that only the VcpuFd will own.
         let fd = unsafe { self.vm.create_vcpu_from_rawfd(copy) }

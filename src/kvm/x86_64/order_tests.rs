@@ -267,3 +267,13 @@ fn a_failing_msr_is_named() {
     let error = load_in_order(&mut vcpu_of(&guest, 0), &state, &LOAD).unwrap_err();
     assert!(error.to_string().contains("MSR 0x12345678") && error.to_string().contains("expected 0x5"), "{error}");
 }
+
+/// A lapic page of another length than KVM's is refused, whoever sent it.
+#[test]
+fn part_of_a_lapic_is_refused() {
+    let Some(guest) = Guest::new(SHAPE) else { return };
+    let mut state = save_from(&guest);
+    state.lapic_len = 8;
+    let error = load_in_order(&mut vcpu_of(&guest, 0), &state, &LOAD).unwrap_err();
+    assert!(error.to_string().contains("expected 1024 bytes, got 8"), "{error}");
+}

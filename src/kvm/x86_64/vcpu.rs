@@ -260,6 +260,10 @@ fn load_lapic(vcpu: &mut Vcpu, state: &VcpuState) -> Result<()> {
     if state.lapic_len == 0 {
         return Ok(());
     }
+    if filled(&state.lapic, state.lapic_len).len() != state.lapic.len() {
+        return Err(Error::invalid("the lapic page is not whole")
+            .expected_got(format!("{} bytes", state.lapic.len()), state.lapic_len));
+    }
     let lapic = kvm_lapic_state { regs: state.lapic };
     vcpu.fd().set_lapic(&lapic).map_err(|e| match e.errno() {
         libc::EINVAL => failed(
