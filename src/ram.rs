@@ -180,6 +180,16 @@ impl Block {
         true
     }
 
+    /// Test builds only: every word of a page, as it is just now.
+    #[cfg(feature = "fault-injection")]
+    pub fn each_word(&self, page: usize, mut f: impl FnMut(u64)) {
+        let words = self.page(page, 1).cast::<u64>();
+        for i in 0..PAGE_BYTES / 8 {
+            // SAFETY: i < 512, so the word lies in the page; volatile because it may change under us.
+            f(unsafe { words.wrapping_add(i).read_volatile() });
+        }
+    }
+
     /// Overwrites a page.
     pub fn write_page(&self, page: usize, bytes: &[u8; PAGE_BYTES]) {
         let to = self.page(page, 1);

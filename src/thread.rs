@@ -321,7 +321,7 @@ mod tests {
         assert_eq!(full, name);
         assert_eq!(task(tid, "comm").unwrap().trim_end(), "live_migration_");
         let status = task(tid, "status").unwrap();
-        assert!(status.contains("SigBlk:\tfffffffe7ffbfeff"), "{status}");
+        assert!(status.contains("SigBlk:\tfffffffe7ffbfa27"), "{status}");
         assert_eq!(handle.join(SOON).unwrap_err().errno(), libc::ETIMEDOUT);
         assert!(!handle.is_done());
         go.send(()).unwrap();

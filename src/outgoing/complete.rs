@@ -49,8 +49,6 @@ impl Migration<'_> {
         self.job.status.check()?;
         self.sync()?;
         let Some(set) = self.set.clone() else { return Err(Error::invalid("no RAM was set up")) };
-        #[cfg(feature = "fault-injection")]
-        super::sender::drop_one_dirty_page(&set);
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::SwitchoverStart);
         self.write(&bytes)?;

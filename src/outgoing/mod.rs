@@ -1,6 +1,8 @@
 //! The source half: connect, say hello, set up, iterate while the guest runs, complete with the guest stopped.
 
 mod complete;
+#[cfg(feature = "fault-injection")]
+mod fault;
 mod replies;
 mod sender;
 mod sections;
@@ -276,6 +278,10 @@ impl<'a> Migration<'a> {
     /// Harvests the dirty log: a new round begins.
     fn sync(&mut self) -> Result<()> {
         self.job.dirty.sync()?;
+        #[cfg(feature = "fault-injection")]
+        if let Some(set) = &self.set {
+            self.sender.lose_a_page(set, &self.job.dirty)?;
+        }
         self.sender.new_round();
         let age = self.last_sync.elapsed();
         self.last_sync = Instant::now();

@@ -24,6 +24,16 @@ enum Next {
     Page { block: usize, page: usize },
 }
 
+#[cfg(feature = "fault-injection")]
+impl Next {
+    fn page(&self) -> Option<(usize, usize)> {
+        match *self {
+            Next::Page { block, page } => Some((block, page)),
+            Next::Head { .. } => None,
+        }
+    }
+}
+
 /// Sends pages; remembers where it was.
 #[derive(Debug)]
 pub(super) struct RamSender {
@@ -38,13 +48,26 @@ pub(super) struct RamSender {
     order: Vec<Next>,
     normal: u64,
     zero: u64,
+    #[cfg(feature = "fault-injection")]
+    fault: super::fault::LostPage,
 }
 
 impl RamSender {
     pub(super) fn new(find_zeros: bool) -> Self {
         let heads = Vec::with_capacity(BATCH * ram::RECORD_MAX / 4);
         let order = Vec::with_capacity(2 * BATCH);
-        Self { find_zeros, block: 0, page: 0, last: None, heads, order, normal: 0, zero: 0 }
+        Self {
+            find_zeros,
+            block: 0,
+            page: 0,
+            last: None,
+            heads,
+            order,
+            normal: 0,
+            zero: 0,
+            #[cfg(feature = "fault-injection")]
+            fault: super::fault::LostPage::default(),
+        }
     }
 
     /// Pages sent whole.
@@ -126,7 +149,15 @@ impl RamSender {
             return Ok(false);
         }
         self.write(set, out)?;
+        #[cfg(feature = "fault-injection")]
+        self.fault.sent(set, self.order.iter().filter_map(Next::page));
         Ok(true)
+    }
+
+    /// Test builds only: forgets a page that was dirtied since it was sent.
+    #[cfg(feature = "fault-injection")]
+    pub(super) fn lose_a_page(&mut self, set: &DirtySet, hub: &Hub) -> Result<()> {
+        self.fault.lose(set, hub)
     }
 
     /// The next dirty run, going round all blocks once.
@@ -183,19 +214,5 @@ impl RamSender {
         };
         let mut pieces: Vec<Piece<'_>> = self.order.iter().map(piece).collect();
         out.write_pieces(&mut pieces)
-    }
-}
-
-/// Test builds only: forgets one page that is dirty at the last sync, to show that the checks notice.
-#[cfg(feature = "fault-injection")]
-pub(super) fn drop_one_dirty_page(set: &DirtySet) {
-    if std::env::var("VMIG_FAULT").as_deref() != Ok("drop-dirty") {
-        return;
-    }
-    for index in 0..set.len() {
-        if let Some((page, _)) = set.next_run(index, 0, 1) {
-            set.take(index, page, 1);
-            return;
-        }
     }
 }
