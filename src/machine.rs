@@ -257,7 +257,9 @@ impl Machine {
             threads: Arc::clone(&self.threads),
             wake: Arc::clone(&wake),
         };
-        self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))
+        self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
+        *lock(&self.listening) = None;
+        Ok(())
     }
 
     /// Listens at `uri` for a guest; returns at once.

@@ -41,14 +41,18 @@ pub unsafe extern "C" fn vmig_new(ops: *const vmig_ops, vm: *mut c_void, out: *m
 /// Ends a migration that runs, waits for the library's threads, forgets everything that was registered (every
 /// `destroy` is called, that of vmig_ops last) and frees the guest. NULL is fine. \[free\]
 ///
-/// A migration whose guest was handed over already is not ended but waited for, at most for `stall-timeout`. Not from
-/// a callback. The guest itself is not stopped or started.
+/// A migration whose guest was handed over already is not ended but waited for, at most for `stall-timeout`. Waits,
+/// without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
+/// the big lock held it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_free(m: *mut vmig) {
     if m.is_null() {
         return;
     }
     enter("vmig_free", || {
+        // Its threads may want the big lock before they end: to wait for them with it would be for ever.
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.vmm().bql().require_free("free the guest")?;
         // SAFETY: the C contract: m came from vmig_new, which made it from a Box, and is not used any more.
         drop(unsafe { Box::from_raw(m.cast::<Machine>()) });
         Ok(0)

@@ -34,6 +34,8 @@ use sender::RamSender;
 
 /// Longest a section or the page loop works before the loop looks up (errors, limits, other sections).
 const SLICE: Duration = Duration::from_millis(50);
+/// Bytes the sections may send in one turn, so that none keeps RAM waiting, nor fills our memory.
+const SECTION_SLICE: u64 = 8 << 20;
 /// How often the loop looks for permission to switch over when nothing else is left to do.
 const NAP: Duration = Duration::from_millis(10);
 /// How long a failing source listens for the destination's reason.
@@ -97,12 +99,23 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
         }
         Err(error) => {
             let mut error = job.status.cause(error);
-            if stopped && let Err(second) = job.vmm.start(StopReason::Migration) {
-                error = Error::new(error.errno(), format!("{error}; and the guest could not be resumed: {second}"));
+            if stopped && let Err(second) = resume(&job.vmm) {
+                let text =
+                    format!("{error}; and the guest stays paused here, because it could not be resumed: {second}");
+                error = Error::new(error.errno(), text);
             }
             job.status.end(Err(error));
         }
     }
+}
+
+/// Lets the guest run on here. Should that fail it is left as paused by the user, so that vmig_start can try again.
+fn resume(vmm: &Vmm) -> Result<()> {
+    vmm.start(StopReason::Migration).map(drop).or_else(|error| {
+        vmm.stop(StopReason::User)?;
+        vmm.start(StopReason::Migration)?;
+        Err(error)
+    })
 }
 
 /// Everything between connecting and the outcome. What was set up is undone on every path.
@@ -146,12 +159,19 @@ impl<'a> Migration<'a> {
     }
 
     fn phases(&mut self, stopped: &mut bool) -> Result<Outcome> {
+        self.prepare().map_err(|e| e.in_phase("prepare"))?;
         self.greet().map_err(|e| e.in_phase("hello"))?;
         self.setup().map_err(|e| e.in_phase("setup"))?;
         self.job.status.advance(State::Active)?;
         self.iterate().map_err(|e| e.in_phase("iterate"))?;
         self.job.status.advance(State::Device)?;
         self.complete(stopped)
+    }
+
+    /// Sections may refuse before anything is sent.
+    fn prepare(&mut self) -> Result<()> {
+        let _bql = self.job.vmm.bql().guard()?;
+        self.sections.prepare()
     }
 
     /// Between two vmigs: both sides compare what they have. Then the header, and the return path.
@@ -221,10 +241,11 @@ impl<'a> Migration<'a> {
             if self.dirty_pages() > 0 {
                 self.send_part()?;
             }
-            if self.dirty_pages() > 0 || !sections_done {
+            // A round is over when everything that was dirty at the last sync was sent; sections may go on for ever.
+            let sections_left = if sections_done { 0 } else { self.sections.pending_estimate()?.total() };
+            if self.dirty_pages() > 0 || sections_left > self.threshold() {
                 continue;
             }
-            // A round is over: everything that was dirty at the last sync was sent.
             self.sync()?;
             let pending = self.pending()?;
             let threshold = self.threshold();
@@ -249,7 +270,7 @@ impl<'a> Migration<'a> {
     }
 
     fn iterate_sections(&mut self) -> Result<bool> {
-        let budget = self.rate.budget(self.job.live.get(Opt::MaxBandwidth));
+        let budget = self.rate.budget(self.job.live.get(Opt::MaxBandwidth)).min(SECTION_SLICE);
         let mut bytes = Vec::new();
         let done = self.sections.iterate(&mut bytes, budget)?;
         self.write(&bytes)?;
@@ -351,15 +372,18 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Undoes what was set up, once, whatever happened; a failure gets the destination's reason if it sent one.
+    /// Undoes what was set up, once, whatever happened. A connection that broke gets the destination's reason, if it
+    /// sent one; any other error is the reason itself.
     fn hang_up(mut self, result: Result<Outcome>) -> Result<Outcome> {
-        let result = match (result, &self.replies) {
-            (Err(error), Some(replies)) if !self.job.wake.is_raised() => {
-                self.channel.close_write();
-                Err(replies.reason(LAST_WORDS).unwrap_or(error))
-            }
-            (result, _) => result,
-        };
+        let result = result.map_err(|error| {
+            let broken = self.out.is_broken() && !self.job.wake.is_raised();
+            let error = match &self.replies {
+                Some(replies) if broken => replies.reason(LAST_WORDS).unwrap_or(error),
+                _ => error,
+            };
+            self.job.status.fail(error.clone());
+            error
+        });
         self.channel.shutdown();
         if let Some(replies) = self.replies.take() {
             replies.join();

@@ -42,6 +42,11 @@ impl<'a> SectionSaver<'a> {
         self.active().map(|(entry, _)| name_of(entry)).collect()
     }
 
+    /// Asks every section whether it can migrate now. \[bql\]
+    pub(super) fn prepare(&self) -> Result<()> {
+        self.active().try_for_each(|(entry, section)| section.prepare().map_err(|e| e.in_section(&entry.name)))
+    }
+
     /// START of iterative sections, FULL of early ones. \[bql\]
     pub(super) fn setup(&mut self, out: &mut Vec<u8>) -> Result<()> {
         for (index, entry) in self.entries.iter().enumerate() {
@@ -101,11 +106,20 @@ impl<'a> SectionSaver<'a> {
         Ok(done)
     }
 
-    /// What the iterative sections have left.
+    /// What the iterative sections have left, cheaply.
+    pub(super) fn pending_estimate(&self) -> Result<Pending> {
+        self.sum(|section| section.pending_estimate())
+    }
+
+    /// What the iterative sections have left, exactly.
     pub(super) fn pending_exact(&self) -> Result<Pending> {
+        self.sum(|section| section.pending_exact())
+    }
+
+    fn sum(&self, pending: impl Fn(&dyn Section) -> Result<Pending>) -> Result<Pending> {
         let mut sum = Pending::default();
         for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {
-            let pending = section.pending_exact().map_err(|e| e.in_section(&entry.name))?;
+            let pending = pending(section).map_err(|e| e.in_section(&entry.name))?;
             sum.must_precopy = sum.must_precopy.saturating_add(pending.must_precopy);
             sum.can_postcopy = sum.can_postcopy.saturating_add(pending.can_postcopy);
         }

@@ -120,17 +120,23 @@ pub struct StreamOutput {
     channel: Arc<dyn Channel>,
     limit: Duration,
     written: u64,
+    broken: bool,
 }
 
 impl StreamOutput {
     /// Writes to `channel`; fails when the peer takes nothing for `limit`.
     pub fn new(channel: Arc<dyn Channel>, limit: Duration) -> Self {
-        Self { channel, limit, written: 0 }
+        Self { channel, limit, written: 0, broken: false }
     }
 
     /// Bytes written so far.
     pub fn written(&self) -> u64 {
         self.written
+    }
+
+    /// Whether a write failed: the peer may know why.
+    pub fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// Writes all bytes.
@@ -147,7 +153,7 @@ impl StreamOutput {
             if rest.is_empty() {
                 return Ok(());
             }
-            let mut sent = self.channel.write(rest, self.limit)?;
+            let mut sent = self.channel.write(rest, self.limit).inspect_err(|_| self.broken = true)?;
             if sent == 0 {
                 return Err(Error::new(libc::EIO, "the channel takes no more bytes"));
             }
