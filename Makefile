@@ -100,9 +100,9 @@ demo: $(if $(FAULT),c-fault,c)
 bench: c
 	bench/run
 
-## header: writes include/vmig.h anew from the Rust sources
+## header: writes include/vmig.h and docs/options.md anew from the Rust sources
 header:
-	UPDATE_HEADER=1 $(CARGO) test --locked --test header the_checked_in_header
+	UPDATE_HEADER=1 $(CARGO) test --locked --test header --test docs the_
 
 ## install: header, libraries and vmig.pc below PREFIX (also DESTDIR, LIBDIR, INCLUDEDIR)
 install: build

@@ -147,8 +147,9 @@ int vmig_new(const vmig_ops *ops, void *vm, vmig **out);
 /* Ends a migration that runs, waits for the library's threads, forgets everything that was registered (every
  * `destroy` is called, that of vmig_ops last) and frees the guest. NULL is fine. [free]
  *
- * A migration whose guest was handed over already is not ended but waited for, at most for `stall-timeout`. Not from
- * a callback. The guest itself is not stopped or started. */
+ * A migration whose guest was handed over already is not ended but waited for, at most for `stall-timeout`. Waits,
+ * without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
+ * the big lock held it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
 void vmig_free(vmig *m);
 
 /* Version of the library at run time: major << 16 | minor << 8 | patch. [any][cb] */
