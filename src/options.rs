@@ -162,15 +162,18 @@ pub static TABLE: [Row; 16] = [
         false,
         "Milliseconds the vCPUs have to leave the guest after the stop hook returned.",
     ),
-    row(
-        "convergence-rounds",
-        Type::Size,
-        8,
-        (0, 1000),
-        true,
-        "Further rounds at most, beyond the first moment the guest might be stopped, while each shrinks what is left \
-         by a tenth; 0 = stop at the first moment, as QEMU does.",
-    ),
+    Row {
+        qemu: 0,
+        ..row(
+            "convergence-rounds",
+            Type::Size,
+            8,
+            (0, 1000),
+            true,
+            "Further rounds at most, beyond the first moment the guest might be stopped, while each shrinks what is left \
+             by a tenth; 0 = stop at the first moment, as QEMU does.",
+        )
+    },
     row("convergence-time", Type::Millis, 2_000, (0, HOUR), true, "Milliseconds at most for these further rounds."),
     // Text options keep their value beside the table.
     row(

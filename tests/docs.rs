@@ -21,7 +21,7 @@ fn options_page() -> String {
     for (index, row) in TABLE.iter().enumerate() {
         let text = |value: u64| match row.kind {
             Type::Bool => (if value == 0 { "off" } else { "on" }).to_owned(),
-            Type::Choice(words) => usize::try_from(value).map(|i| words[i].to_owned()).unwrap(),
+            Type::Choice(words) => words[usize::try_from(value).expect("an index")].to_owned(),
             Type::Size if value >= 1 << 20 && value % (1 << 20) == 0 => format!("{}M", value >> 20),
             Type::Size | Type::Millis => value.to_string(),
         };
