@@ -1,6 +1,6 @@
 //! The door in: what C calls. One file for each chapter of the header, in its order (build.rs has the list).
 //!
-//! Every function goes through [`enter`]: a panic becomes an error, never an unwind into C.
+//! Every function goes through `enter`: a panic becomes an error, never an unwind into C.
 #![allow(unsafe_code, reason = "exporting symbols to C and reading what C passes is unsafe")]
 #![allow(
     clippy::missing_safety_doc,
