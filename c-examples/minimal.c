@@ -80,34 +80,48 @@ static void *cpu(void *opaque)
     return NULL;
 }
 
-/* ---- the glue ------------------------------------------------------------------------------------------------ */
-
-static int stop(void *opaque)           /* returns when the guest stands still */
+/* The emulator's own pause and resume, as it would have them without migration. */
+static void pause_cpu(struct machine *vm)
 {
-    struct machine *vm = opaque;
-
     pthread_mutex_lock(&vm->lock);
     vm->run = false;
     while (!vm->parked)
         pthread_cond_wait(&vm->changed, &vm->lock);
     pthread_mutex_unlock(&vm->lock);
-    return 0;
 }
 
-static int start(void *opaque)          /* here a guest that arrived is complete and has not run yet */
+static void resume_cpu(struct machine *vm)
 {
-    struct machine *vm = opaque;
-
-    if (vm->arriving) {
-        for (uint64_t i = 0; i < WORDS; i++)
-            check(vm, i);
-        printf("arrived at %" PRIu64 ": memory verified, %d words\n", vm->counter, WORDS);
-        vm->arriving = false;
-    }
     pthread_mutex_lock(&vm->lock);
     vm->run = true;
     pthread_cond_broadcast(&vm->changed);
     pthread_mutex_unlock(&vm->lock);
+}
+
+/* A guest that just arrived has not run yet: all of its memory must be as the counter says. */
+static void verify_arrival(struct machine *vm)
+{
+    for (uint64_t i = 0; i < WORDS; i++)
+        check(vm, i);
+    printf("arrived at %" PRIu64 ": memory verified, %d words\n", vm->counter, WORDS);
+    vm->arriving = false;
+}
+
+/* ---- the glue ------------------------------------------------------------------------------------------------ */
+
+static int stop(void *vm)               /* returns when the guest stands still */
+{
+    pause_cpu(vm);
+    return 0;
+}
+
+static int start(void *opaque)
+{
+    struct machine *vm = opaque;
+
+    if (vm->arriving)
+        verify_arrival(vm);
+    resume_cpu(vm);
     return 0;
 }
 
