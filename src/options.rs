@@ -14,6 +14,8 @@ pub enum Type {
     Bool,
     /// Bytes (or bytes per second), with an optional suffix K, M, G, T (powers of 1024).
     Size,
+    /// A plain number.
+    Number,
     /// A number of milliseconds.
     Millis,
     /// One of a few words; the value is its index.
@@ -50,6 +52,9 @@ pub enum Opt {
     ReturnPath,
     Events,
     SwitchoverAck,
+    Multifd,
+    MultifdChannels,
+    MultifdFlushAfterEachSection,
     ZeroPageDetection,
     Autostart,
     Peer,
@@ -71,7 +76,7 @@ const fn row(name: &'static str, kind: Type, default: u64, range: (u64, u64), li
 }
 
 /// Every option, in the order of [`Opt`].
-pub static TABLE: [Row; 16] = [
+pub static TABLE: [Row; 19] = [
     Row {
         qemu: 128 << 20,
         ..row(
@@ -120,13 +125,46 @@ pub static TABLE: [Row; 16] = [
         false,
         "Stop the guest only after the destination agreed; needs return-path.",
     ),
+    Row {
+        qemu: 0,
+        ..row(
+            "multifd",
+            Type::Bool,
+            1,
+            BOOL,
+            false,
+            "Send pages over parallel connections (tcp and unix). Set at the source; between two vmigs the destination \
+             follows, with a QEMU both sides must be set alike before they connect.",
+        )
+    },
+    Row {
+        qemu: 2,
+        ..row(
+            "multifd-channels",
+            Type::Number,
+            0,
+            (0, 64),
+            false,
+            "Number of these connections; 0 = as many as there are processors, at most 4. One is as good as many where \
+             a single connection fills the link.",
+        )
+    },
+    row(
+        "multifd-flush-after-each-section",
+        Type::Bool,
+        0,
+        BOOL,
+        false,
+        "All connections meet at the end of every section instead of once a round, as QEMU did for machines before 8.1.",
+    ),
     row(
         "zero-page-detection",
-        Type::Choice(&["none", "legacy"]),
-        1,
-        (0, 1),
+        Type::Choice(&["none", "legacy", "multifd"]),
+        2,
+        (0, 2),
         false,
-        "legacy: pages full of zeros travel as nine bytes; none: every page is sent whole.",
+        "Who looks for pages full of zeros, which travel as a few bytes: the parallel connections' threads, the \
+         migration thread (legacy), or nobody.",
     ),
     row(
         "autostart",
@@ -166,7 +204,7 @@ pub static TABLE: [Row; 16] = [
         qemu: 0,
         ..row(
             "convergence-rounds",
-            Type::Size,
+            Type::Number,
             8,
             (0, 1000),
             true,
@@ -198,13 +236,15 @@ pub static TABLE: [Row; 16] = [
 #[derive(Debug)]
 pub struct Options {
     values: [AtomicU64; TABLE.len()],
+    /// Bit n: option n was set by name, and not put back by `defaults`.
+    set: AtomicU64,
     machine: std::sync::Mutex<String>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let values = std::array::from_fn(|i| AtomicU64::new(TABLE[i].default));
-        Self { values, machine: std::sync::Mutex::new("none".to_owned()) }
+        Self { values, set: AtomicU64::new(0), machine: std::sync::Mutex::new("none".to_owned()) }
     }
 }
 
@@ -212,12 +252,18 @@ impl Options {
     /// A copy for one migration.
     pub fn snapshot(&self) -> Self {
         let values = std::array::from_fn(|i| AtomicU64::new(self.values[i].load(Ordering::Acquire)));
-        Self { values, machine: std::sync::Mutex::new(self.machine()) }
+        let set = AtomicU64::new(self.set.load(Ordering::Acquire));
+        Self { values, set, machine: std::sync::Mutex::new(self.machine()) }
     }
 
     /// An option's number.
     pub fn get(&self, option: Opt) -> u64 {
         self.values[option as usize].load(Ordering::Acquire)
+    }
+
+    /// Whether an option was set by name.
+    pub fn is_set(&self, option: Opt) -> bool {
+        self.set.load(Ordering::Acquire) >> option as usize & 1 != 0
     }
 
     /// An on/off option.
@@ -228,6 +274,19 @@ impl Options {
     /// A time option.
     pub fn time(&self, option: Opt) -> std::time::Duration {
         std::time::Duration::from_millis(self.get(option))
+    }
+
+    /// Connections for pages: 0 = the plain stream.
+    pub fn channels(&self) -> u8 {
+        const MOST: usize = 4;
+        if !self.on(Opt::Multifd) {
+            return 0;
+        }
+        let auto = || std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST));
+        match self.get(Opt::MultifdChannels) {
+            0 => u8::try_from(auto()).unwrap_or(1),
+            n => u8::try_from(n).unwrap_or(u8::MAX),
+        }
     }
 
     /// The machine name.
@@ -258,6 +317,10 @@ impl Options {
             }
         }
         self.values[index].store(value, Ordering::Release);
+        match row.name {
+            "defaults" => self.set.store(0, Ordering::Release),
+            _ => drop(self.set.fetch_or(1 << index, Ordering::AcqRel)),
+        }
         Ok(())
     }
 
@@ -271,7 +334,7 @@ impl Options {
             Type::Choice(words) => {
                 usize::try_from(value).ok().and_then(|i| words.get(i)).copied().unwrap_or_default().to_owned()
             }
-            Type::Size | Type::Millis => value.to_string(),
+            Type::Size | Type::Millis | Type::Number => value.to_string(),
         })
     }
 }
@@ -298,6 +361,7 @@ fn parse(row: &Row, text: &str) -> Result<u64> {
             let index = words.iter().position(|w| *w == text);
             index.ok_or_else(|| wrong(&format!("one of {}", words.join(", "))))? as u64
         }
+        Type::Number => text.parse().map_err(|_| wrong("a whole number"))?,
         Type::Millis => text.parse().map_err(|_| wrong("a whole number of milliseconds"))?,
         Type::Size => size(text).ok_or_else(|| wrong("a whole number, with K, M, G or T behind it if you like"))?,
     };

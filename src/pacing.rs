@@ -11,7 +11,10 @@ pub const WINDOW: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Rate {
     window_start: Duration,
-    window_bytes: u64,
+    /// Given away in this window: what the limit counts.
+    spent: u64,
+    /// Written in this window: what the bandwidth is made of.
+    moved: u64,
     /// Bytes per second over the last whole window; before that, since the start.
     measured: u64,
 }
@@ -19,12 +22,17 @@ pub struct Rate {
 impl Rate {
     /// Starts the first window at `now`.
     pub fn new(now: Duration) -> Self {
-        Self { window_start: now, window_bytes: 0, measured: 0 }
+        Self { window_start: now, spent: 0, moved: 0, measured: 0 }
+    }
+
+    /// Takes `bytes` out of the window's budget.
+    pub fn spend(&mut self, bytes: u64) {
+        self.spent = self.spent.saturating_add(bytes);
     }
 
     /// Accounts `bytes` that just left, and closes the window if it is over.
-    pub fn sent(&mut self, now: Duration, bytes: u64) {
-        self.window_bytes += bytes;
+    pub fn moved(&mut self, now: Duration, bytes: u64) {
+        self.moved = self.moved.saturating_add(bytes);
         self.roll(now);
     }
 
@@ -34,9 +42,9 @@ impl Rate {
         if age < WINDOW {
             return false;
         }
-        self.measured = per_second(self.window_bytes, age);
+        self.measured = per_second(self.moved, age);
         self.window_start = now;
-        self.window_bytes = 0;
+        (self.spent, self.moved) = (0, 0);
         true
     }
 
@@ -44,7 +52,7 @@ impl Rate {
     pub fn budget(&self, limit: u64) -> u64 {
         match limit {
             0 => u64::MAX,
-            _ => (limit / 10).max(1).saturating_sub(self.window_bytes),
+            _ => (limit / 10).max(1).saturating_sub(self.spent),
         }
     }
 
@@ -56,7 +64,7 @@ impl Rate {
     /// Bytes per second: the last whole window's, or the current one's while there is none.
     pub fn bandwidth(&self, now: Duration) -> u64 {
         match self.measured {
-            0 => per_second(self.window_bytes, now.saturating_sub(self.window_start)),
+            0 => per_second(self.moved, now.saturating_sub(self.window_start)),
             measured => measured,
         }
     }
@@ -128,10 +136,12 @@ mod tests {
         let mut rate = Rate::new(Duration::ZERO);
         assert_eq!(rate.budget(0), u64::MAX);
         assert_eq!(rate.budget(1000), 100);
-        rate.sent(10 * MS, 60);
+        rate.spend(60);
+        rate.moved(10 * MS, 60);
         assert_eq!((rate.budget(1000), rate.left(10 * MS)), (40, 90 * MS));
         assert_eq!(rate.bandwidth(10 * MS), 6000);
-        rate.sent(20 * MS, 60);
+        rate.spend(60);
+        rate.moved(20 * MS, 60);
         assert_eq!(rate.budget(1000), 0);
         assert_eq!(rate.budget(10_000), 880, "a raised limit counts at once");
         assert!(rate.roll(100 * MS));

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::bitmap::Bitmap;
 use crate::error::{Error, Result};
-use crate::sys::io::Piece;
+use crate::sys::io::{Piece, Room};
 
 /// Page size of the stream.
 pub const PAGE: u64 = 4096;
@@ -161,6 +161,14 @@ impl Block {
         let start = self.page(page, count);
         // SAFETY: inside the block, mapped while it is registered, which outlives the borrow of self.
         unsafe { Piece::raw(start, count * PAGE_BYTES) }
+    }
+
+    /// Pages as room for a vectored read.
+    pub fn room(&self, page: usize, count: usize) -> Room<'_> {
+        let start = self.page(page, count);
+        // SAFETY: inside the block, mapped while it is registered, which outlives the borrow of self; guest memory
+        // never has a Rust reference.
+        unsafe { Room::raw(start, count * PAGE_BYTES) }
     }
 
     /// Whether a page reads as all zeros just now.

@@ -23,7 +23,7 @@ fn options_page() -> String {
             Type::Bool => (if value == 0 { "off" } else { "on" }).to_owned(),
             Type::Choice(words) => words[usize::try_from(value).expect("an index")].to_owned(),
             Type::Size if value >= 1 << 20 && value % (1 << 20) == 0 => format!("{}M", value >> 20),
-            Type::Size | Type::Millis => value.to_string(),
+            Type::Size | Type::Millis | Type::Number => value.to_string(),
         };
         let is_text = index == Opt::Machine as usize;
         let (default, qemu) = match is_text {
@@ -36,7 +36,7 @@ fn options_page() -> String {
             Type::Bool => "on, off".to_owned(),
             Type::Choice(words) => words.join(", "),
             Type::Size if max == u64::MAX => "a number, also with K, M, G, T".to_owned(),
-            Type::Size => format!("{min} to {max}"),
+            Type::Size | Type::Number => format!("{min} to {max}"),
             Type::Millis => format!("{min} to {max} ms"),
         };
         let live = if row.live { "yes" } else { "no" };

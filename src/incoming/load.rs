@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use super::lanes::Lanes;
 use super::receiver::RamReceiver;
 use super::{Job, Peer};
 use crate::error::{Error, Result};
@@ -31,6 +32,9 @@ pub(super) struct Loader<'a> {
     bindings: Bindings,
     ram: RamReceiver,
     ram_id: Option<u32>,
+    lanes: Option<Lanes>,
+    /// All lanes meet at the end of every RAM section.
+    meet_each_section: bool,
     clock_ns: Option<u64>,
     /// As the source said; a stream that says nothing is of a running guest.
     running: bool,
@@ -39,13 +43,15 @@ pub(super) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(job: &'a Job, peer: &'a mut Peer) -> Self {
+    pub(super) fn new(job: &'a Job, peer: &'a mut Peer, lanes: Option<Lanes>, meet_each_section: bool) -> Self {
         Self {
             job,
             peer,
             bindings: Bindings::new(job.sections.clone()),
             ram: RamReceiver::new(&job.ram),
             ram_id: None,
+            lanes,
+            meet_each_section,
             clock_ns: None,
             running: true,
             set_up: 0,
@@ -94,28 +100,47 @@ impl<'a> Loader<'a> {
                 Element::Command(command) => self.command(command)?,
                 Element::Eof => break,
             }
-            let counters = &self.job.status.counters;
-            counters.transferred.store(input.position(), Ordering::Relaxed);
+            self.publish(input.position());
         }
         stream::read_description(input)?;
-        self.job.status.counters.transferred.store(input.position(), Ordering::Relaxed);
+        self.publish(input.position());
         if let Some(clock_ns) = self.clock_ns {
             self.job.vmm.set_clock_ns(clock_ns)?;
         }
         Ok(())
     }
 
+    /// Brings the numbers others look at up to date.
+    fn publish(&self, position: u64) {
+        let (received, normal, zero) = self.lanes.as_ref().map_or((0, 0, 0), Lanes::counts);
+        let counters = &self.job.status.counters;
+        let (more_normal, more_zero) = self.ram.counts();
+        counters.transferred.store(position + received, Ordering::Relaxed);
+        counters.normal_pages.store(normal + more_normal, Ordering::Relaxed);
+        counters.zero_pages.store(zero + more_zero, Ordering::Relaxed);
+    }
+
     /// START or FULL: binds the id and loads the body.
     fn named(&mut self, input: &mut StreamInput, id: u32, name: &SectionName, part: Part) -> Result<()> {
         let at = input.position();
         let body = match self.own(id, name)? {
-            Some(Own::Ram) => self.ram.load(input, &self.job.status),
+            Some(Own::Ram) => self.ram_body(input),
             Some(Own::Timer) => builtin::read_timer(input).map(|ns| self.clock_ns = Some(ns)),
             Some(Own::GlobalState) => builtin::read_global_state(input).map(|running| self.running = running),
             None => self.device(input, id, name, part),
         };
         body.map_err(|e| at_byte(e, &name.name, at))?;
         stream::read_footer(input, id, &name.name)
+    }
+
+    /// A body of the RAM section, and the meetings of the lanes in it.
+    fn ram_body(&mut self, input: &mut StreamInput) -> Result<()> {
+        self.ram.load(input, &self.job.status, self.lanes.as_ref())?;
+        match &self.lanes {
+            Some(lanes) if self.meet_each_section => lanes.meet(),
+            Some(lanes) => lanes.check(),
+            None => Ok(()),
+        }
     }
 
     fn own(&mut self, id: u32, section: &SectionName) -> Result<Option<Own>> {
@@ -148,7 +173,7 @@ impl<'a> Loader<'a> {
     fn numbered(&mut self, input: &mut StreamInput, id: u32, part: Part) -> Result<()> {
         let at = input.position();
         if self.ram_id == Some(id) {
-            self.ram.load(input, &self.job.status).map_err(|e| at_byte(e, ram::NAME, at))?;
+            self.ram_body(input).map_err(|e| at_byte(e, ram::NAME, at))?;
             return stream::read_footer(input, id, ram::NAME);
         }
         let (entry, section, version) = self.bindings.find(id)?;

@@ -1,5 +1,7 @@
 //! The destination half: listen, compare what both sides have, load, take over.
 
+mod door;
+mod lanes;
 mod load;
 mod receiver;
 
@@ -12,13 +14,17 @@ use crate::ram::{PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status};
 use crate::sys::eventfd::Wake;
+use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, Listener};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::hello::{self, Answer, Hello};
 use crate::wire::input::Input;
+use crate::wire::packet;
 use crate::wire::reply::{self, Reply};
 use crate::wire::stream;
+use door::Door;
+use lanes::Lanes;
 use load::Loader;
 
 /// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
@@ -37,6 +43,8 @@ pub struct Job {
     pub status: Arc<Status>,
     /// Options.
     pub options: Options,
+    /// Threads of the guest.
+    pub threads: Arc<Threads>,
     /// Raised by cancel and by the first error.
     pub wake: Arc<Wake>,
 }
@@ -48,10 +56,11 @@ pub fn run(job: &Job, listener: Listener) {
 }
 
 fn attempt(job: &Job, listener: Listener) -> Result<()> {
-    let channel = listener.accept(&job.wake).map_err(|e| e.in_phase("listen"))?;
+    let mut door = Door::new(listener);
+    let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
     job.status.advance(State::Active)?;
     let mut peer = Peer::new(job, channel);
-    let result = load_all(job, &mut peer);
+    let result = load_all(job, door, &mut peer);
     if let Err(error) = &result {
         let error = job.status.cause(error.clone()).on_side("destination");
         peer.say_why(&error);
@@ -118,15 +127,27 @@ impl Peer {
 }
 
 /// Receives everything up to the handover. True: the guest ran at the source.
-fn load_all(job: &Job, peer: &mut Peer) -> Result<bool> {
+fn load_all(job: &Job, mut door: Door, peer: &mut Peer) -> Result<bool> {
     let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
-    if first == hello::MAGIC.to_be_bytes() {
-        greet(job, peer, &mut input).map_err(|e| e.in_phase("hello"))?;
-    }
+    let parallel = match first == hello::MAGIC.to_be_bytes() {
+        true => greet(job, peer, &mut input).map_err(|e| e.in_phase("hello"))?,
+        // A QEMU says nothing of its channels: both sides must have been told the same.
+        false => Parallel::configured(&job.options),
+    };
+    let lanes = match parallel.channels {
+        0 => None,
+        count => {
+            let limit = job.options.time(Opt::ConnectTimeout);
+            let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
+            Some(Lanes::start(job, channels)?)
+        }
+    };
+    // Nobody else is expected: from here on the system refuses connections.
+    drop(door);
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
-    let mut loader = Loader::new(job, peer);
+    let mut loader = Loader::new(job, peer, lanes, parallel.meet_each_section);
     let running = loader.load(&mut input)?;
     // From here on the source may learn that we have the guest: no way back.
     job.status.commit()?;
@@ -136,8 +157,23 @@ fn load_all(job: &Job, peer: &mut Peer) -> Result<bool> {
     Ok(running)
 }
 
+/// The source's connections for pages.
+#[derive(Clone, Copy, Debug)]
+struct Parallel {
+    channels: u8,
+    meet_each_section: bool,
+}
+
+impl Parallel {
+    /// What the options say: on only if multifd was switched on by name, because a plain QEMU source has no channels.
+    fn configured(options: &Options) -> Self {
+        let channels = if options.is_set(Opt::Multifd) { options.channels() } else { 0 };
+        Self { channels, meet_each_section: options.on(Opt::MultifdFlushAfterEachSection) }
+    }
+}
+
 /// Compares the source's hello with what is here and answers it.
-fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<()> {
+fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<Parallel> {
     let theirs = hello::read(input)?;
     peer.is_vmig = true;
     let differences = compare(&theirs, job);
@@ -149,7 +185,7 @@ fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<()> {
     hello::put_answer(&mut bytes, &answer)?;
     peer.out.write(&bytes)?;
     match answer {
-        Answer::Welcome => Ok(()),
+        Answer::Welcome => Ok(Parallel { channels: theirs.channels, meet_each_section: theirs.meet_each_section }),
         Answer::Refused(errors) => Err(hello::join(&errors)),
     }
 }
@@ -164,6 +200,10 @@ fn compare(theirs: &Hello, job: &Job) -> Vec<Error> {
     }
     if theirs.page_size != PAGE {
         found.push(Error::invalid("the page size differs").expected_got(PAGE, theirs.page_size));
+    }
+    if theirs.channels > packet::CHANNELS_MAX {
+        let text = "the source wants more channels than the destination allows";
+        found.push(Error::invalid(text).expected_got(format!("at most {}", packet::CHANNELS_MAX), theirs.channels));
     }
     compare_ram(theirs, &job.ram, &mut found);
     compare_sections(theirs, &job.sections, &mut found);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::lanes::Lanes;
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
 use crate::status::Status;
@@ -16,33 +17,39 @@ use crate::wire::ram::{self, Record};
 pub(super) struct RamReceiver {
     blocks: HashMap<String, Arc<Block>>,
     last: Option<Arc<Block>>,
+    normal: u64,
+    zero: u64,
 }
 
 impl RamReceiver {
     pub(super) fn new(list: &RamList) -> Self {
         let blocks = list.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b)));
-        Self { blocks: blocks.collect(), last: None }
+        Self { blocks: blocks.collect(), last: None, normal: 0, zero: 0 }
     }
 
     /// Takes one body.
-    pub(super) fn load(&mut self, input: &mut StreamInput, status: &Status) -> Result<()> {
+    pub(super) fn load(&mut self, input: &mut StreamInput, status: &Status, lanes: Option<&Lanes>) -> Result<()> {
         /// Records between two looks at cancel.
         const LOOK: u32 = 4096;
-        let (mut normal, mut zero, mut since) = (0, 0, 0);
+        let mut since = 0;
         loop {
             let at = input.position();
             match ram::read(input)? {
                 Record::End => break,
+                Record::Flush => match lanes {
+                    Some(lanes) => lanes.meet()?,
+                    None => return Err(no_lanes(at)),
+                },
                 Record::Setup { total } => self.setup(input, total, status)?,
                 Record::Zero { name, offset } => {
                     let (block, page) = self.page(at, name, offset)?;
                     block.zero_page(page);
-                    zero += 1;
+                    self.zero += 1;
                 }
                 Record::Page { name, offset } => {
                     let (block, page) = self.page(at, name, offset)?;
                     input.page(|bytes| block.write_page(page, bytes))?;
-                    normal += 1;
+                    self.normal += 1;
                 }
             }
             since += 1;
@@ -51,9 +58,12 @@ impl RamReceiver {
                 status.check()?;
             }
         }
-        status.counters.normal_pages.fetch_add(normal, Ordering::Relaxed);
-        status.counters.zero_pages.fetch_add(zero, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whole and zero pages received.
+    pub(super) fn counts(&self) -> (u64, u64) {
+        (self.normal, self.zero)
     }
 
     /// The source's list of blocks: each must be here, with the same length.
@@ -94,4 +104,12 @@ impl RamReceiver {
         let page = usize::try_from(offset / PAGE).map_err(|_| Error::invalid("a page out of reach"))?;
         Ok((block, page))
     }
+}
+
+fn no_lanes(at: u64) -> Error {
+    let text = format!(
+        "byte {at:#x}: the source sends pages over parallel connections (multifd); set option 'multifd' here to on, and \
+         'multifd-channels' to its number, before the source connects"
+    );
+    Error::invalid(text)
 }

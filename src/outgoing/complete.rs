@@ -53,10 +53,10 @@ impl Migration<'_> {
         stream::put_command(&mut bytes, Command::SwitchoverStart);
         self.write(&bytes)?;
         self.sender.begin_end(&mut self.out)?;
-        while self.sender.send_batch(&set, &self.job.dirty, &mut self.out, u64::MAX)? {
+        while self.sender.send_batch(&set, &self.job.dirty, &mut self.out, u64::MAX)? > 0 {
             self.job.status.check()?;
         }
-        self.sender.end_part(&mut self.out)?;
+        self.sender.end_section(&mut self.out, true)?;
         self.job.dirty.check_quiet(&set)?;
         let (_, rest) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
         self.write(rest)

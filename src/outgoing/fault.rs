@@ -6,45 +6,47 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hasher};
+use std::sync::Mutex;
 
 use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
+use crate::ram::Block;
+use crate::thread::lock;
 
 /// Digests of the pages as they were just after they were sent.
 #[derive(Debug)]
 pub(super) struct LostPage {
     wanted: bool,
-    sent: HashMap<(usize, usize), u64>,
-    lost: Option<(usize, usize)>,
+    sent: Mutex<HashMap<u64, u64>>,
+    lost: Mutex<Option<(usize, usize)>>,
 }
 
 impl Default for LostPage {
     fn default() -> Self {
-        Self {
-            wanted: std::env::var("VMIG_FAULT").is_ok_and(|v| v == "drop-dirty"),
-            sent: HashMap::new(),
-            lost: None,
-        }
+        let wanted = std::env::var("VMIG_FAULT").is_ok_and(|v| v == "drop-dirty");
+        Self { wanted, sent: Mutex::default(), lost: Mutex::default() }
     }
 }
 
 impl LostPage {
-    /// These pages (block, page) just went out.
-    pub(super) fn sent(&mut self, set: &DirtySet, pages: impl Iterator<Item = (usize, usize)>) {
+    /// These pages just went out.
+    pub(super) fn sent(&self, block: &Block, pages: &[usize]) {
         if self.wanted {
-            for (block, page) in pages {
-                self.sent.insert((block, page), digest(set, block, page));
+            let mut sent = lock(&self.sent);
+            for page in pages {
+                sent.insert(key(block, *page), digest(block, *page));
             }
         }
     }
 
     /// After each sync: forgets the page, as if its dirty bit had never been seen.
-    pub(super) fn lose(&mut self, set: &DirtySet, hub: &Hub) -> Result<()> {
-        if self.wanted && self.lost.is_none() {
-            self.lost = self.changed_page(set);
+    pub(super) fn lose(&self, set: &DirtySet, hub: &Hub) -> Result<()> {
+        let mut lost = lock(&self.lost);
+        if self.wanted && lost.is_none() {
+            *lost = self.changed_page(set);
         }
-        let Some((block, page)) = self.lost else { return Ok(()) };
+        let Some((block, page)) = *lost else { return Ok(()) };
         hub.clear(set.block(block), page..page + 1)?;
         set.take(block, page, 1);
         Ok(())
@@ -52,12 +54,14 @@ impl LostPage {
 
     /// A dirty page that is no longer what was sent.
     fn changed_page(&self, set: &DirtySet) -> Option<(usize, usize)> {
-        for block in 0..set.len() {
+        let sent = lock(&self.sent);
+        for index in 0..set.len() {
+            let block = set.block(index);
             let mut from = 0;
-            while let Some((page, _)) = set.next_run(block, from, 1) {
+            while let Some((page, _)) = set.next_run(index, from, 1) {
                 from = page + 1;
-                if self.sent.get(&(block, page)).is_some_and(|old| *old != digest(set, block, page)) {
-                    return Some((block, page));
+                if sent.get(&key(block, page)).is_some_and(|old| *old != digest(block, page)) {
+                    return Some((index, page));
                 }
             }
         }
@@ -65,8 +69,13 @@ impl LostPage {
     }
 }
 
-fn digest(set: &DirtySet, block: usize, page: usize) -> u64 {
+/// Where the page lies in this process: unique among all blocks.
+fn key(block: &Block, page: usize) -> u64 {
+    block.host_address(page as u64 * crate::ram::PAGE)
+}
+
+fn digest(block: &Block, page: usize) -> u64 {
     let mut hasher = DefaultHasher::new();
-    set.block(block).each_word(page, |word| hasher.write_u64(word));
+    block.each_word(page, |word| hasher.write_u64(word));
     hasher.finish()
 }

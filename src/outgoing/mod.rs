@@ -3,6 +3,7 @@
 mod complete;
 #[cfg(feature = "fault-injection")]
 mod fault;
+mod lanes;
 mod replies;
 mod sender;
 mod sections;
@@ -28,9 +29,10 @@ use crate::transport::{self, Channel};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::command::Command;
 use crate::wire::{hello, stream};
+use lanes::Lanes;
 use replies::Replies;
 use sections::SectionSaver;
-use sender::RamSender;
+use sender::{FindZeros, RamSender};
 
 /// Longest a section or the page loop works before the loop looks up (errors, limits, other sections).
 const SLICE: Duration = Duration::from_millis(50);
@@ -137,6 +139,7 @@ struct Migration<'a> {
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
     rate: Rate,
+    accounted: u64,
     begun: Instant,
     last_sync: Instant,
 }
@@ -151,8 +154,16 @@ impl<'a> Migration<'a> {
             replies: None,
             sections: SectionSaver::new(&job.sections),
             set: None,
-            sender: RamSender::new(job.options.get(Opt::ZeroPageDetection) != 0),
+            sender: RamSender::new(
+                match job.options.get(Opt::ZeroPageDetection) {
+                    0 => FindZeros::Nobody,
+                    1 => FindZeros::Here,
+                    _ => FindZeros::Lanes,
+                },
+                job.options.on(Opt::MultifdFlushAfterEachSection),
+            ),
             rate: Rate::new(Duration::ZERO),
+            accounted: 0,
             begun: Instant::now(),
             last_sync: Instant::now(),
         })
@@ -188,6 +199,11 @@ impl<'a> Migration<'a> {
                 hello::Answer::Refused(errors) => return Err(hello::join(&errors)),
             }
         }
+        let channels = self.channels();
+        if channels > 0 {
+            let find_zeros = self.job.options.get(Opt::ZeroPageDetection) == 2;
+            self.sender.use_lanes(Lanes::connect(self.job, channels, find_zeros)?);
+        }
         let mut bytes = Vec::new();
         stream::put_header(&mut bytes, &self.job.options.machine())?;
         if two_way && self.job.options.on(Opt::ReturnPath) {
@@ -198,12 +214,27 @@ impl<'a> Migration<'a> {
         self.write(&bytes)
     }
 
+    /// Connections for pages; pipes, files and a lone descriptor have only the plain stream.
+    fn channels(&self) -> u8 {
+        let options = &self.job.options;
+        if options.get(Opt::Peer) == 1 && !options.is_set(Opt::Multifd) {
+            // A QEMU has no channels unless it was told, and so must we be.
+            return 0;
+        }
+        match self.job.uri {
+            Uri::Tcp { .. } | Uri::Unix { .. } => options.channels(),
+            Uri::Fd(_) => 0,
+        }
+    }
+
     fn hello(&self) -> hello::Hello {
         hello::Hello {
             machine: self.job.options.machine(),
             page_size: PAGE,
             blocks: self.job.ram.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), b.len())).collect(),
             sections: self.sections.names(),
+            channels: self.channels(),
+            meet_each_section: self.job.options.on(Opt::MultifdFlushAfterEachSection),
         }
     }
 
@@ -211,11 +242,10 @@ impl<'a> Migration<'a> {
     fn setup(&mut self) -> Result<()> {
         let set = self.job.dirty.subscribe(&self.job.ram)?;
         self.set = Some(Arc::clone(&set));
-        self.sender.begin(&set);
         let total: u64 = set.blocks().map(|b| b.len()).sum();
         self.job.status.counters.total.store(total, Ordering::Relaxed);
+        self.sender.setup(&set, &mut self.out)?;
         let mut bytes = Vec::new();
-        self.sender.put_setup(&set, &mut bytes)?;
         {
             let _bql = self.job.vmm.bql().guard()?;
             self.sections.setup(&mut bytes)?;
@@ -284,16 +314,17 @@ impl<'a> Migration<'a> {
         self.sender.begin_part(&mut self.out)?;
         loop {
             let budget = self.rate.budget(self.job.live.get(Opt::MaxBandwidth));
-            let before = self.out.written();
-            let more = self.sender.send_batch(&set, &self.job.dirty, &mut self.out, budget)?;
-            self.account(self.out.written() - before);
+            let sent = self.sender.send_batch(&set, &self.job.dirty, &mut self.out, budget)?;
+            self.rate.spend(sent);
+            self.account();
             let over = self.rate.budget(self.job.live.get(Opt::MaxBandwidth)) == 0;
-            if !more || over || Instant::now() >= until {
+            if sent == 0 || over || Instant::now() >= until {
                 break;
             }
             self.job.status.check()?;
         }
-        self.sender.end_part(&mut self.out)
+        // The last PART of a round: a page is under way at most once between two meetings.
+        self.sender.end_section(&mut self.out, set.pages() == 0)
     }
 
     /// Harvests the dirty log: a new round begins.
@@ -347,13 +378,16 @@ impl<'a> Migration<'a> {
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.out.write(bytes)?;
-        self.account(bytes.len() as u64);
+        self.rate.spend(bytes.len() as u64);
+        self.account();
         Ok(())
     }
 
-    fn account(&mut self, bytes: u64) {
-        let now = self.now();
-        self.rate.sent(now, bytes);
+    /// Takes note of what went out since the last call.
+    fn account(&mut self) {
+        let written = self.out.written() + self.sender.counts().0;
+        self.rate.moved(self.now(), written - self.accounted);
+        self.accounted = written;
         self.publish();
     }
 
@@ -363,9 +397,10 @@ impl<'a> Migration<'a> {
         let left = self.dirty_pages() as u64 * PAGE;
         let bandwidth = self.bandwidth();
         counters.remaining.store(left, Ordering::Relaxed);
-        counters.transferred.store(self.out.written(), Ordering::Relaxed);
-        counters.normal_pages.store(self.sender.normal_pages(), Ordering::Relaxed);
-        counters.zero_pages.store(self.sender.zero_pages(), Ordering::Relaxed);
+        let (on_lanes, normal, zero) = self.sender.counts();
+        counters.transferred.store(self.out.written() + on_lanes, Ordering::Relaxed);
+        counters.normal_pages.store(normal, Ordering::Relaxed);
+        counters.zero_pages.store(zero, Ordering::Relaxed);
         counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);
         if let Some(time) = pacing::time_for(left, bandwidth) {
             store_time(&counters.expected_downtime, time);
@@ -376,7 +411,7 @@ impl<'a> Migration<'a> {
     /// sent one; any other error is the reason itself.
     fn hang_up(mut self, result: Result<Outcome>) -> Result<Outcome> {
         let result = result.map_err(|error| {
-            let broken = self.out.is_broken() && !self.job.wake.is_raised();
+            let broken = (self.out.is_broken() || self.sender.is_broken()) && !self.job.wake.is_raised();
             let error = match &self.replies {
                 Some(replies) if broken => replies.reason(LAST_WORDS).unwrap_or(error),
                 _ => error,
@@ -384,6 +419,7 @@ impl<'a> Migration<'a> {
             self.job.status.fail(error.clone());
             error
         });
+        self.sender.close();
         self.channel.shutdown();
         if let Some(replies) = self.replies.take() {
             replies.join();

@@ -1,4 +1,4 @@
-//! The page loop: takes dirty pages, and writes them as records of the plain stream.
+//! The page loop: takes dirty pages and sends them, as packets on the lanes or as records of the plain stream.
 
 use std::sync::Arc;
 
@@ -8,14 +8,28 @@ use crate::error::Result;
 use crate::ram::PAGE;
 use crate::sys::io::{IOV_MAX, Piece};
 use crate::transport::stream::StreamOutput;
+use crate::wire::packet::PAGES_MAX;
 use crate::wire::ram;
 use crate::wire::stream::{self, SectionName};
 
+use super::lanes::Lanes;
+
 const RAM_ID: u32 = 1;
-/// Pages per vectored write: a record's head and its page are two pieces.
+/// Pages per vectored write of the plain stream: a record's head and its page are two pieces.
 const BATCH: usize = IOV_MAX / 2;
 /// Bytes of a page on the wire, roughly: what a budget is divided by.
 const PAGE_ON_WIRE: u64 = PAGE + 8;
+
+/// Who looks for pages of zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FindZeros {
+    /// Nobody.
+    Nobody,
+    /// The migration thread: zero pages are records of the main stream.
+    Here,
+    /// The lanes.
+    Lanes,
+}
 
 /// What goes out next: bytes of the head buffer, or a page.
 #[derive(Clone, Copy, Debug)]
@@ -34,12 +48,72 @@ impl Next {
     }
 }
 
+/// Where in the dirty set the loop is.
+#[derive(Debug, Default)]
+struct Cursor {
+    block: usize,
+    page: usize,
+}
+
+impl Cursor {
+    /// The next dirty run of at most `max` pages, going round all blocks once.
+    fn next_run(&mut self, set: &DirtySet, max: usize) -> Option<(usize, usize, usize)> {
+        if set.pages() == 0 {
+            return None;
+        }
+        for _ in 0..=set.len() {
+            if self.block >= set.len() {
+                *self = Self::default();
+            }
+            if let Some((first, pages)) = set.next_run(self.block, self.page, max) {
+                self.page = first + pages;
+                return Some((self.block, first, pages));
+            }
+            *self = Self { block: self.block + 1, page: 0 };
+        }
+        None
+    }
+
+    /// Takes the next run of any block.
+    fn take_run(&mut self, set: &DirtySet, hub: &Hub, max: usize) -> Result<Option<Run>> {
+        match self.next_run(set, max) {
+            Some((block, first, pages)) => Run::take(set, hub, block, first, pages).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Takes the next run of the block the loop is in.
+    fn take_run_here(&mut self, set: &DirtySet, hub: &Hub, max: usize) -> Result<Option<Run>> {
+        let Some((first, pages)) = set.next_run(self.block, self.page, max) else { return Ok(None) };
+        self.page = first + pages;
+        Run::take(set, hub, self.block, first, pages).map(Some)
+    }
+}
+
+/// Pages whose dirty bits were taken.
+struct Run {
+    block: usize,
+    first: usize,
+    pages: usize,
+}
+
+impl Run {
+    /// The kernel's bits and ours are gone before a byte is read, so that a write from here on is found again.
+    fn take(set: &DirtySet, hub: &Hub, block: usize, first: usize, pages: usize) -> Result<Self> {
+        hub.clear(set.block(block), first..first + pages)?;
+        set.take(block, first, pages);
+        Ok(Self { block, first, pages })
+    }
+}
+
 /// Sends pages; remembers where it was.
 #[derive(Debug)]
 pub(super) struct RamSender {
-    find_zeros: bool,
-    block: usize,
-    page: usize,
+    find_zeros: FindZeros,
+    lanes: Option<Lanes>,
+    /// All lanes meet at the end of each section (as QEMU did before 8.1), not at a mark once a round.
+    meet_each_section: bool,
+    cursor: Cursor,
     /// Block of the last record: the next one of the same block needs no name.
     last: Option<usize>,
     /// Records without their pages, of one batch.
@@ -49,55 +123,66 @@ pub(super) struct RamSender {
     normal: u64,
     zero: u64,
     #[cfg(feature = "fault-injection")]
-    fault: super::fault::LostPage,
+    fault: Arc<super::fault::LostPage>,
 }
 
 impl RamSender {
-    pub(super) fn new(find_zeros: bool) -> Self {
+    pub(super) fn new(find_zeros: FindZeros, meet_each_section: bool) -> Self {
         let heads = Vec::with_capacity(BATCH * ram::RECORD_MAX / 4);
         let order = Vec::with_capacity(2 * BATCH);
         Self {
             find_zeros,
-            block: 0,
-            page: 0,
+            lanes: None,
+            meet_each_section,
+            cursor: Cursor::default(),
             last: None,
             heads,
             order,
             normal: 0,
             zero: 0,
             #[cfg(feature = "fault-injection")]
-            fault: super::fault::LostPage::default(),
+            fault: Arc::default(),
         }
     }
 
-    /// Pages sent whole.
-    pub(super) fn normal_pages(&self) -> u64 {
-        self.normal
+    /// Pages go over these lanes from now on.
+    pub(super) fn use_lanes(&mut self, lanes: Lanes) {
+        #[cfg(feature = "fault-injection")]
+        lanes.watch(&self.fault);
+        self.lanes = Some(lanes);
     }
 
-    /// Pages sent as zero.
-    pub(super) fn zero_pages(&self) -> u64 {
-        self.zero
+    /// Whether a lane broke: the destination may know why.
+    pub(super) fn is_broken(&self) -> bool {
+        self.lanes.as_ref().is_some_and(Lanes::are_broken)
     }
 
-    /// A new set: from the start.
-    pub(super) fn begin(&mut self, _set: &Arc<DirtySet>) {
-        (self.block, self.page, self.last) = (0, 0, None);
+    /// Ends the lanes.
+    pub(super) fn close(&mut self) {
+        if let Some(lanes) = &mut self.lanes {
+            lanes.close();
+        }
+    }
+
+    /// Bytes written on the lanes, pages sent whole, pages sent as zero.
+    pub(super) fn counts(&self) -> (u64, u64, u64) {
+        let (written, normal, zero) = self.lanes.as_ref().map_or((0, 0, 0), Lanes::counts);
+        (written, self.normal + normal, self.zero + zero)
     }
 
     /// A new round: from the start.
     pub(super) fn new_round(&mut self) {
-        (self.block, self.page) = (0, 0);
+        self.cursor = Cursor::default();
     }
 
-    /// The START section.
-    pub(super) fn put_setup(&self, set: &DirtySet, out: &mut Vec<u8>) -> Result<()> {
+    /// The START section. The first meeting comes before any page.
+    pub(super) fn setup(&mut self, set: &DirtySet, out: &mut StreamOutput) -> Result<()> {
+        let mut bytes = Vec::new();
         let name = SectionName { name: ram::NAME.to_owned(), instance: 0, version: ram::VERSION };
-        stream::put_start(out, RAM_ID, &name)?;
-        ram::put_setup(out, set.blocks().map(|b| (b.name(), b.len())))?;
-        ram::put_end(out);
-        stream::put_footer(out, RAM_ID);
-        Ok(())
+        stream::put_start(&mut bytes, RAM_ID, &name)?;
+        ram::put_setup(&mut bytes, set.blocks().map(|b| (b.name(), b.len())))?;
+        out.write(&bytes)?;
+        self.end_section(out, true)
     }
 
     /// Begins a PART section.
@@ -114,78 +199,95 @@ impl RamSender {
         out.write(&bytes)
     }
 
-    /// Ends a PART or END section.
-    pub(super) fn end_part(&self, out: &mut StreamOutput) -> Result<()> {
+    /// Ends a section; with `meet` all lanes meet first, so that what was sent before it has arrived before what
+    /// follows is read.
+    pub(super) fn end_section(&mut self, out: &mut StreamOutput, meet: bool) -> Result<()> {
         let mut bytes = Vec::new();
+        if let Some(lanes) = &self.lanes
+            && (meet || self.meet_each_section)
+        {
+            lanes.meet()?;
+            if !self.meet_each_section {
+                ram::put_flush(&mut bytes);
+            }
+        }
         ram::put_end(&mut bytes);
         stream::put_footer(&mut bytes, RAM_ID);
         out.write(&bytes)
     }
 
-    /// Sends one batch of about `budget` bytes at most. False: no page is dirty.
+    /// Sends one batch of about `budget` bytes at most; how many bytes that is, 0: no page is dirty.
     pub(super) fn send_batch(
         &mut self,
         set: &DirtySet,
         hub: &Hub,
         out: &mut StreamOutput,
         budget: u64,
-    ) -> Result<bool> {
+    ) -> Result<u64> {
         let most = usize::try_from(budget.div_ceil(PAGE_ON_WIRE)).unwrap_or(BATCH).clamp(1, BATCH);
+        match self.lanes.is_some() {
+            true => self.send_packet(set, hub, out, most.min(PAGES_MAX)),
+            false => self.send_records(set, hub, out, most),
+        }
+    }
+
+    /// A packet's worth of pages, all of one block, to the lanes.
+    fn send_packet(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<u64> {
+        let Some(lanes) = &self.lanes else { return Ok(0) };
+        let mut batch = lanes.empty_batch()?;
+        self.heads.clear();
+        let mut taken = 0;
+        let mut next = self.cursor.take_run(set, hub, most)?;
+        while let Some(run) = next {
+            let block = set.block(run.block);
+            for page in run.first..run.first + run.pages {
+                if self.find_zeros == FindZeros::Here && block.is_zero(page) {
+                    let name = (self.last != Some(run.block)).then(|| block.name());
+                    self.last = Some(run.block);
+                    ram::put_zero(&mut self.heads, name, page as u64 * PAGE)?;
+                    self.zero += 1;
+                } else {
+                    batch.pages.push(page);
+                }
+            }
+            batch.block = Some(Arc::clone(block));
+            taken += run.pages;
+            next = if taken < most { self.cursor.take_run_here(set, hub, most - taken)? } else { None };
+        }
+        lanes.send(batch);
+        out.write(&self.heads)?;
+        Ok(taken as u64 * PAGE_ON_WIRE)
+    }
+
+    /// Records of the plain stream in one vectored write.
+    fn send_records(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<u64> {
+        let before = out.written();
         self.heads.clear();
         self.order.clear();
         let mut room = most;
         while room > 0 {
-            let Some((index, first, pages)) = self.next_run(set, room) else { break };
-            let block = set.block(index);
-            // The kernel's bit and ours are gone before a byte is read: a write from here on is found again.
-            hub.clear(block, first..first + pages)?;
-            set.take(index, first, pages);
-            for page in first..first + pages {
-                self.add(set, index, page)?;
+            let Some(run) = self.cursor.take_run(set, hub, room)? else { break };
+            for page in run.first..run.first + run.pages {
+                self.add_record(set, run.block, page)?;
             }
-            room -= pages;
+            room -= run.pages;
         }
-        if room == most {
-            return Ok(false);
-        }
-        self.write(set, out)?;
+        self.write_records(set, out)?;
         #[cfg(feature = "fault-injection")]
-        self.fault.sent(set, self.order.iter().filter_map(Next::page));
-        Ok(true)
-    }
-
-    /// Test builds only: forgets a page that was dirtied since it was sent.
-    #[cfg(feature = "fault-injection")]
-    pub(super) fn lose_a_page(&mut self, set: &DirtySet, hub: &Hub) -> Result<()> {
-        self.fault.lose(set, hub)
-    }
-
-    /// The next dirty run, going round all blocks once.
-    fn next_run(&mut self, set: &DirtySet, max: usize) -> Option<(usize, usize, usize)> {
-        if set.pages() == 0 {
-            return None;
+        for (block, page) in self.order.iter().filter_map(Next::page) {
+            self.fault.sent(set.block(block), &[page]);
         }
-        for _ in 0..=set.len() {
-            if self.block >= set.len() {
-                (self.block, self.page) = (0, 0);
-            }
-            if let Some((first, pages)) = set.next_run(self.block, self.page, max) {
-                self.page = first + pages;
-                return Some((self.block, first, pages));
-            }
-            (self.block, self.page) = (self.block + 1, 0);
-        }
-        None
+        Ok(out.written() - before)
     }
 
-    /// Adds a page to the batch.
-    fn add(&mut self, set: &DirtySet, index: usize, page: usize) -> Result<()> {
+    /// Adds a page to the batch of records.
+    fn add_record(&mut self, set: &DirtySet, index: usize, page: usize) -> Result<()> {
         let block = set.block(index);
         let name = (self.last != Some(index)).then(|| block.name());
         self.last = Some(index);
         let offset = page as u64 * PAGE;
         let start = self.heads.len();
-        if self.find_zeros && block.is_zero(page) {
+        if self.find_zeros != FindZeros::Nobody && block.is_zero(page) {
             ram::put_zero(&mut self.heads, name, offset)?;
             self.zero += 1;
             self.extend_head(start);
@@ -207,12 +309,18 @@ impl RamSender {
         }
     }
 
-    fn write(&self, set: &DirtySet, out: &mut StreamOutput) -> Result<()> {
+    fn write_records(&self, set: &DirtySet, out: &mut StreamOutput) -> Result<()> {
         let piece = |next: &Next| match *next {
             Next::Head { start, end } => Piece::of(&self.heads[start..end]),
             Next::Page { block, page } => set.block(block).piece(page, 1),
         };
         let mut pieces: Vec<Piece<'_>> = self.order.iter().map(piece).collect();
         out.write_pieces(&mut pieces)
+    }
+
+    /// Test builds only: forgets a page that was dirtied since it was sent.
+    #[cfg(feature = "fault-injection")]
+    pub(super) fn lose_a_page(&mut self, set: &DirtySet, hub: &Hub) -> Result<()> {
+        self.fault.lose(set, hub)
     }
 }

@@ -49,6 +49,39 @@ impl<'a> Piece<'a> {
     }
 }
 
+/// A piece of somebody else's memory that the kernel may write.
+#[repr(transparent)]
+pub struct Room<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
+
+impl Room<'_> {
+    /// Room in somebody else's memory.
+    ///
+    /// # Safety
+    /// `start` must stay writable for `len` bytes for as long as `'a`; others may read and write it meanwhile, and no
+    /// Rust reference to it exists.
+    pub unsafe fn raw(start: *mut u8, len: usize) -> Self {
+        Self(libc::iovec { iov_base: start.cast(), iov_len: len }, PhantomData)
+    }
+
+    /// Bytes of room.
+    pub fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Drops the first `n` bytes (at most all).
+    pub fn advance(&mut self, n: usize) {
+        let n = n.min(self.0.iov_len);
+        // SAFETY: n is at most the room's length, so the result stays inside it or one past its end.
+        self.0.iov_base = unsafe { self.0.iov_base.byte_add(n) };
+        self.0.iov_len -= n;
+    }
+}
+
 /// What kind of descriptor bytes go through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FdKind {
@@ -147,6 +180,36 @@ pub fn read(fd: BorrowedFd<'_>, kind: FdKind, buf: &mut [u8]) -> io::Result<Opti
     transferred(got)
 }
 
+/// Fills room once. `Ok(None)`: nothing there yet, wait for it; `Ok(Some(0))`: the end.
+pub fn read_room(fd: BorrowedFd<'_>, kind: FdKind, rooms: &mut [Room<'_>]) -> io::Result<Option<usize>> {
+    let count = rooms.len().min(IOV_MAX);
+    let got = if kind == FdKind::Socket {
+        // SAFETY: an all-zero msghdr is valid: no name, no control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = rooms.as_mut_ptr().cast();
+        message.msg_iovlen = count;
+        // SAFETY: each Room is an iovec whose memory is writable (its constructor's promise).
+        unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
+    } else {
+        let count = i32::try_from(count).unwrap_or(i32::MAX);
+        // SAFETY: as above.
+        unsafe { libc::readv(fd.as_raw_fd(), rooms.as_ptr().cast(), count) }
+    };
+    transferred(got)
+}
+
+/// Looks at up to `buf.len()` bytes of a socket without taking them; nothing there yet is 0, the end an error.
+pub fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: buf is writable for its length.
+    let got = unsafe {
+        libc::recv(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len(), libc::MSG_DONTWAIT | libc::MSG_PEEK)
+    };
+    match transferred(got)? {
+        Some(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        n => Ok(n.unwrap_or(0)),
+    }
+}
+
 fn transferred(n: isize) -> io::Result<Option<usize>> {
     if let Ok(n) = usize::try_from(n) {
         return Ok(Some(n));
@@ -206,6 +269,36 @@ pub fn wait(
 
 fn millis_up(left: Duration) -> i32 {
     i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+}
+
+/// Waits until one of `fds` is readable (its index), `wake` is (none), or the deadline passes (`ETIMEDOUT`).
+pub fn wait_any(fds: &[BorrowedFd<'_>], wake: BorrowedFd<'_>, deadline: Option<Instant>) -> Result<Option<usize>> {
+    let entry = |fd: &BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut polled: Vec<libc::pollfd> = std::iter::once(&wake).chain(fds).map(entry).collect();
+    loop {
+        let timeout = deadline.map_or(-1, |at| millis_up(at.saturating_duration_since(Instant::now())));
+        // SAFETY: polled is a live vector of as many entries as it says.
+        let n = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout) };
+        if n < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return Err(Error::last_os("poll"));
+        }
+        if polled[0].revents != 0 {
+            return Ok(None);
+        }
+        if let Some(index) = polled[1..].iter().position(|p| p.revents != 0) {
+            return Ok(Some(index));
+        }
+        if deadline.is_some_and(|at| at <= Instant::now()) {
+            return Err(Error::new(libc::ETIMEDOUT, "nothing came in time"));
+        }
+    }
+}
+
+/// Whether the peer of a socket sends no more.
+pub fn peer_is_done(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one live entry.
+    unsafe { libc::poll(&raw mut polled, 1, 0) > 0 }
 }
 
 /// Sleeps for `time`, or until `wake` is readable (true).

@@ -10,7 +10,7 @@ use socket2::SockRef;
 use super::Channel;
 use crate::error::{Error, Result};
 use crate::sys::eventfd::Wake;
-use crate::sys::io::{self, FdKind, Piece, Ready};
+use crate::sys::io::{self, FdKind, Piece, Ready, Room};
 
 /// A descriptor that bytes go through. Never blocks in the kernel: it waits in poll(2), where a wake reaches it.
 #[derive(Debug)]
@@ -40,6 +40,16 @@ impl FdChannel {
             return Err(Error::new(libc::EBADF, format!("fd {fd} is not open for {what}")));
         }
         Self::new(own, wake)
+    }
+
+    /// Looks at the first bytes without taking them; how many of `buf` are there already.
+    pub fn peek(&self, buf: &mut [u8]) -> Result<usize> {
+        io::peek(self.fd()?.as_fd(), buf).map_err(|e| Error::from_io("looking at a connection", &e))
+    }
+
+    /// The descriptor, to wait for it beside others.
+    pub fn descriptor(&self) -> Result<Arc<OwnedFd>> {
+        self.fd()
     }
 
     fn fd(&self) -> Result<Arc<OwnedFd>> {
@@ -73,6 +83,17 @@ impl Channel for FdChannel {
         let fd = self.fd()?;
         loop {
             match io::read(fd.as_fd(), self.kind, buf) {
+                Ok(Some(n)) => return Ok(n),
+                Ok(None) => self.wait(&fd, false, limit)?,
+                Err(error) => return Err(Error::from_io("reading from the peer", &error)),
+            }
+        }
+    }
+
+    fn read_room(&self, rooms: &mut [Room<'_>], limit: Option<Duration>) -> Result<usize> {
+        let fd = self.fd()?;
+        loop {
+            match io::read_room(fd.as_fd(), self.kind, rooms) {
                 Ok(Some(n)) => return Ok(n),
                 Ok(None) => self.wait(&fd, false, limit)?,
                 Err(error) => return Err(Error::from_io("reading from the peer", &error)),

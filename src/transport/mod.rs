@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::sys::eventfd::Wake;
-use crate::sys::io::Piece;
+use crate::sys::io::{Piece, Room};
 use channel::FdChannel;
 use uri::Uri;
 
@@ -19,6 +19,9 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
     /// Reads once, waiting for at most `limit` (for ever without); 0 is the end. `ETIMEDOUT` if nothing came,
     /// `ECANCELED` if the migration's wake was raised meanwhile.
     fn read(&self, buf: &mut [u8], limit: Option<Duration>) -> Result<usize>;
+
+    /// The same into room outside of Rust's memory.
+    fn read_room(&self, rooms: &mut [Room<'_>], limit: Option<Duration>) -> Result<usize>;
 
     /// Writes once, waiting for room for at most `limit`; returns how many bytes went.
     fn write(&self, pieces: &[Piece<'_>], limit: Duration) -> Result<usize>;
@@ -65,13 +68,5 @@ impl Listener {
             Listener::Socket(listener) => Some(listener.address()),
             Listener::Ready(_) => None,
         }
-    }
-
-    /// Waits for the source; only a raised wake ends the wait.
-    pub fn accept(self, wake: &Arc<Wake>) -> Result<Arc<dyn Channel>> {
-        Ok(match self {
-            Listener::Socket(listener) => Arc::new(listener.accept(wake)?),
-            Listener::Ready(channel) => channel,
-        })
     }
 }

@@ -1,7 +1,7 @@
 //! TCP and unix sockets: connecting and listening.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 use crate::sys::eventfd::Wake;
 use crate::sys::io::{self, Ready};
 
-/// Sources that may wait to be accepted: one, and a few strangers.
-const BACKLOG: i32 = 8;
+/// Connections that may wait to be accepted: a source with all its channels, and a few strangers.
+const BACKLOG: i32 = 80;
 
 /// Addresses of a URI, each with words for it.
 fn addresses(uri: &Uri) -> Result<Vec<(SockAddr, String)>> {
@@ -106,7 +106,7 @@ fn connect_one(address: &SockAddr, words: &str, wake: &Wake, deadline: Instant) 
 pub struct Listener {
     socket: Socket,
     address: String,
-    file: Option<SocketFile>,
+    _file: Option<SocketFile>,
 }
 
 /// The file of a unix socket, removed with it if it is still ours.
@@ -162,7 +162,7 @@ impl Listener {
         socket.listen(BACKLOG).map_err(failed)?;
         let real = socket.local_addr().ok().and_then(|a| a.as_socket());
         let address = real.map_or_else(|| words.clone(), tcp_uri);
-        Ok(Self { socket, address, file })
+        Ok(Self { socket, address, _file: file })
     }
 
     /// Where it listens, with the real port.
@@ -170,22 +170,21 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for one connection, then listens no more: a second source is refused by the system.
-    pub fn accept(self, wake: &Arc<Wake>) -> Result<FdChannel> {
-        loop {
-            match self.socket.accept() {
-                Ok((socket, _)) => {
-                    drop(self.file);
-                    prepare(&socket);
-                    return FdChannel::new(OwnedFd::from(socket), wake);
-                }
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR | libc::ECONNABORTED)) => {
-                    io::wait(Some(self.socket.as_fd()), false, wake.as_fd(), None)?;
-                    wake.check()?;
-                }
-                Err(e) => return Err(Error::from_io(format!("accepting on {}", self.address), &e)),
+    /// Takes a connection that waits, if one does.
+    pub fn accept(&self, wake: &Arc<Wake>) -> Result<Option<FdChannel>> {
+        match self.socket.accept() {
+            Ok((socket, _)) => {
+                prepare(&socket);
+                FdChannel::new(OwnedFd::from(socket), wake).map(Some)
             }
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR | libc::ECONNABORTED)) => Ok(None),
+            Err(e) => Err(Error::from_io(format!("accepting on {}", self.address), &e)),
         }
+    }
+
+    /// The listening socket, to wait for it beside others.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

@@ -134,6 +134,11 @@ impl StreamOutput {
         self.written
     }
 
+    /// Bytes written since the last call of this.
+    pub fn take_written(&mut self) -> u64 {
+        std::mem::take(&mut self.written)
+    }
+
     /// Whether a write failed: the peer may know why.
     pub fn is_broken(&self) -> bool {
         self.broken

@@ -29,6 +29,10 @@ pub struct Hello {
     pub blocks: Vec<(String, u64)>,
     /// Sections that will come.
     pub sections: Vec<SectionName>,
+    /// Connections for pages that will follow; 0: pages come in the main stream.
+    pub channels: u8,
+    /// They meet at the end of every section, not at a mark.
+    pub meet_each_section: bool,
 }
 
 /// What the destination answers.
@@ -80,6 +84,8 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
         "page-size": hello.page_size,
         "ram": blocks,
         "devices": sections,
+        "channels": hello.channels,
+        "meet-each-section": hello.meet_each_section,
     });
     put_frame(out, &json)
 }
@@ -105,6 +111,8 @@ fn parse(json: &Value) -> Option<Hello> {
                 Some(SectionName { name, instance, version })
             })
             .collect::<Option<_>>()?,
+        channels: json.get("channels").map_or(Some(0), |n| u8::try_from(n.as_u64()?).ok())?,
+        meet_each_section: json.get("meet-each-section").is_some_and(|v| v == true),
     })
 }
 
@@ -155,6 +163,8 @@ mod tests {
             page_size: 4096,
             blocks: vec![("low".into(), 0x1000), ("high".into(), 0x4000)],
             sections: vec![SectionName { name: "uart".into(), instance: 0, version: 2 }],
+            channels: 3,
+            meet_each_section: true,
         }
     }
 

@@ -6,6 +6,7 @@ pub mod command;
 pub mod hello;
 pub mod input;
 pub mod output;
+pub mod packet;
 pub mod ram;
 pub mod reply;
 pub mod stream;

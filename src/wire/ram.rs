@@ -43,6 +43,8 @@ pub enum Record {
         /// Offset in the block.
         offset: u64,
     },
+    /// A point at which all channels meet.
+    Flush,
     /// End of the body.
     End,
 }
@@ -73,7 +75,7 @@ pub fn read(input: &mut dyn Input) -> Result<Record> {
         MEM_SIZE => Ok(Record::Setup { total: offset }),
         EOS => Ok(Record::End),
         XBZRLE => Err(wrong(at, "XBZRLE pages are not supported; switch xbzrle off at the source".to_owned())),
-        MULTIFD_FLUSH => Err(wrong(at, "multifd is not supported; switch it off at the source".to_owned())),
+        MULTIFD_FLUSH => Ok(Record::Flush),
         _ => Err(wrong(at, format!("unknown combination of flags {flags:#x}"))),
     }
 }
@@ -142,6 +144,11 @@ fn put_word(out: &mut Vec<u8>, name: Option<&str>, word: u64) -> Result<()> {
     }
 }
 
+/// Marks the point at which all channels meet.
+pub fn put_flush(out: &mut Vec<u8>) {
+    out.u64(MULTIFD_FLUSH);
+}
+
 /// Ends a body.
 pub fn put_end(out: &mut Vec<u8>) {
     out.u64(EOS);
@@ -169,7 +176,7 @@ mod tests {
     #[test]
     fn impossible_flags_are_refused() {
         for flags in 0..PAGE {
-            let known = matches!(flags & !CONTINUE, ZERO | PAGE_DATA | MEM_SIZE | EOS | HOOK);
+            let known = matches!(flags & !CONTINUE, ZERO | PAGE_DATA | MEM_SIZE | EOS | HOOK | MULTIFD_FLUSH);
             let mut bytes = (0x5000 | flags).to_be_bytes().to_vec();
             if flags & HOOK == 0 {
                 bytes.extend([0; 2]);

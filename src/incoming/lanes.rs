@@ -1,0 +1,280 @@
+//! Parallel channels: threads that receive packets straight into guest memory, and the meeting points between them.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Job;
+use crate::error::{Error, Result};
+use crate::options::Opt;
+use crate::ram::{Block, PAGE};
+use crate::sys::eventfd::Wake;
+use crate::sys::io::Room;
+use crate::thread::Handle;
+use crate::transport::Channel;
+use crate::wire::packet::{self, Header, INIT_BYTES, Kind, PAGES_MAX};
+use crate::wire::ram::NAME;
+
+/// How often a wait looks whether the migration was cancelled.
+const LOOK: Duration = Duration::from_millis(20);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Lanes that have read their packet for the present meeting.
+    arrived: usize,
+    /// Meetings that are over.
+    met: u64,
+    closing: bool,
+    error: Option<Error>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    received: AtomicU64,
+    normal: AtomicU64,
+    zero: AtomicU64,
+    blocks: HashMap<String, Arc<Block>>,
+    limit: Duration,
+}
+
+/// The lanes of an incoming migration.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    shared: Arc<Shared>,
+    lanes: Vec<(Arc<dyn Channel>, Handle<()>)>,
+    wake: Arc<Wake>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn fail(&self, error: Error) {
+        let mut state = self.lock();
+        state.error.get_or_insert(error);
+        state.closing = true;
+        self.changed.notify_all();
+    }
+
+    /// A lane read its sync packet: waits for the others, and for the main stream. False: the migration ends.
+    fn meet(&self) -> bool {
+        let mut state = self.lock();
+        let met = state.met;
+        state.arrived += 1;
+        self.changed.notify_all();
+        while !state.closing && state.met == met {
+            state = self.wait(state);
+        }
+        !state.closing
+    }
+}
+
+impl Lanes {
+    /// Starts a thread for each channel.
+    pub(super) fn start(job: &Job, channels: Vec<Arc<dyn Channel>>) -> Result<Self> {
+        let blocks = job.ram.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b))).collect();
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            received: AtomicU64::new(0),
+            normal: AtomicU64::new(0),
+            zero: AtomicU64::new(0),
+            blocks,
+            limit: job.options.time(Opt::StallTimeout),
+        });
+        let count = u8::try_from(channels.len()).unwrap_or(u8::MAX);
+        let mut lanes = Self { shared, lanes: Vec::new(), wake: Arc::clone(&job.wake) };
+        let mut seen = [false; 256];
+        for channel in channels {
+            let id = read_init(channel.as_ref(), count, lanes.shared.limit)?;
+            if std::mem::replace(&mut seen[usize::from(id)], true) {
+                return Err(Error::invalid(format!("two channels have the id {id}")));
+            }
+            lanes.add(job, id, channel)?;
+        }
+        Ok(lanes)
+    }
+
+    fn add(&mut self, job: &Job, id: u8, channel: Arc<dyn Channel>) -> Result<()> {
+        let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
+        let body = move || {
+            let mut lane = Lane { shared: &shared, channel: wire.as_ref(), header: Header::default() };
+            if let Err(error) = lane.work() {
+                shared.fail(error.in_section(NAME).context(format_args!("channel {id}")));
+            }
+            Ok(())
+        };
+        let handle = job.threads.spawn_with(&format!("channel-{id}"), body, move |e| on_panic.fail(e.clone()))?;
+        self.lanes.push((channel, handle));
+        Ok(())
+    }
+
+    /// The main stream reached a meeting point: waits for every lane, then lets them go on.
+    pub(super) fn meet(&self) -> Result<()> {
+        let deadline = Instant::now() + self.shared.limit;
+        let mut progress = (self.shared.received.load(Ordering::Relaxed), deadline);
+        let mut state = self.shared.lock();
+        while state.arrived < self.lanes.len() {
+            self.wake.check()?;
+            if let Some(error) = &state.error {
+                return Err(error.clone());
+            }
+            let received = self.shared.received.load(Ordering::Relaxed);
+            if received != progress.0 {
+                progress = (received, Instant::now() + self.shared.limit);
+            } else if Instant::now() >= progress.1 {
+                let text = "the channels did not all reach the meeting point of the main stream";
+                return Err(Error::new(libc::ETIMEDOUT, text).expected_got(self.lanes.len(), state.arrived));
+            }
+            state = self.shared.wait(state);
+        }
+        state.arrived = 0;
+        state.met += 1;
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Fails if a lane failed.
+    pub(super) fn check(&self) -> Result<()> {
+        self.shared.lock().error.clone().map_or(Ok(()), Err)
+    }
+
+    /// Bytes received, whole pages, zero pages.
+    pub(super) fn counts(&self) -> (u64, u64, u64) {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        (get(&self.shared.received), get(&self.shared.normal), get(&self.shared.zero))
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        self.shared.lock().closing = true;
+        self.shared.changed.notify_all();
+        for (channel, _) in &self.lanes {
+            channel.shutdown();
+        }
+        for (_, handle) in self.lanes.drain(..) {
+            // What went wrong is in the shared state already.
+            let _ = handle.join(None);
+        }
+    }
+}
+
+fn read_init(channel: &dyn Channel, count: u8, limit: Duration) -> Result<u8> {
+    let mut init = [0; INIT_BYTES];
+    let mut filled = 0;
+    while filled < init.len() {
+        match channel.read(&mut init[filled..], Some(limit))? {
+            0 => return Err(Error::new(libc::EIO, "a channel closed before its first packet was complete")),
+            n => filled += n,
+        }
+    }
+    packet::read_init(&init, count)
+}
+
+struct Lane<'a> {
+    shared: &'a Shared,
+    channel: &'a dyn Channel,
+    header: Header,
+}
+
+impl Lane<'_> {
+    fn work(&mut self) -> Result<()> {
+        while self.read_header()? {
+            match self.header.kind()? {
+                Kind::Sync => {
+                    if !self.shared.meet() {
+                        return Ok(());
+                    }
+                }
+                Kind::Pages { normal, zero } => self.pages(normal, zero)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// False: the channel ended between two packets.
+    fn read_header(&mut self) -> Result<bool> {
+        let bytes = self.header.bytes_mut();
+        let mut filled = 0;
+        while filled < bytes.len() {
+            // Silence between packets is the main stream's business; within one it is not.
+            let limit = (filled > 0).then_some(self.shared.limit);
+            match self.channel.read(&mut bytes[filled..], limit) {
+                Ok(0) if filled == 0 => return Ok(false),
+                Ok(0) => return Err(Error::new(libc::EIO, "the channel ended within a packet's header")),
+                Ok(n) => filled += n,
+                Err(_) if self.shared.lock().closing => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        self.shared.received.fetch_add(filled as u64, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    /// The pages of a packet, each run of contiguous ones in one piece, straight into guest memory.
+    fn pages(&mut self, normal: usize, zero: usize) -> Result<()> {
+        let name = self.header.block()?;
+        let Some(block) = self.shared.blocks.get(name) else {
+            let shown = name.escape_default();
+            return Err(Error::new(libc::ENOENT, format!("there is no RAM block '{shown}' here")));
+        };
+        let mut pages = [0; PAGES_MAX];
+        for (index, page) in pages[..normal + zero].iter_mut().enumerate() {
+            *page = checked(block, self.header.offset(index))?;
+        }
+        let (whole, zeros) = pages[..normal + zero].split_at(normal);
+        let mut rooms = Vec::with_capacity(whole.len());
+        for run in whole.chunk_by(|a, b| a + 1 == *b) {
+            rooms.push(block.room(run[0], run.len()));
+        }
+        self.fill(&mut rooms)?;
+        for page in zeros {
+            block.zero_page(*page);
+        }
+        self.shared.normal.fetch_add(normal as u64, Ordering::Relaxed);
+        self.shared.zero.fetch_add(zero as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn fill(&self, rooms: &mut [Room<'_>]) -> Result<()> {
+        let mut rest = rooms;
+        loop {
+            let full = rest.iter().take_while(|r| r.is_empty()).count();
+            rest = &mut rest[full..];
+            if rest.is_empty() {
+                return Ok(());
+            }
+            let mut got = self.channel.read_room(rest, Some(self.shared.limit))?;
+            if got == 0 {
+                return Err(Error::new(libc::EIO, "the channel ended within a packet's pages"));
+            }
+            self.shared.received.fetch_add(got as u64, Ordering::Relaxed);
+            for room in rest.iter_mut() {
+                let n = got.min(room.len());
+                room.advance(n);
+                got -= n;
+                if got == 0 {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Page number of an offset.
+fn checked(block: &Block, offset: u64) -> Result<usize> {
+    if offset >= block.len() || offset % PAGE != 0 {
+        return Err(Error::invalid(format!("a page outside of RAM block '{}'", block.name()))
+            .expected_got(format!("a multiple of {PAGE} below {:#x}", block.len()), format!("{offset:#x}")));
+    }
+    usize::try_from(offset / PAGE).map_err(|_| Error::invalid("a page out of reach"))
+}

@@ -1,0 +1,308 @@
+//! Parallel channels: threads that look for zero pages and send packets, and the meeting points between them.
+//!
+//! The migration thread fills batches of dirty pages; whichever lane is free takes the next one. Nothing is allocated
+//! and no lock is taken per page: batches go round between a free list and a queue.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::Job;
+use crate::error::{Error, Result};
+use crate::options::Opt;
+use crate::ram::Block;
+use crate::sys::io::Piece;
+use crate::thread::Handle;
+use crate::transport::stream::StreamOutput;
+use crate::transport::{self, Channel};
+use crate::wire::packet::{self, Header, PAGES_MAX};
+
+/// Batches waiting or under way, for each lane: one on the wire, one that waits for it.
+const BATCHES_PER_LANE: usize = 2;
+
+/// Dirty pages of one block that were taken and must be sent.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) block: Option<Arc<Block>>,
+    pub(super) pages: Vec<usize>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<Batch>,
+    free: Vec<Batch>,
+    /// Batches taken from the queue and not back on the free list yet.
+    under_way: usize,
+    /// Number of the present meeting point, and how many lanes have sent their packet for it.
+    meeting: u64,
+    arrived: usize,
+    closing: bool,
+    error: Option<Error>,
+}
+
+/// What the lanes share with the migration thread.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    written: AtomicU64,
+    normal: AtomicU64,
+    zero: AtomicU64,
+    packets: AtomicU64,
+    find_zeros: bool,
+    limit: Duration,
+    #[cfg(feature = "fault-injection")]
+    fault: std::sync::OnceLock<Arc<super::fault::LostPage>>,
+}
+
+/// The lanes of one migration.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    shared: Arc<Shared>,
+    lanes: Vec<(Arc<dyn Channel>, Handle<()>)>,
+}
+
+/// What a lane does next.
+enum Next {
+    Send(Batch),
+    Meet,
+    End,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for work. A lane meets the others only when no batch is left to take.
+    fn next(&self, met: u64) -> Next {
+        let mut state = self.lock();
+        loop {
+            if state.closing {
+                return Next::End;
+            }
+            if let Some(batch) = state.queue.pop_front() {
+                state.under_way += 1;
+                return Next::Send(batch);
+            }
+            if met < state.meeting {
+                return Next::Meet;
+            }
+            state = self.wait(state);
+        }
+    }
+
+    fn give_back(&self, mut batch: Batch) {
+        batch.pages.clear();
+        let mut state = self.lock();
+        state.under_way -= 1;
+        state.free.push(batch);
+        self.changed.notify_all();
+    }
+
+    fn fail(&self, error: Error) {
+        let mut state = self.lock();
+        state.error.get_or_insert(error);
+        state.closing = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Lanes {
+    /// Connects `count` channels to the destination and starts their threads.
+    pub(super) fn connect(job: &Job, count: u8, find_zeros: bool) -> Result<Self> {
+        let limit = job.options.time(Opt::StallTimeout);
+        let batches = BATCHES_PER_LANE * usize::from(count);
+        let free = (0..batches).map(|_| Batch { block: None, pages: Vec::with_capacity(PAGES_MAX) }).collect();
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { free, ..State::default() }),
+            changed: Condvar::new(),
+            written: AtomicU64::new(0),
+            normal: AtomicU64::new(0),
+            zero: AtomicU64::new(0),
+            packets: AtomicU64::new(0),
+            find_zeros,
+            limit,
+            #[cfg(feature = "fault-injection")]
+            fault: std::sync::OnceLock::new(),
+        });
+        let mut lanes = Self { shared, lanes: Vec::new() };
+        for id in 0..count {
+            if let Err(error) = lanes.add(job, id) {
+                lanes.close();
+                return Err(error.context(format_args!("channel {id}")));
+            }
+        }
+        Ok(lanes)
+    }
+
+    fn add(&mut self, job: &Job, id: u8) -> Result<()> {
+        let channel = transport::connect(&job.uri, &job.wake, job.options.time(Opt::ConnectTimeout))?;
+        let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
+        let body = move || {
+            run(&shared, wire, id);
+            Ok(())
+        };
+        let handle = job.threads.spawn_with(&format!("channel-{id}"), body, move |e| on_panic.fail(e.clone()))?;
+        self.lanes.push((channel, handle));
+        Ok(())
+    }
+
+    /// Test builds only: tells `fault` of every page sent.
+    #[cfg(feature = "fault-injection")]
+    pub(super) fn watch(&self, fault: &Arc<super::fault::LostPage>) {
+        let _ = self.shared.fault.set(Arc::clone(fault));
+    }
+
+    /// An empty batch; waits for one to come back.
+    pub(super) fn empty_batch(&self) -> Result<Batch> {
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(error) = &state.error {
+                return Err(error.clone());
+            }
+            if let Some(batch) = state.free.pop() {
+                return Ok(batch);
+            }
+            state = self.shared.wait(state);
+        }
+    }
+
+    /// Gives a filled (or unused) batch to the lanes.
+    pub(super) fn send(&self, batch: Batch) {
+        let mut state = self.shared.lock();
+        match batch.pages.is_empty() {
+            true => state.free.push(batch),
+            false => state.queue.push_back(batch),
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until every page given so far is written, followed by one sync packet on every channel.
+    pub(super) fn meet(&self) -> Result<()> {
+        let mut state = self.shared.lock();
+        state.meeting += 1;
+        state.arrived = 0;
+        self.shared.changed.notify_all();
+        while state.error.is_none() && state.arrived < self.lanes.len() {
+            state = self.shared.wait(state);
+        }
+        match &state.error {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes written, whole pages sent, zero pages sent.
+    pub(super) fn counts(&self) -> (u64, u64, u64) {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        (get(&self.shared.written), get(&self.shared.normal), get(&self.shared.zero))
+    }
+
+    /// Whether a channel broke: the destination may know why.
+    pub(super) fn are_broken(&self) -> bool {
+        self.shared.lock().error.is_some()
+    }
+
+    /// Ends the threads: at once after a failure, else when they have nothing left.
+    pub(super) fn close(&mut self) {
+        self.shared.lock().closing = true;
+        self.shared.changed.notify_all();
+        for (channel, _) in &self.lanes {
+            channel.shutdown();
+        }
+        for (_, handle) in self.lanes.drain(..) {
+            // What went wrong is in the shared state already.
+            let _ = handle.join(None);
+        }
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The body of a lane.
+fn run(shared: &Shared, channel: Arc<dyn Channel>, id: u8) {
+    let mut lane =
+        Lane { shared, out: StreamOutput::new(channel, shared.limit), header: Header::default(), zeros: Vec::new() };
+    if let Err(error) = lane.work(id) {
+        let error = error.context(format_args!("channel {id}"));
+        shared.fail(error);
+    }
+}
+
+struct Lane<'a> {
+    shared: &'a Shared,
+    out: StreamOutput,
+    header: Header,
+    zeros: Vec<usize>,
+}
+
+impl Lane<'_> {
+    fn work(&mut self, id: u8) -> Result<()> {
+        self.out.write(&packet::init(id))?;
+        let mut met = 0;
+        loop {
+            match self.shared.next(met) {
+                Next::Send(mut batch) => {
+                    let sent = self.send(&mut batch);
+                    self.shared.give_back(batch);
+                    sent?;
+                }
+                Next::Meet => {
+                    self.header.set_sync(self.shared.packets.fetch_add(1, Ordering::Relaxed));
+                    self.out.write(self.header.bytes())?;
+                    self.account();
+                    met += 1;
+                    self.shared.lock().arrived += 1;
+                    self.shared.changed.notify_all();
+                }
+                Next::End => return Ok(()),
+            }
+        }
+    }
+
+    /// One packet: the header, and runs of contiguous pages as they lie in guest memory.
+    fn send(&mut self, batch: &mut Batch) -> Result<()> {
+        let Some(block) = &batch.block else { return Err(Error::invalid("a batch without a block")) };
+        self.zeros.clear();
+        if self.shared.find_zeros {
+            let zeros = &mut self.zeros;
+            batch.pages.retain(|page| {
+                let zero = block.is_zero(*page);
+                if zero {
+                    zeros.push(*page);
+                }
+                !zero
+            });
+        }
+        let number = self.shared.packets.fetch_add(1, Ordering::Relaxed);
+        self.header.set_pages(number, block.name(), &batch.pages, &self.zeros);
+        let mut pieces = Vec::with_capacity(1 + batch.pages.len());
+        pieces.push(Piece::of(self.header.bytes()));
+        for run in batch.pages.chunk_by(|a, b| a + 1 == *b) {
+            pieces.push(block.piece(run[0], run.len()));
+        }
+        self.out.write_pieces(&mut pieces)?;
+        #[cfg(feature = "fault-injection")]
+        if let Some(fault) = self.shared.fault.get() {
+            fault.sent(block, &batch.pages);
+        }
+        self.shared.normal.fetch_add(batch.pages.len() as u64, Ordering::Relaxed);
+        self.shared.zero.fetch_add(self.zeros.len() as u64, Ordering::Relaxed);
+        self.account();
+        Ok(())
+    }
+
+    fn account(&mut self) {
+        self.shared.written.fetch_add(self.out.take_written(), Ordering::Relaxed);
+    }
+}

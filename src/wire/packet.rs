@@ -1,0 +1,237 @@
+//! Packets of the parallel channels: QEMU's multifd format.
+//!
+//! A channel opens with one init packet. Then packets of a fixed header and the pages it lists follow, one block each,
+//! at most [`PAGES_MAX`] pages. Nothing ever comes back on a channel.
+
+use crate::error::{Error, Result};
+use crate::ram::{PAGE, PAGE_BYTES};
+
+/// First word of every packet, and of a connection that is a channel.
+pub const MAGIC: u32 = 0x1122_3344;
+const VERSION: u32 = 1;
+/// Bytes of the init packet.
+pub const INIT_BYTES: usize = 64;
+/// Bytes of a packet's header.
+pub const HEADER_BYTES: usize = 320 + 8 * PAGES_MAX;
+/// Pages a packet can carry.
+pub const PAGES_MAX: usize = 128;
+/// Channels of one migration.
+pub const CHANNELS_MAX: u8 = 64;
+
+const FLAG_SYNC: u32 = 1;
+const NAME_AT: usize = 64;
+const OFFSETS_AT: usize = 320;
+
+/// The init packet of channel `id`.
+pub fn init(id: u8) -> [u8; INIT_BYTES] {
+    let mut out = [0; INIT_BYTES];
+    out[..4].copy_from_slice(&MAGIC.to_be_bytes());
+    out[4..8].copy_from_slice(&VERSION.to_be_bytes());
+    out[24] = id;
+    out
+}
+
+/// The id in an init packet, of `channels` channels. Its uuid must be ours, which is none.
+pub fn read_init(bytes: &[u8; INIT_BYTES], channels: u8) -> Result<u8> {
+    check_start(bytes)?;
+    if bytes[8..24].iter().any(|b| *b != 0) {
+        return Err(Error::invalid("the source has a VM uuid, which a destination without one refuses"));
+    }
+    let id = bytes[24];
+    if id >= channels {
+        return Err(Error::invalid("a channel's id is beyond the number of channels")
+            .expected_got(format!("below {channels}"), id));
+    }
+    Ok(id)
+}
+
+fn check_start(bytes: &[u8]) -> Result<()> {
+    let (magic, version) = (word(bytes, 0), word(bytes, 4));
+    if magic != MAGIC {
+        return Err(Error::invalid("a channel's packet does not begin with its magic")
+            .expected_got(format!("{MAGIC:#010x}"), format!("{magic:#010x}")));
+    }
+    if version != VERSION {
+        return Err(Error::invalid("a channel's packet has another version").expected_got(VERSION, version));
+    }
+    Ok(())
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..].first_chunk().map_or(0, |b| u32::from_be_bytes(*b))
+}
+
+/// What a packet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Pages: this many whole ones, whose bytes follow, and then this many zero ones.
+    Pages {
+        /// Whole pages.
+        normal: usize,
+        /// Zero pages.
+        zero: usize,
+    },
+    /// A point at which all channels meet.
+    Sync,
+}
+
+/// A packet's header, as bytes that are written and read as they are.
+#[derive(Clone, Debug)]
+pub struct Header(Box<[u8; HEADER_BYTES]>);
+
+impl Default for Header {
+    fn default() -> Self {
+        Self(Box::new([0; HEADER_BYTES]))
+    }
+}
+
+impl Header {
+    /// The bytes to send.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0[..]
+    }
+
+    /// Room for received bytes.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.0[..]
+    }
+
+    fn put(&mut self, at: usize, value: u32) {
+        self.0[at..at + 4].copy_from_slice(&value.to_be_bytes());
+    }
+
+    fn start(&mut self, flags: u32, number: u64) {
+        self.0.fill(0);
+        self.put(0, MAGIC);
+        self.put(4, VERSION);
+        self.put(8, flags);
+        self.0[24..32].copy_from_slice(&number.to_be_bytes());
+    }
+
+    /// Makes it a sync packet.
+    pub fn set_sync(&mut self, number: u64) {
+        self.start(FLAG_SYNC, number);
+    }
+
+    /// Makes it a packet of pages of `block`, given by page number.
+    pub fn set_pages(&mut self, number: u64, block: &str, normal: &[usize], zero: &[usize]) {
+        debug_assert!(normal.len() + zero.len() <= PAGES_MAX && block.len() < 256);
+        self.start(0, number);
+        let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        self.put(12, small(PAGES_MAX));
+        self.put(16, small(normal.len()));
+        self.put(20, small(normal.len() * PAGE_BYTES));
+        self.put(32, small(zero.len()));
+        self.0[NAME_AT..NAME_AT + block.len()].copy_from_slice(block.as_bytes());
+        for (slot, page) in self.0[OFFSETS_AT..].chunks_exact_mut(8).zip(normal.iter().chain(zero)) {
+            slot.copy_from_slice(&(*page as u64 * PAGE).to_be_bytes());
+        }
+    }
+
+    /// Checks a received header.
+    pub fn kind(&self) -> Result<Kind> {
+        let bytes = self.bytes();
+        check_start(bytes)?;
+        let flags = word(bytes, 8);
+        if flags & !FLAG_SYNC != 0 {
+            return Err(Error::invalid(
+                "a channel's packet is compressed or carries device state, which is not supported",
+            )
+            .expected_got("flags 0 or 1", format!("{flags:#x}")));
+        }
+        let (alloc, normal, zero) = (word(bytes, 12), word(bytes, 16), word(bytes, 32));
+        let fits = |n: u32| usize::try_from(n).ok().filter(|n| *n <= PAGES_MAX);
+        let counts = (fits(alloc), fits(normal), fits(zero));
+        let (Some(alloc), Some(normal), Some(zero)) = counts else {
+            return Err(Error::invalid("a channel's packet claims more pages than one can carry")
+                .expected_got(format!("at most {PAGES_MAX}"), format!("{alloc}, {normal}, {zero}")));
+        };
+        if normal + zero > alloc || word(bytes, 20) as usize != normal * PAGE_BYTES {
+            return Err(Error::invalid("a channel's packet contradicts itself").expected_got(
+                format!("{} bytes for {normal} pages of {alloc}", normal * PAGE_BYTES),
+                format!("{} bytes, {zero} zero pages", word(bytes, 20)),
+            ));
+        }
+        match flags {
+            FLAG_SYNC if normal + zero > 0 => {
+                Err(Error::invalid("a sync packet with pages is not supported (QEMU before 9.0 sends them)"))
+            }
+            FLAG_SYNC => Ok(Kind::Sync),
+            _ => Ok(Kind::Pages { normal, zero }),
+        }
+    }
+
+    /// Name of the block.
+    pub fn block(&self) -> Result<&str> {
+        let name = &self.0[NAME_AT..OFFSETS_AT];
+        let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+        std::str::from_utf8(&name[..end])
+            .map_err(|_| Error::invalid("the block's name in a channel's packet is not UTF-8"))
+    }
+
+    /// Offset of page `index` in its block: first the whole pages, then the zero ones.
+    pub fn offset(&self, index: usize) -> u64 {
+        let at = OFFSETS_AT + 8 * index;
+        self.0[at..].first_chunk().map_or(u64::MAX, |b| u64::from_be_bytes(*b))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_qemus() {
+        assert_eq!((HEADER_BYTES, INIT_BYTES), (1344, 64));
+    }
+
+    #[test]
+    fn pages_round_trip() {
+        let mut header = Header::default();
+        header.set_pages(7, "pc.ram", &[5, 6, 9], &[1]);
+        assert_eq!(header.kind().unwrap(), Kind::Pages { normal: 3, zero: 1 });
+        assert_eq!(header.block().unwrap(), "pc.ram");
+        let offsets: Vec<u64> = (0..4).map(|i| header.offset(i)).collect();
+        assert_eq!(offsets, [0x5000, 0x6000, 0x9000, 0x1000]);
+        header.set_sync(8);
+        assert_eq!(header.kind().unwrap(), Kind::Sync);
+        assert_eq!(header.bytes()[24..32], 8u64.to_be_bytes());
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let change = |at: usize, value: u32| {
+            let mut header = Header::default();
+            header.set_pages(0, "ram", &[1], &[2]);
+            header.put(at, value);
+            header.kind().unwrap_err().errno()
+        };
+        for (at, value) in [
+            (0, 1),
+            (4, 2),
+            (8, 2),
+            (8, 0x40),
+            (8, 1),
+            (12, 129),
+            (12, 1),
+            (16, 128),
+            (16, u32::MAX),
+            (20, 0),
+            (32, 200),
+        ] {
+            assert_eq!(change(at, value), libc::EINVAL, "word at {at} = {value:#x}");
+        }
+    }
+
+    #[test]
+    fn init_packets() {
+        assert_eq!(read_init(&init(3), 4).unwrap(), 3);
+        assert!(read_init(&init(4), 4).is_err());
+        let mut uuid = init(0);
+        uuid[20] = 1;
+        assert!(read_init(&uuid, 1).unwrap_err().text().contains("uuid"));
+        let mut magic = init(0);
+        magic[0] = 0;
+        assert!(read_init(&magic, 1).is_err());
+    }
+}
