@@ -278,6 +278,7 @@ impl Machine {
             vmm: Arc::clone(&self.vmm),
             status: Arc::clone(&self.status),
             options: self.options.snapshot(),
+            threads: Arc::clone(&self.threads),
             wake: Arc::clone(&wake),
         };
         self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, listener))?;

@@ -13,7 +13,6 @@
 
 #define MIB (1024 * 1024ull)
 #define GIB (1024 * MIB)
-#define LOW_MAX (3 * GIB)               /* the PCI hole lies between here and 4 GiB */
 
 extern const uint8_t guest_image[], guest_image_end[];
 
@@ -60,14 +59,23 @@ static int ram_map(struct machine *vm, struct ram_block *ram, bool shared)
     return ioctl(vm->vm_fd, KVM_SET_USER_MEMORY_REGION, &slot) < 0 ? -errno : 0;
 }
 
-static int ram_create(struct machine *vm, const struct machine_config *config)
+static void ram_blocks(struct machine *vm, const struct machine_config *config)
 {
-    uint64_t low = config->mem_bytes / 2 < LOW_MAX ? config->mem_bytes / 2 : LOW_MAX;
-    int err;
+    uint64_t low = config->mem_bytes / 2 < RAM_LOW_MAX ? config->mem_bytes / 2 : RAM_LOW_MAX;
 
     vm->ram[0] = (struct ram_block){ .name = "ram.low", .len = low, .gpa = 0, .slot = 0, .fd = -1 };
     vm->ram[1] = (struct ram_block){ .name = "ram.high", .len = config->mem_bytes - low, .gpa = GUEST_HIGH_BASE,
                                      .slot = 1, .fd = -1 };
+}
+
+static int ram_create(struct machine *vm, const struct machine_config *config)
+{
+    int err;
+
+    if (config->firmware)
+        firmware_blocks(vm, config);
+    else
+        ram_blocks(vm, config);
     for (size_t i = 0; i < RAM_BLOCKS; i++)
         if ((err = ram_map(vm, &vm->ram[i], config->shared)) < 0)
             return err;

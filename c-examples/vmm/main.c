@@ -23,6 +23,7 @@ static const char usage[] =
     "  --burst N            pages the guest writes per tick, 0: as fast as it can (default 64)\n"
     "  --tick US            microseconds between two heartbeats (default 1000)\n"
     "  --spin               the guest waits busily between ticks instead of napping\n"
+    "  --firmware FILE      one vCPU boots this image (up to 64 KiB, below 1 MiB and below 4 GiB), no built-in guest\n"
     "  --incoming URI       do not boot; wait for a guest\n"
     "  --migrate-at S,URI   migrate to URI after S seconds\n"
     "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
@@ -36,7 +37,7 @@ struct options {
     struct boot_info boot;
     enum machine_fill fill;
     unsigned tick_us;
-    const char *incoming, *serial, *hash_at_start;
+    const char *incoming, *serial, *hash_at_start, *firmware;
     char *migrate_at;
     int events_fd;
 };
@@ -73,7 +74,8 @@ static void parse(int argc, char **argv, struct options *o)
         { "fill", 1, NULL, 'f' },     { "pages", 1, NULL, 'p' },      { "burst", 1, NULL, 'b' },
         { "tick", 1, NULL, 't' },     { "spin", 0, NULL, 'S' },       { "incoming", 1, NULL, 'i' },
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
-        { "events-fd", 1, NULL, 'e' }, { "help", 0, NULL, 'H' },    { NULL, 0, NULL, 0 },
+        { "events-fd", 1, NULL, 'e' }, { "firmware", 1, NULL, 'F' }, { "help", 0, NULL, 'H' },
+        { NULL, 0, NULL, 0 },
     };
     int c, index = 0;
 
@@ -95,6 +97,7 @@ static void parse(int argc, char **argv, struct options *o)
         case 'h': o->hash_at_start = optarg; break;
         case 'l': o->serial = optarg; break;
         case 'e': o->events_fd = (int)number(name, optarg, 0, 1 << 20); break;
+        case 'F': o->firmware = optarg; break;
         case 'H': fputs(usage, stdout); exit(0);
         default: fputs(usage, stderr); exit(2);
         }
@@ -103,6 +106,22 @@ static void parse(int argc, char **argv, struct options *o)
         fputs(usage, stderr);
         exit(2);
     }
+}
+
+static void use_firmware(struct options *o)
+{
+    static struct firmware firmware;
+    int err;
+
+    if (!o->firmware)
+        return;
+    if (o->machine.mem_bytes > RAM_LOW_MAX)
+        machine_die(2, "--firmware: such a machine has no RAM above 4 GiB, so --mem is at most %llu",
+                    RAM_LOW_MAX >> 20);
+    if ((err = firmware_read(&firmware, o->firmware)) < 0)
+        machine_die(2, "--firmware %s: %s (an image is whole pages, 64 KiB at most)", o->firmware, strerror(-err));
+    o->machine.firmware = &firmware;
+    o->machine.vcpus = 1;
 }
 
 /* ---- commands ---- */
@@ -252,7 +271,11 @@ static int start_guest(struct machine *vm, const struct options *o)
 
     if (o->incoming)
         return migrate_listen(vm, o->incoming);
-    if ((err = machine_boot(vm, &o->boot, o->fill, o->tick_us)) < 0 || (err = migrate_resume(vm)) < 0)
+    if (o->machine.firmware)
+        firmware_boot(vm, o->machine.firmware);
+    else if ((err = machine_boot(vm, &o->boot, o->fill, o->tick_us)) < 0)
+        return err;
+    if ((err = migrate_resume(vm)) < 0)
         return err;
     printf("running\n");
     return 0;
@@ -265,6 +288,7 @@ int main(int argc, char **argv)
     int err;
 
     parse(argc, argv, &o);
+    use_firmware(&o);
     setvbuf(stdout, NULL, _IOLBF, 0);
     signal(SIGPIPE, SIG_IGN);                           /* a harness that went away is an error code, not the end */
     vm.events_fd = o.events_fd;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use super::ahead::Scout;
 use super::receiver::RamReceiver;
 use super::{Job, Peer};
 use crate::error::{Error, Result};
@@ -39,12 +40,12 @@ pub(super) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(job: &'a Job, peer: &'a mut Peer) -> Self {
+    pub(super) fn new(job: &'a Job, peer: &'a mut Peer, scout: Option<Scout>) -> Self {
         Self {
             job,
             peer,
             bindings: Bindings::new(job.sections.clone()),
-            ram: RamReceiver::new(&job.ram),
+            ram: RamReceiver::new(&job.ram, scout),
             ram_id: None,
             clock_ns: None,
             running: true,

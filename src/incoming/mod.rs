@@ -1,5 +1,6 @@
 //! The destination half: listen, compare what both sides have, load, take over.
 
+mod ahead;
 mod load;
 mod receiver;
 
@@ -12,6 +13,7 @@ use crate::ram::{PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status};
 use crate::sys::eventfd::Wake;
+use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, Listener};
 use crate::vmm::{StopReason, Vmm};
@@ -19,6 +21,7 @@ use crate::wire::hello::{self, Answer, Hello};
 use crate::wire::input::Input;
 use crate::wire::reply::{self, Reply};
 use crate::wire::stream;
+use ahead::Ahead;
 use load::Loader;
 
 /// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
@@ -37,6 +40,8 @@ pub struct Job {
     pub status: Arc<Status>,
     /// Options.
     pub options: Options,
+    /// Threads of the guest.
+    pub threads: Arc<Threads>,
     /// Raised by cancel and by the first error.
     pub wake: Arc<Wake>,
 }
@@ -51,7 +56,9 @@ fn attempt(job: &Job, listener: Listener) -> Result<()> {
     let channel = listener.accept(&job.wake).map_err(|e| e.in_phase("listen"))?;
     job.status.advance(State::Active)?;
     let mut peer = Peer::new(job, channel);
-    let result = load_all(job, &mut peer);
+    // Ends after the guest was started: waiting for a thread is not for the blackout.
+    let ahead = Ahead::start(job);
+    let result = load_all(job, &mut peer, ahead.as_ref());
     if let Err(error) = &result {
         let error = job.status.cause(error.clone()).on_side("destination");
         peer.say_why(&error);
@@ -118,7 +125,7 @@ impl Peer {
 }
 
 /// Receives everything up to the handover. True: the guest ran at the source.
-fn load_all(job: &Job, peer: &mut Peer) -> Result<bool> {
+fn load_all(job: &Job, peer: &mut Peer, ahead: Option<&Ahead>) -> Result<bool> {
     let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
     if first == hello::MAGIC.to_be_bytes() {
@@ -126,7 +133,7 @@ fn load_all(job: &Job, peer: &mut Peer) -> Result<bool> {
     }
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
-    let mut loader = Loader::new(job, peer);
+    let mut loader = Loader::new(job, peer, ahead.map(Ahead::scout));
     let running = loader.load(&mut input)?;
     // From here on the source may learn that we have the guest: no way back.
     job.status.commit()?;

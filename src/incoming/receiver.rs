@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::ahead::Scout;
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
 use crate::status::Status;
@@ -16,12 +17,14 @@ use crate::wire::ram::{self, Record};
 pub(super) struct RamReceiver {
     blocks: HashMap<String, Arc<Block>>,
     last: Option<Arc<Block>>,
+    /// Has memory prepared ahead.
+    scout: Option<Scout>,
 }
 
 impl RamReceiver {
-    pub(super) fn new(list: &RamList) -> Self {
+    pub(super) fn new(list: &RamList, scout: Option<Scout>) -> Self {
         let blocks = list.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b)));
-        Self { blocks: blocks.collect(), last: None }
+        Self { blocks: blocks.collect(), last: None, scout }
     }
 
     /// Takes one body.
@@ -42,6 +45,9 @@ impl RamReceiver {
                 Record::Page { name, offset } => {
                     let (block, page) = self.page(at, name, offset)?;
                     input.page(|bytes| block.write_page(page, bytes))?;
+                    if let (Some(scout), Some(block)) = (&mut self.scout, &self.last) {
+                        scout.saw(block, page);
+                    }
                     normal += 1;
                 }
             }

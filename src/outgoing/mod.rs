@@ -137,6 +137,7 @@ struct Migration<'a> {
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
     rate: Rate,
+    pings: u32,
     begun: Instant,
     last_sync: Instant,
 }
@@ -153,6 +154,7 @@ impl<'a> Migration<'a> {
             set: None,
             sender: RamSender::new(job.options.get(Opt::ZeroPageDetection) != 0),
             rate: Rate::new(Duration::ZERO),
+            pings: 0,
             begun: Instant::now(),
             last_sync: Instant::now(),
         })
@@ -192,7 +194,8 @@ impl<'a> Migration<'a> {
         stream::put_header(&mut bytes, &self.job.options.machine())?;
         if two_way && self.job.options.on(Opt::ReturnPath) {
             stream::put_command(&mut bytes, Command::OpenReturnPath);
-            stream::put_command(&mut bytes, Command::Ping(1));
+            self.pings += 1;
+            stream::put_command(&mut bytes, Command::Ping(self.pings));
             self.replies = Some(Replies::start(self.job, answers)?);
         }
         self.write(&bytes)
@@ -232,6 +235,7 @@ impl<'a> Migration<'a> {
     fn iterate(&mut self) -> Result<()> {
         let live = &self.job.live;
         let mut policy = Convergence::new(live.get(Opt::ConvergenceRounds), live.time(Opt::ConvergenceTime));
+        let mut near = false;
         loop {
             self.job.status.check()?;
             if !self.wait_for_budget()? {
@@ -246,17 +250,36 @@ impl<'a> Migration<'a> {
             if self.dirty_pages() > 0 || sections_left > self.threshold() {
                 continue;
             }
+            if near {
+                self.let_destination_catch_up()?;
+            }
             self.sync()?;
             let pending = self.pending()?;
             let threshold = self.threshold();
             let allowed = self.may_switch_over();
-            if policy.decide(self.now(), pending, threshold) && allowed {
+            if policy.decide(self.now(), pending, threshold) && allowed && near {
                 return Ok(());
             }
-            if pending == 0 {
+            // What still waits in sockets is sent, but not there: it must not be waited for with the guest stopped.
+            let caught_up = std::mem::replace(&mut near, pending <= threshold);
+            if pending == 0 && caught_up {
                 io::sleep(&*self.job.wake, NAP)?;
             }
         }
+    }
+
+    /// Waits until the destination has loaded what was sent so far, where it can tell.
+    fn let_destination_catch_up(&mut self) -> Result<()> {
+        let Some(replies) = &self.replies else { return Ok(()) };
+        self.pings = self.pings.wrapping_add(1);
+        let mut bytes = Vec::new();
+        stream::put_command(&mut bytes, Command::Ping(self.pings));
+        self.out.write(&bytes)?;
+        let deadline = Instant::now() + self.job.options.time(Opt::StallTimeout);
+        while !replies.has_caught_up(self.pings, SLICE) && Instant::now() < deadline {
+            self.job.status.check()?;
+        }
+        Ok(())
     }
 
     /// Waits while the window's budget is used up. False: the window just ended, look again.
