@@ -12,12 +12,15 @@ use qemu::{Launch, Qemu};
 use serde_json::json;
 use std::{
     fs::{self, File},
+    io::{ErrorKind, Read},
+    net::TcpListener,
     os::{
         fd::OwnedFd,
         unix::{fs::FileExt, net::UnixStream},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 const MIB: u64 = 1 << 20;
@@ -443,6 +446,22 @@ fn qemu_that_dies_leaves_our_guest_running() {
     }
 }
 
+#[test]
+fn a_guest_is_not_handed_over_to_somebody_who_never_answered() {
+    // As QEMU does when the machine's name is wrong: it hangs up, only later than a small guest takes to be written.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let peer = source(&uri, &[format!("ram={MIB}")], Stdio::null());
+    let (mut link, _) = listener.accept().unwrap();
+    link.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut stream = Vec::new();
+    let silence = link.read_to_end(&mut stream).unwrap_err();
+    assert_eq!(silence.kind(), ErrorKind::WouldBlock);
+    drop(link);
+    peer.end().failed_and_runs_on(&["destination", "closed the connection"]);
+    assert!(!stream.is_empty() && !stream.windows(14).any(|w| w == b"cpu_clock_offs"), "the devices were sent");
+}
+
 // ---- files ---------------------------------------------------------------------------------------------------------
 
 /// Our stream in a file, decoded; also the memory as it was at the stop, and the clock.
@@ -507,4 +526,18 @@ fn qemu_loads_our_file() {
         assert_eq!(again.device("timer").u64("cpu_clock_offset"), clock, "{how}");
         assert_eq!(again.device("globalstate").field("runstate")[..7], *b"paused\0", "{how}");
     }
+}
+
+#[test]
+fn nobody_waits_for_an_answer_from_a_file() {
+    let stream = File::create(scratch("file").join("stream")).unwrap();
+    source("fd:0", &["switchover-ack=on".into()], stream).end().failed_and_runs_on(&["switchover-ack", "cannot"]);
+}
+
+#[test]
+fn two_of_us_agree_when_the_source_alone_wants_it() {
+    let peer = listen_tcp(&[]);
+    let settings = ["peer=vmig".to_string(), "switchover-ack=on".into(), "dirty=256".into()];
+    source(&peer.address, &settings, Stdio::null()).end().completed();
+    assert!(peer.end().completed().runs);
 }

@@ -172,7 +172,8 @@ impl<'a> Loader<'a> {
         match command {
             Command::OpenReturnPath => {
                 self.peer.listens = true;
-                if self.job.options.on(crate::options::Opt::SwitchoverAck) {
+                // A vmig may get one unasked, so that setting the option at the source is enough.
+                if self.peer.is_vmig || self.job.options.on(crate::options::Opt::SwitchoverAck) {
                     self.peer.reply(&Reply::SwitchoverAck)?;
                 }
                 Ok(())

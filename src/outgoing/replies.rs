@@ -23,6 +23,7 @@ pub(super) enum Verdict {
 
 #[derive(Debug, Default)]
 struct Heard {
+    answered: bool,
     acknowledged: bool,
     shut: Option<u32>,
     error: Option<Error>,
@@ -66,7 +67,7 @@ impl Shared {
             let reply = reply::read(input);
             let mut heard = self.lock();
             match reply {
-                Ok(Reply::Pong(_)) => (),
+                Ok(Reply::Pong(_)) => heard.answered = true,
                 Ok(Reply::SwitchoverAck) => heard.acknowledged = true,
                 Ok(Reply::Error(error)) => heard.error = Some(error),
                 Ok(Reply::Shut(code)) => heard.shut = Some(code),
@@ -131,6 +132,11 @@ impl Replies {
             move |error| on_panic.fail(error.clone()),
         )?;
         Ok(Self { shared, thread })
+    }
+
+    /// Whether the destination answered the PING: it accepts us, and from here on says so when it fails.
+    pub(super) fn answered(&self) -> bool {
+        self.shared.lock().answered
     }
 
     /// Whether the destination agreed to the switchover.
