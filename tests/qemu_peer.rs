@@ -409,20 +409,20 @@ fn qemu_that_cannot_take_our_guest_leaves_it_running() {
     let ram = random_ram(&scratch("refuses"), RAM);
     // QEMU has no words for us: it says that it failed, or, before it knows that we listen, just goes.
     let cases = [
-        ("none", RAM / 2, "", ["destination", "failed"]),
-        ("none", RAM, "block=main", ["destination", "failed"]),
-        ("none", RAM, "machine=board", ["destination", "closed the connection"]),
-        ("pc", RAM, "", ["destination", "closed the connection"]),
+        ("none", RAM / 2, "block=ram", "destination failed"),
+        ("none", RAM, "block=main", "destination failed"),
+        ("none", RAM, "machine=board", "destination closed the connection"),
+        ("pc", RAM, "machine=none", "destination closed the connection"),
     ];
-    for (machine, bytes, setting, words) in cases {
-        let mut qemu = qemu_destination(machine, bytes);
+    for ((machine, bytes, setting, words), return_path) in cases.iter().flat_map(|c| [(c, true), (c, false)]) {
+        let mut qemu = qemu_destination(machine, *bytes);
         let uri = qemu.incoming("tcp:127.0.0.1:0");
-        let settings = [path("load", &ram), setting.to_string()];
-        let settings: Vec<String> = settings.into_iter().filter(|s| !s.is_empty()).collect();
+        let settings = [path("load", &ram), setting.to_string(), format!("return-path={}", on_off(return_path))];
         let end = source(&uri, &settings, Stdio::null()).end();
         assert_eq!(qemu.ended()["status"], "failed", "{machine} {setting} {end:?}");
         println!("{machine} {setting}: {}", qemu.words());
-        end.failed_and_runs_on(&words);
+        // Without a return path there is only the connection that breaks.
+        end.failed_and_runs_on(&[if return_path { words } else { "writing to the peer" }]);
     }
 }
 
