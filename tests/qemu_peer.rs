@@ -427,6 +427,21 @@ fn qemu_that_cannot_take_our_guest_leaves_it_running() {
 }
 
 #[test]
+fn a_device_qemu_does_not_know_brings_our_guest_back() {
+    if without_qemu() {
+        return;
+    }
+    // All of it may be written, the handover included, before QEMU finds out: its answer gives the guest back.
+    for _ in 0..5 {
+        let mut qemu = qemu_destination("none", MIB);
+        let uri = qemu.incoming("tcp:127.0.0.1:0");
+        let settings = [format!("ram={MIB}"), "device=1".into(), "dirty=16".into()];
+        source(&uri, &settings, Stdio::null()).end().failed_and_runs_on(&["the destination failed"]);
+        assert_eq!(qemu.ended()["status"], "failed");
+    }
+}
+
+#[test]
 fn qemu_that_dies_leaves_our_guest_running() {
     if without_qemu() {
         return;
@@ -540,4 +555,13 @@ fn two_of_us_agree_when_the_source_alone_wants_it() {
     let settings = ["peer=vmig".to_string(), "switchover-ack=on".into(), "dirty=256".into()];
     source(&peer.address, &settings, Stdio::null()).end().completed();
     assert!(peer.end().completed().runs);
+}
+
+#[test]
+fn a_pause_during_the_switchover_travels() {
+    let peer = listen_tcp(&["device=1".into()]);
+    let settings = ["peer=vmig", "device=1", "pause=late", "dirty=256"].map(String::from);
+    source(&peer.address, &settings, Stdio::null()).end().completed();
+    let end = peer.end().completed();
+    assert_eq!((end.reasons, end.runs), (PAUSED_BY_USER, false), "{end:?}");
 }

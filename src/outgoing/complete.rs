@@ -36,9 +36,9 @@ impl Migration<'_> {
         let clock_ns = self.job.vmm.clock_ns();
         {
             let _bql = self.job.vmm.bql().guard()?;
-            // Asked after the stop: a pause that came just before it travels too.
-            let running = !self.job.vmm.reasons().contains(StopReason::User);
-            self.sections.complete(&mut bytes, clock_ns, running)?;
+            // Asked as late as it can be: a pause that comes during the switchover travels too.
+            let runs = || !self.job.vmm.reasons().contains(StopReason::User);
+            self.sections.complete(&mut bytes, clock_ns, runs)?;
         }
         let description = self.sections.description(&self.job.options.machine());
         stream::put_end_of_stream(&mut bytes, &description)?;

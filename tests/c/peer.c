@@ -6,7 +6,7 @@
  *   load=FILE    what is in it at first          fill=BYTE    every byte of it at first
  *   save=FILE    where its contents go: at the source whenever the guest is stopped, at the destination when it arrived
  *   dirty=PAGES  the guest writes to so many pages, over and over; without it, it only counts
- *   pause=1      the source is paused before it leaves
+ *   pause=1      the source is paused before it leaves; pause=late: while its device is saved
  *   device=1     a device with a bit of everything
  *
  * Any other name is an option of the library. Prints one fact to a line: listening, state, reasons, pages, clock, error,
@@ -45,7 +45,7 @@ struct machine {
     const char *block, *load, *save;
     uint8_t *ram;
     uint64_t bytes, dirty;
-    bool arriving, arrived, pause, has_device;
+    bool arriving, arrived, pause, pause_late, has_device;
     int fill;
     vmig *m;
     struct device device;
@@ -167,6 +167,32 @@ static int extra_needed(void *opaque)
     return ((struct device *)opaque)->extra != 0;
 }
 
+static struct machine vm = {
+    .block = "ram", .bytes = 16 << 20, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER,
+    .device = { 7, -5, true, { 1, 2, 3, 4, 5 }, 3, { 6, 7, 8 }, "peer", UINT64_MAX, { { 9, true } }, 10 },
+};
+
+static void *pause_now(void *opaque)
+{
+    struct machine *paused = opaque;
+
+    return vmig_stop(paused->m) < 0 ? opaque : NULL;
+}
+
+/* Somebody pauses the guest just now: it is stopped already, so that takes no time. */
+static int before_saving(void *opaque)
+{
+    pthread_t thread;
+    void *failed;
+
+    (void)opaque;
+    if (!vm.pause_late)
+        return 0;
+    if (pthread_create(&thread, NULL, pause_now, &vm) != 0 || pthread_join(thread, &failed) != 0 || failed)
+        return -1;
+    return 0;
+}
+
 static const vmig_field lane_fields[] = { VMIG_U16(struct lane, credit), VMIG_BOOL(struct lane, open), VMIG_END };
 static const vmig_device lane_kind = {
     .size = sizeof(vmig_device), .name = "lane", .version = 1, .fields = lane_fields,
@@ -185,6 +211,7 @@ static const vmig_field fields[] = {
 };
 static const vmig_device kind = {
     .size = sizeof(vmig_device), .name = "gadget", .version = 3, .oldest = 1, .fields = fields, .parts = parts,
+    .pre_save = before_saving,
 };
 
 static int make(struct machine *vm)
@@ -272,7 +299,7 @@ static bool own_setting(struct machine *vm, const char *name, const char *value)
     else if (strcmp(name, "dirty") == 0)
         vm->dirty = strtoull(value, NULL, 0);
     else if (strcmp(name, "pause") == 0)
-        vm->pause = true;
+        *(strcmp(value, "late") == 0 ? &vm->pause_late : &vm->pause) = true;
     else if (strcmp(name, "device") == 0)
         vm->has_device = true;
     else
@@ -307,11 +334,6 @@ static int run(struct machine *vm, char **settings, const char *uri)
 
 int main(int argc, char **argv)
 {
-    static struct machine vm = {
-        .block = "ram", .bytes = 16 << 20, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER,
-        .device = { 7, -5, true, { 1, 2, 3, 4, 5 }, 3, { 6, 7, 8 }, "peer", UINT64_MAX, { { 9, true } }, 10 },
-    };
-
     if (argc < 3 || (strcmp(argv[1], "in") && strcmp(argv[1], "out"))) {
         fprintf(stderr, "usage: peer in|out URI [NAME=VALUE]...\n");
         return 2;
