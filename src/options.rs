@@ -118,7 +118,8 @@ pub static TABLE: [Row; 16] = [
         0,
         BOOL,
         false,
-        "Stop the guest only after the destination agreed; needs return-path.",
+        "Stop the guest only after the destination agreed; needs return-path. A destination needs it only when the \
+         source is a QEMU.",
     ),
     row(
         "zero-page-detection",

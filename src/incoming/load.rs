@@ -87,7 +87,7 @@ impl<'a> Loader<'a> {
     fn elements(&mut self, input: &mut StreamInput) -> Result<()> {
         loop {
             self.job.status.check()?;
-            match stream::read_element(input)? {
+            match self.next_element(input)? {
                 Element::Start(id, name) => self.named(input, id, &name, Part::Start)?,
                 Element::Full(id, name) => self.named(input, id, &name, Part::Full)?,
                 Element::Part(id) => self.numbered(input, id, Part::Iterate)?,
@@ -104,6 +104,17 @@ impl<'a> Loader<'a> {
             self.job.vmm.set_clock_ns(clock_ns)?;
         }
         Ok(())
+    }
+
+    /// A QEMU that may not open the channels of its multifd hangs up before it sends a section.
+    fn next_element(&self, input: &mut StreamInput) -> Result<Element> {
+        stream::read_element(input).map_err(|error| match (error.errno(), self.ram_id) {
+            (libc::EIO, None) => Error::new(
+                libc::EIO,
+                format!("{error}: the source left before its first section; if it is QEMU, switch multifd off there"),
+            ),
+            _ => error,
+        })
     }
 
     /// START or FULL: binds the id and loads the body.
@@ -162,7 +173,8 @@ impl<'a> Loader<'a> {
         match command {
             Command::OpenReturnPath => {
                 self.peer.listens = true;
-                if self.job.options.on(crate::options::Opt::SwitchoverAck) {
+                // A vmig may get one unasked, so that setting the option at the source is enough.
+                if self.peer.is_vmig || self.job.options.on(crate::options::Opt::SwitchoverAck) {
                     self.peer.reply(&Reply::SwitchoverAck)?;
                 }
                 Ok(())

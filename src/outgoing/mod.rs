@@ -179,6 +179,10 @@ impl<'a> Migration<'a> {
     /// Between two vmigs: both sides compare what they have. Then the header, and the return path.
     fn greet(&mut self) -> Result<()> {
         let two_way = self.channel.is_two_way();
+        if !two_way && self.job.options.on(Opt::SwitchoverAck) {
+            let text = "switchover-ack needs a destination that can answer; a pipe or a file cannot";
+            return Err(Error::invalid(text));
+        }
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
         if two_way && self.job.options.get(Opt::Peer) == 0 {
             let mut bytes = Vec::new();
@@ -256,7 +260,7 @@ impl<'a> Migration<'a> {
             self.sync()?;
             let pending = self.pending()?;
             let threshold = self.threshold();
-            let allowed = self.may_switch_over();
+            let allowed = self.may_switch_over()?;
             if policy.decide(self.now(), pending, threshold) && allowed && near {
                 return Ok(());
             }
@@ -355,9 +359,15 @@ impl<'a> Migration<'a> {
         }
     }
 
-    fn may_switch_over(&self) -> bool {
-        let wanted = self.job.options.on(Opt::SwitchoverAck);
-        !wanted || self.replies.as_ref().is_some_and(Replies::acknowledged)
+    /// A destination that refuses us may just hang up; after the handover nobody could tell that from a lost answer.
+    fn may_switch_over(&self) -> Result<bool> {
+        let Some(replies) = &self.replies else { return Ok(true) };
+        let limit = self.job.options.time(Opt::StallTimeout);
+        if !replies.answered() && self.begun.elapsed() > limit {
+            let text = format!("the destination did not answer within {} seconds", limit.as_secs_f32());
+            return Err(Error::new(libc::ETIMEDOUT, text));
+        }
+        Ok(replies.answered() && (!self.job.options.on(Opt::SwitchoverAck) || replies.acknowledged()))
     }
 
     fn dirty_pages(&self) -> usize {

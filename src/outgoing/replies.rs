@@ -135,6 +135,11 @@ impl Replies {
         Ok(Self { shared, thread })
     }
 
+    /// Whether the destination answered the PING: it accepts us, and from here on says so when it fails.
+    pub(super) fn answered(&self) -> bool {
+        self.shared.lock().pong != 0
+    }
+
     /// Whether the destination agreed to the switchover.
     pub(super) fn acknowledged(&self) -> bool {
         self.shared.lock().acknowledged

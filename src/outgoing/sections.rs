@@ -127,7 +127,7 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// Everything that is saved with the guest stopped: END of iterative sections, FULL of devices. \[bql\]
-    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64, running: bool) -> Result<()> {
+    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64, runs: impl FnOnce() -> bool) -> Result<()> {
         for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {
             let id = FIRST_ID + entry.id;
             stream::put_end(out, id);
@@ -141,7 +141,7 @@ impl<'a> SectionSaver<'a> {
             self.full(out, entry, section)?;
         }
         self.builtin(out, GLOBAL_STATE_ID, builtin::GLOBAL_STATE, builtin::describe_global_state(), |out| {
-            builtin::put_global_state(out, running);
+            builtin::put_global_state(out, runs());
         })
     }
 
