@@ -28,8 +28,9 @@ static const char usage[] =
     "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
     "  --serial FILE        the serial console (default: standard error)\n"
     "  --events-fd FD       heartbeats and generations, one line each\n"
-    "commands: migrate URI, cancel, status, set OPTION VALUE, get OPTION, error, pause, resume, pauses N, info,\n"
-    "          hash FILE, corrupt ADDRESS, type TEXT, quit. Every command is answered by one line.\n";
+    "commands: migrate URI, incoming URI, cancel, resolve here|there, status, set OPTION VALUE, get OPTION, error,\n"
+    "          pause, resume, pauses N, info, hash FILE, hash-at-start FILE, corrupt ADDRESS, type TEXT, quit.\n"
+    "          Every command is answered by one line.\n";
 
 struct options {
     struct machine_config machine;
@@ -130,6 +131,18 @@ static int many_pauses(struct machine *vm, const char *count)
     return err;
 }
 
+/* For the next guest that arrives; one that runs already cannot be hashed before it starts. */
+static int hash_at_start(struct machine *vm, const char *path)
+{
+    static char kept[256];
+
+    if (!path || strlen(path) >= sizeof kept)
+        return -EINVAL;
+    strcpy(kept, path);
+    vm->hash_at_start = kept;
+    return 0;
+}
+
 static int corrupt(struct machine *vm, const char *address)
 {
     uint8_t *at = address ? machine_host(vm, strtoull(address, NULL, 0)) : NULL;
@@ -158,14 +171,12 @@ static bool obey(struct machine *vm, char *line)         /* false: quit */
 
     if (strcmp(verb, "quit") == 0)
         return false;
-    if (strcmp(verb, "pause") == 0)
-        reply(migrate_pause(vm), verb);
-    else if (strcmp(verb, "resume") == 0)
-        reply(migrate_resume(vm), verb);
-    else if (strcmp(verb, "pauses") == 0)
+    if (strcmp(verb, "pauses") == 0)
         reply(many_pauses(vm, rest), verb);
     else if (strcmp(verb, "hash") == 0)
         reply(rest ? hash_write(vm, rest) : -EINVAL, verb);
+    else if (strcmp(verb, "hash-at-start") == 0)
+        reply(hash_at_start(vm, rest), verb);
     else if (strcmp(verb, "corrupt") == 0)
         reply(corrupt(vm, rest), verb);
     else if (strcmp(verb, "info") == 0)

@@ -173,13 +173,14 @@ uint64_t migrate_clock_ns(struct machine *vm)
 
 /* ---- moving ---- */
 
+/* Waits for a guest: a new one, or the one that left for elsewhere and comes back. */
 int migrate_listen(struct machine *vm, const char *uri)
 {
     int err = vmig_incoming(vm->migration, uri);
     char *address;
 
     if (err < 0) {
-        fprintf(stderr, "vmm: --incoming %s: %s\n", uri, vmig_errmsg());
+        printf("error incoming: %s\n", vmig_errmsg());
         return err;
     }
     address = vmig_get(vm->migration, "listen-address");
@@ -234,10 +235,16 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
 
     if (strcmp(verb, "migrate") == 0)
         print_result(verb, vmig_outgoing(m, argument));
+    else if (strcmp(verb, "incoming") == 0)
+        migrate_listen(vm, argument);
     else if (strcmp(verb, "cancel") == 0)
         print_result(verb, vmig_cancel(m));
     else if (strcmp(verb, "resolve") == 0)
         print_result(verb, vmig_resolve(m, argument && strcmp(argument, "here") == 0));
+    else if (strcmp(verb, "pause") == 0)
+        print_result(verb, migrate_pause(vm));
+    else if (strcmp(verb, "resume") == 0)
+        print_result(verb, migrate_resume(vm));
     else if (strcmp(verb, "set") == 0)
         print_result(verb, set_option(m, argument));
     else if (strcmp(verb, "get") == 0)
