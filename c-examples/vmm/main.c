@@ -23,6 +23,7 @@ static const char usage[] =
     "  --burst N            pages the guest writes per tick, 0: as fast as it can (default 64)\n"
     "  --tick US            microseconds between two heartbeats (default 1000)\n"
     "  --spin               the guest waits busily between ticks instead of napping\n"
+    "  --set 'NAME VALUE'   an option of the library; may be given several times\n"
     "  --incoming URI       do not boot; wait for a guest\n"
     "  --migrate-at S,URI   migrate to URI after S seconds\n"
     "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
@@ -32,12 +33,16 @@ static const char usage[] =
     "          pause, resume, pauses N, info, hash FILE, hash-at-start FILE, corrupt ADDRESS, type TEXT, quit.\n"
     "          Every command is answered by one line.\n";
 
+enum { MAX_SETTINGS = 16 };
+
 struct options {
     struct machine_config machine;
     struct boot_info boot;
     enum machine_fill fill;
     unsigned tick_us;
     const char *incoming, *serial, *hash_at_start;
+    const char *setting[MAX_SETTINGS];
+    size_t settings;
     char *migrate_at;
     int events_fd;
 };
@@ -74,7 +79,8 @@ static void parse(int argc, char **argv, struct options *o)
         { "fill", 1, NULL, 'f' },     { "pages", 1, NULL, 'p' },      { "burst", 1, NULL, 'b' },
         { "tick", 1, NULL, 't' },     { "spin", 0, NULL, 'S' },       { "incoming", 1, NULL, 'i' },
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
-        { "events-fd", 1, NULL, 'e' }, { "help", 0, NULL, 'H' },    { NULL, 0, NULL, 0 },
+        { "events-fd", 1, NULL, 'e' }, { "help", 0, NULL, 'H' },
+        { "set", 1, NULL, 'o' },      { NULL, 0, NULL, 0 },
     };
     int c, index = 0;
 
@@ -96,6 +102,13 @@ static void parse(int argc, char **argv, struct options *o)
         case 'h': o->hash_at_start = optarg; break;
         case 'l': o->serial = optarg; break;
         case 'e': o->events_fd = (int)number(name, optarg, 0, 1 << 20); break;
+        case 'o':
+            if (o->settings == MAX_SETTINGS) {
+                fprintf(stderr, "vmm: more than %d times --set\n", MAX_SETTINGS);
+                exit(2);
+            }
+            o->setting[o->settings++] = optarg;
+            break;
         case 'H': fputs(usage, stdout); exit(0);
         default: fputs(usage, stderr); exit(2);
         }
@@ -261,6 +274,11 @@ static int start_guest(struct machine *vm, const struct options *o)
 {
     int err;
 
+    for (size_t i = 0; i < o->settings; i++)            /* most options are fixed once somebody listens */
+        if ((err = migrate_set(vm, o->setting[i])) < 0) {
+            fprintf(stderr, "vmm: --set '%s': %s\n", o->setting[i], migrate_error());
+            return err;
+        }
     if (o->incoming)
         return migrate_listen(vm, o->incoming);
     if ((err = machine_boot(vm, &o->boot, o->fill, o->tick_us)) < 0 || (err = migrate_resume(vm)) < 0)

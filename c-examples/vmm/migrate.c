@@ -217,8 +217,9 @@ static void print_result(const char *verb, int err)
         printf("ok\n");
 }
 
-static int set_option(vmig *m, const char *name_and_value)
+int migrate_set(struct machine *vm, const char *name_and_value)
 {
+    vmig *m = vm->migration;
     const char *space = name_and_value ? strchr(name_and_value, ' ') : NULL;
     char name[64];
 
@@ -246,7 +247,7 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
     else if (strcmp(verb, "resume") == 0)
         print_result(verb, migrate_resume(vm));
     else if (strcmp(verb, "set") == 0)
-        print_result(verb, set_option(m, argument));
+        print_result(verb, migrate_set(vm, argument));
     else if (strcmp(verb, "get") == 0)
         print_string("value", vmig_get(m, argument));
     else if (strcmp(verb, "error") == 0)
@@ -256,6 +257,11 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
     else
         return -ENOENT;
     return 0;
+}
+
+const char *migrate_error(void)
+{
+    return vmig_errmsg();
 }
 
 /* The main loop polls this fd beside its own and then asks what happened. */
