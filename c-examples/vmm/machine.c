@@ -220,6 +220,14 @@ static void write_descriptors(struct machine *vm)
     memcpy(tss + 102, &bitmap_at, sizeof bitmap_at);
 }
 
+/* x87, SSE and, where the host has it, AVX state for the guest to use. */
+static bool vcpu_enable_avx(struct vcpu *vcpu)
+{
+    struct kvm_xcrs xcrs = { .nr_xcrs = 1, .xcrs = { { .xcr = 0, .value = 7 } } };
+
+    return ioctl(vcpu->fd, KVM_SET_XCRS, &xcrs) == 0;
+}
+
 static int vcpu_boot(struct vcpu *vcpu)
 {
     struct kvm_segment data = { .limit = UINT32_MAX, .selector = DATA_SELECTOR, .type = 3, .present = 1, .dpl = 3,
@@ -237,7 +245,7 @@ static int vcpu_boot(struct vcpu *vcpu)
                                      .present = 1 };
     sregs.gdt.base = GUEST_GDT, sregs.gdt.limit = GDT_BYTES - 1;
     sregs.idt.base = 0, sregs.idt.limit = 0;            /* any exception is a triple fault, and so a loud exit */
-    sregs.cr0 = 0x80050033, sregs.cr3 = GUEST_PAGE_TABLES, sregs.cr4 = 0x20, sregs.efer = 0x500;
+    sregs.cr0 = 0x80050033, sregs.cr3 = GUEST_PAGE_TABLES, sregs.cr4 = 0x40620, sregs.efer = 0x500;
     regs.rsp = GUEST_STACKS + (vcpu->index + 1ull) * GUEST_STACK_SIZE - 8;      /* as after a call */
     if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0 || ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0 ||
         ioctl(vcpu->fd, KVM_SET_MP_STATE, &running) < 0)
@@ -261,10 +269,13 @@ int machine_boot(struct machine *vm, const struct boot_info *knobs, enum machine
     boot.tick_tsc = (uint64_t)tsc_khz * tick_us / 1000;
     boot.ticker_us = tick_us;
     boot.vcpus = (uint32_t)vm->vcpus;
+    boot.avx = 1;
     boot.stamped = fill == FILL_PATTERN || fill == FILL_RANDOM;
-    memcpy(machine_host(vm, GUEST_BOOT_INFO), &boot, sizeof boot);
-    for (size_t i = 0; i < vm->vcpus; i++)
+    for (size_t i = 0; i < vm->vcpus; i++) {
         if ((err = vcpu_boot(&vm->vcpu[i])) < 0)
             return err;
+        boot.avx &= vcpu_enable_avx(&vm->vcpu[i]);
+    }
+    memcpy(machine_host(vm, GUEST_BOOT_INFO), &boot, sizeof boot);
     return 0;
 }

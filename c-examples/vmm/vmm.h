@@ -133,6 +133,8 @@ int migrate_setup(struct machine *vm);
 void migrate_teardown(struct machine *vm);
 int migrate_command(struct machine *vm, const char *verb, const char *argument);        /* -ENOENT: not ours */
 int migrate_listen(struct machine *vm, const char *uri);
+int migrate_set(struct machine *vm, const char *name_and_value);       /* an option of the library, "NAME VALUE" */
+const char *migrate_error(void);                                        /* why this thread's last call failed */
 int migrate_pause(struct machine *vm);
 int migrate_resume(struct machine *vm);
 int migrate_event_fd(struct machine *vm);

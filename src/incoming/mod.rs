@@ -134,7 +134,7 @@ fn load_all(job: &Job, peer: &mut Peer, ahead: Option<&Ahead>) -> Result<bool> {
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
     let mut loader = Loader::new(job, peer, ahead.map(Ahead::scout));
-    let running = loader.load(&mut input)?;
+    let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
     // From here on the source may learn that we have the guest: no way back.
     job.status.commit()?;
     if peer.listens {

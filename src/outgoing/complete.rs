@@ -58,9 +58,10 @@ impl Migration<'_> {
             self.job.status.check()?;
         }
         self.sender.end_part(&mut self.out)?;
-        self.job.dirty.check_quiet(&set)?;
         let (_, rest) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
-        self.write(rest)
+        self.write(rest)?;
+        // As late as it can still be undone: a write that is not seen here is one the destination never gets.
+        self.job.dirty.check_quiet(&set)
     }
 
     /// The last byte, and what the destination makes of it.

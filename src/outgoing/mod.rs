@@ -98,7 +98,11 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
             job.status.end_unknown(error);
         }
         Err(error) => {
+            let phase = error.place().phase.clone();
             let mut error = job.status.cause(error);
+            if let Some(phase) = phase {
+                error = error.in_phase(&phase);
+            }
             if stopped && let Err(second) = resume(&job.vmm) {
                 let text =
                     format!("{error}; and the guest stays paused here, because it could not be resumed: {second}");
