@@ -17,7 +17,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::kvm::Vm;
 use crate::thread::{Handle, Threads};
 use crate::transport::uri::Uri;
-use crate::transport::{self};
+use crate::transport::{self, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
 use crate::wire::ram as wire_ram;
 use crate::{incoming, outgoing};
@@ -53,7 +53,6 @@ struct WithKvm {
 /// A guest and everything the library knows of it.
 #[derive(Debug)]
 pub struct Machine {
-    vmm: Arc<Vmm>,
     ram: Ram,
     sections: SectionList,
     dirty: Arc<Hub>,
@@ -64,6 +63,8 @@ pub struct Machine {
     /// Thread of the present or last migration.
     worker: Mutex<Option<Handle<()>>>,
     listening: Mutex<Option<String>>,
+    /// Dropped last: the VMM is promised that its own `destroy` comes after all others.
+    vmm: Arc<Vmm>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -246,7 +247,7 @@ impl Machine {
         self.tell_kvm();
         let wake = Arc::new(Wake::new()?);
         let job = outgoing::Job {
-            uri,
+            target: Target::new(uri, &wake)?,
             ram: self.ram.list(),
             sections: self.sections.snapshot(),
             dirty: Arc::clone(&self.dirty),
