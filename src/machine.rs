@@ -237,6 +237,7 @@ impl Machine {
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
         let uri = Uri::parse(uri)?;
+        transport::check(&uri)?;
         if self.vmm.reasons().contains(StopReason::NotOwner) {
             return Err(Error::new(libc::EPERM, "the guest is not here: it left, or did not arrive yet"));
         }
@@ -264,6 +265,7 @@ impl Machine {
     /// Listens at `uri` for a guest; returns at once.
     pub fn incoming(&self, uri: &str) -> Result<()> {
         let uri = Uri::parse(uri)?;
+        transport::check(&uri)?;
         self.status.check_idle()?;
         self.sections.check_unblocked()?;
         self.tell_kvm();

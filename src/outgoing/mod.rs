@@ -93,7 +93,11 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
             job.status.end_unknown(error);
         }
         Err(error) => {
+            let phase = error.place().phase.clone();
             let mut error = job.status.cause(error);
+            if let Some(phase) = phase {
+                error = error.in_phase(&phase);
+            }
             if stopped && let Err(second) = job.vmm.start(StopReason::Migration) {
                 error = Error::new(error.errno(), format!("{error}; and the guest could not be resumed: {second}"));
             }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::sys::eventfd::Wake;
-use crate::sys::io::Piece;
+use crate::sys::io::{self, Piece};
 use channel::FdChannel;
 use uri::Uri;
 
@@ -31,6 +31,14 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
 
     /// Whether the peer can answer on this channel.
     fn is_two_way(&self) -> bool;
+}
+
+/// Refuses a descriptor that is closed, before one of ours takes its number.
+pub fn check(uri: &Uri) -> Result<()> {
+    match uri {
+        Uri::Fd(fd) => io::duplicate(*fd).map(drop),
+        Uri::Tcp { .. } | Uri::Unix { .. } => Ok(()),
+    }
 }
 
 /// Where a migration goes to.
