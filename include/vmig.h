@@ -843,7 +843,8 @@ uint32_t vmig_get_u32(vmig_reader *input);
 /* The next eight bytes as a big-endian number; 0 after an error. */
 uint64_t vmig_get_u64(vmig_reader *input);
 
-/* Bytes of the body that were not read yet; 0 for NULL. */
+/* Bytes of the body that can still be read: those that were not read yet; 0 after an error, so that a loop over what is
+ * left ends; 0 for NULL. */
 size_t vmig_reader_left(vmig_reader *input);
 
 #ifdef __cplusplus

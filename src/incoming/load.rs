@@ -99,6 +99,11 @@ impl<'a> Loader<'a> {
             counters.transferred.store(input.position(), Ordering::Relaxed);
         }
         stream::read_description(input)?;
+        let extra = input.buffered();
+        if extra > 0 {
+            let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());
+            return Err(Error::invalid(text));
+        }
         self.job.status.counters.transferred.store(input.position(), Ordering::Relaxed);
         if let Some(clock_ns) = self.clock_ns {
             self.job.vmm.set_clock_ns(clock_ns)?;

@@ -23,8 +23,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
-use crate::transport::uri::Uri;
-use crate::transport::{self, Channel};
+use crate::transport::{Channel, Target};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::command::Command;
 use crate::wire::{hello, stream};
@@ -45,7 +44,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Job {
     /// Where to.
-    pub uri: Uri,
+    pub target: Target,
     /// Guest RAM at the start.
     pub ram: RamList,
     /// Sections at the start.
@@ -125,7 +124,7 @@ fn resume(vmm: &Vmm) -> Result<()> {
 /// Everything between connecting and the outcome. What was set up is undone on every path.
 fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
     let limit = job.options.time(Opt::ConnectTimeout);
-    let channel = transport::connect(&job.uri, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
+    let channel = job.target.connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
     let mut migration = Migration::new(job, Arc::clone(&channel))?;
     let result = migration.phases(stopped);
     migration.hang_up(result)
