@@ -18,7 +18,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MAX_ARGS = 32, MAX_SETTINGS = 16, SHOWN_DIFFERENCES = 8 };
+enum { MAX_ARGS = 64, MAX_SETTINGS = 16, SHOWN_DIFFERENCES = 8 };
 enum { START_MS = 20000, GENERATIONS_MS = 25000, STATUS_MS = 50, LINE_MS = 500 };
 
 static struct {
@@ -141,6 +141,8 @@ static void start_vmm(struct peer *p, const char *incoming, const char *hash, co
         argv[n++] = "--incoming", argv[n++] = incoming;
     if (incoming && hash)
         argv[n++] = "--hash-at-start", argv[n++] = hash;
+    for (size_t i = 0; i < opt.settings; i++)
+        argv[n++] = "--set", argv[n++] = opt.setting[i];
     spawn(p, argv, true);
 }
 
@@ -166,10 +168,6 @@ static const char *start_both(void)
     address = listen_address(await_line(&destination, START_MS, "where it listens"));
     if (strcmp(await_line(&source, START_MS, "that it runs"), "running") != 0)
         fail("the source says: %s", source.reply);
-    for (size_t i = 0; i < opt.settings; i++) {
-        must(&source, command(&source, "set %s", opt.setting[i]));
-        must(&destination, command(&destination, "set %s", opt.setting[i]));
-    }
     return address;
 }
 
@@ -202,10 +200,9 @@ struct status {
     uint64_t iteration, total, remaining, sent, dirty_rate, bandwidth, elapsed, expected_downtime, downtime, eta;
 };
 
-static struct status ask_status(void)
+static struct status read_status(const char *line)
 {
     struct status s;
-    const char *line = command(&source, "status");
 
     if (sscanf(line, "status state=%39s iteration=%" SCNu64 " total=%" SCNu64 " remaining=%" SCNu64 " sent=%" SCNu64
                " dirty-rate=%" SCNu64 " bandwidth=%" SCNu64 " elapsed=%" SCNu64 " expected-downtime=%" SCNu64
@@ -213,6 +210,11 @@ static struct status ask_status(void)
                &s.dirty_rate, &s.bandwidth, &s.elapsed, &s.expected_downtime, &s.downtime, &s.eta) != 11)
         fail("the source says: %s", line);
     return s;
+}
+
+static struct status ask_status(void)
+{
+    return read_status(command(&source, "status"));
 }
 
 static void show_progress(const struct status *s, bool last)
@@ -327,6 +329,15 @@ static void check_vcpu(size_t i, struct verdict *v)
     v->verified_there += there->verified;
 }
 
+static void report_transfer(const struct status *s)
+{
+    const double seconds = (double)s->elapsed / 1e9;
+
+    say("total time", "%.0f ms in %" PRIu64 " iterations", seconds * 1e3, s->iteration);
+    say("throughput", "%.2f GB/s (%.2f GB sent for %" PRIu64 " MiB of guest memory)", (double)s->sent / 1e9 / seconds,
+        (double)s->sent / 1e9, s->total >> 20);
+}
+
 /* The destination's guest has to wait while its memory is hashed; without this proof it would not. */
 static void report_blackout(struct verdict *v)
 {
@@ -342,11 +353,7 @@ static void report_blackout(struct verdict *v)
 
 static void report(struct verdict *v)
 {
-    const double seconds = (double)v->status.elapsed / 1e9;
-
-    say("total time", "%.0f ms in %" PRIu64 " iterations", seconds * 1e3, v->status.iteration);
-    say("throughput", "%.2f GB/s (%.2f GB sent for %s MiB of guest memory)", (double)v->status.sent / 1e9 / seconds,
-        (double)v->status.sent / 1e9, opt.mem);
+    report_transfer(&v->status);
     report_blackout(v);
     for (size_t i = 0; i < vcpus(); i++)
         say(i ? "" : "generations", "vCPU %zu: %" PRIu32 " -> %" PRIu32 ", without a gap", i,
@@ -410,11 +417,29 @@ static void hardware_demo(void)
 
 /* ---- without KVM ---- */
 
+/* Shows the source's progress until its guest left: at which count, and when it had counted last. */
+static struct status watch_software(uint64_t *left, uint64_t *last_ns)
+{
+    struct status s = { .state = "none" };
+
+    for (;;) {
+        const char *line = await_line(&source, opt.timeout_ms, "that its guest left");
+        if (sscanf(line, "left at %" SCNu64 ", last at %" SCNu64, left, last_ns) == 2)
+            break;
+        s = read_status(line);
+        show_progress(&s, ended(&s));
+    }
+    if (strcmp(s.state, "completed") != 0)
+        fail("the migration ended in state %s", s.state);
+    return s;
+}
+
 static void software_demo(void)
 {
     const char *receive[] = { beside_us("minimal"), "in", "tcp:127.0.0.1:0", NULL };
     const char *send[] = { receive[0], "out", NULL, NULL };
-    uint64_t left, arrived, went_on;
+    uint64_t left, last_ns, arrived, words, check_ns, went_on, first_ns, silence;
+    struct status s;
 
     say("guest", "no usable /dev/kvm here (%s): moving the software guest of minimal.c", opt.software ? "--software" :
         strerror(errno));
@@ -422,19 +447,30 @@ static void software_demo(void)
     spawn(&destination, receive, false);
     send[2] = listen_address(await_line(&destination, START_MS, "where it listens"));
     spawn(&source, send, false);
-    if (sscanf(await_line(&source, opt.timeout_ms, "that its guest left"), "left at %" SCNu64, &left) != 1)
-        fail("the source says: %s", source.reply);
-    say("migrated", "%s", source.reply);
-    if (sscanf(await_line(&destination, START_MS, "that the guest arrived"), "arrived at %" SCNu64, &arrived) != 1)
+    say("migrating", "to %s", send[2]);
+    s = watch_software(&left, &last_ns);
+    if (sscanf(await_line(&destination, START_MS, "that the guest arrived"), "arrived at %" SCNu64
+               ": memory verified, %" SCNu64 " words in %" SCNu64, &arrived, &words, &check_ns) != 3)
         fail("the destination says: %s", destination.reply);
-    say("memory", "%s", destination.reply);
-    if (sscanf(await_line(&destination, START_MS, "that the guest went on"), "went on to %" SCNu64, &went_on) != 1)
+    if (sscanf(await_line(&destination, START_MS, "that the guest went on"), "went on to %" SCNu64 ", first at %" SCNu64,
+               &went_on, &first_ns) != 2)
         fail("the destination says: %s", destination.reply);
-    if (arrived != left || went_on <= arrived)
+    if (arrived != left || went_on <= arrived || first_ns <= last_ns)
         fail("the guest left at %" PRIu64 ", arrived at %" PRIu64 " and got to %" PRIu64, left, arrived, went_on);
+    silence = first_ns - last_ns;
+    report_transfer(&s);
+    say("blackout", "%.1f ms felt by the guest's counter, %.1f ms downtime by the library's count",
+        (double)(silence - (check_ns < silence ? check_ns : 0)) / 1e6, (double)s.downtime / 1e6);
+    say("", "(%.1f ms of silence less %.1f ms spent checking the stopped guest's memory)", (double)silence / 1e6,
+        (double)check_ns / 1e6);
     say("counter", "left at %s, went on to %s without a gap", thousands(left), thousands(went_on));
+    say("memory verified", "%sall %s words%s of the not yet started destination are as the counter says",
+        paint("\033[32m"), thousands(words), paint("\033[0m"));
     if (opt.json)
-        printf("{\"peer\": \"vmig\", \"ok\": true, \"guest\": \"software\", \"memory_verified\": true}\n");
+        printf("{\"peer\": \"vmig\", \"ok\": true, \"guest\": \"software\", \"status\": \"%s\", \"iterations\": %" PRIu64
+               ", \"total_ms\": %.1f, \"reported_downtime_ms\": %.2f, \"blackout_ms\": %.2f, \"memory_verified\": true}\n",
+               s.state, s.iteration, (double)s.elapsed / 1e6, (double)s.downtime / 1e6,
+               (double)(silence - (check_ns < silence ? check_ns : 0)) / 1e6);
 }
 
 /* ---- options ---- */

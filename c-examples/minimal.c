@@ -12,16 +12,18 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 #include <vmig.h>
 
-enum { RAM_BYTES = 64 << 20, WORDS = RAM_BYTES / 8, BATCH = 10000, WAIT_MS = 60000 };
+enum { RAM_BYTES = 64 << 20, WORDS = RAM_BYTES / 8, BATCH = 10000, WAIT_MS = 60000, LOOK_MS = 20 };
 
 struct machine {
     uint64_t *ram;
     uint64_t counter;                   /* the guest's only register: words incremented so far */
     vmig *m;
     bool arriving;
+    uint64_t first_ns, last_ns;         /* when the guest worked here first and last; not its state */
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -68,13 +70,24 @@ static bool may_run(struct machine *vm)
     return go_on;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 static void *cpu(void *opaque)
 {
     struct machine *vm = opaque;
 
     while (may_run(vm)) {
+        if (!vm->first_ns)
+            vm->first_ns = now_ns();
         for (int i = 0; i < BATCH; i++)
             guest_step(vm);
+        vm->last_ns = now_ns();
         usleep(1000);
     }
     return NULL;
@@ -101,10 +114,37 @@ static void resume_cpu(struct machine *vm)
 /* A guest that just arrived has not run yet: all of its memory must be as the counter says. */
 static void verify_arrival(struct machine *vm)
 {
+    uint64_t begin = now_ns();
+
     for (uint64_t i = 0; i < WORDS; i++)
         check(vm, i);
-    printf("arrived at %" PRIu64 ": memory verified, %d words\n", vm->counter, WORDS);
+    printf("arrived at %" PRIu64 ": memory verified, %d words in %" PRIu64 " ns\n", vm->counter, WORDS,
+           now_ns() - begin);
     vm->arriving = false;
+}
+
+static void show_status(vmig *m)
+{
+    vmig_status s = VMIG_SIZED(vmig_status);
+
+    if (vmig_get_status(m, &s) >= 0)
+        printf("status state=%s iteration=%" PRIu64 " total=%" PRIu64 " remaining=%" PRIu64 " sent=%" PRIu64
+               " dirty-rate=%" PRIu64 " bandwidth=%" PRIu64 " elapsed=%" PRIu64 " expected-downtime=%" PRIu64
+               " downtime=%" PRIu64 " eta=%" PRIu64 "\n", vmig_state_name(s.state), s.iteration, s.total, s.remaining,
+               s.transferred, s.dirty_rate, s.bandwidth, s.elapsed, s.expected_downtime, s.downtime, s.eta);
+}
+
+static int wait_and_show(vmig *m, bool show)
+{
+    uint64_t end = now_ns() + WAIT_MS * 1000000ull;
+    int ended;
+
+    do {
+        ended = vmig_wait(m, LOOK_MS);
+        if (show)
+            show_status(m);
+    } while (ended == 0 && now_ns() < end);
+    return ended == 1 ? 0 : -1;
 }
 
 /* ---- the glue ------------------------------------------------------------------------------------------------ */
@@ -149,17 +189,18 @@ static int make_migratable(struct machine *vm)
 
 static int move(struct machine *vm, const char *uri)
 {
-    int err = vm->arriving ? vmig_incoming(vm->m, uri) : vmig_outgoing(vm->m, uri);
+    bool in = vm->arriving;
+    int err = in ? vmig_incoming(vm->m, uri) : vmig_outgoing(vm->m, uri);
     char *text;
 
     if (err < 0)
         return err;
-    if (vm->arriving) {
+    if (in) {
         text = vmig_get(vm->m, "listen-address");
         printf("listening %s\n", text ? text : uri);
         vmig_string_free(text);
     }
-    err = vmig_wait(vm->m, WAIT_MS) == 1 ? 0 : -1;
+    err = wait_and_show(vm->m, !in);
     if ((text = vmig_get_error(vm->m)))
         fprintf(stderr, "migration: %s\n", text), err = -1;
     vmig_string_free(text);
@@ -170,7 +211,6 @@ static int move(struct machine *vm, const char *uri)
 
 static int run(struct machine *vm, const char *uri)
 {
-    vmig_status s = VMIG_SIZED(vmig_status);
     int err;
 
     if (!vm->arriving) {
@@ -185,10 +225,9 @@ static int run(struct machine *vm, const char *uri)
         sleep(1);
         if ((err = vmig_stop(vm->m)) < 0)
             return err;
-        printf("went on to %" PRIu64 "\n", vm->counter);
-    } else if ((err = vmig_get_status(vm->m, &s)) >= 0) {
-        printf("left at %" PRIu64 ": %.1f MB sent in %.1f ms, downtime %.1f ms\n", vm->counter,
-               (double)s.transferred / 1e6, (double)s.elapsed / 1e6, (double)s.downtime / 1e6);
+        printf("went on to %" PRIu64 ", first at %" PRIu64 " ns\n", vm->counter, vm->first_ns);
+    } else {
+        printf("left at %" PRIu64 ", last at %" PRIu64 " ns\n", vm->counter, vm->last_ns);
     }
     return err;
 }

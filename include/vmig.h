@@ -784,8 +784,8 @@ typedef struct vmig_section_ops {
     /* The same, exactly; called when the estimate lets the guest be stopped. NULL: the estimate is exact. Source.
      * `[free]` */
     int (*pending_exact)(void *opaque, uint64_t *must_precopy, uint64_t *can_postcopy);
-    /* Writes the next body, about `budget` bytes at most. Positive: nothing left for now, 0: more to come. Source.
-     * `[free]` */
+    /* Writes the next body, about `budget` bytes at most; a body without a byte is not sent. Positive: nothing left for
+     * now, 0: more to come. Source. `[free]` */
     int (*iterate)(void *opaque, vmig_writer *out, uint64_t budget);
     /* Writes the last or only body; the guest is stopped, unless VMIG_SECTION_EARLY. Required. Source. `[bql]` */
     int (*complete)(void *opaque, vmig_writer *out);
@@ -843,7 +843,8 @@ uint32_t vmig_get_u32(vmig_reader *input);
 /* The next eight bytes as a big-endian number; 0 after an error. */
 uint64_t vmig_get_u64(vmig_reader *input);
 
-/* Bytes of the body that were not read yet; 0 for NULL. */
+/* Bytes of the body that can still be read: those that were not read yet; 0 after an error, so that a loop over what is
+ * left ends; 0 for NULL. */
 size_t vmig_reader_left(vmig_reader *input);
 
 #ifdef __cplusplus

@@ -1,5 +1,6 @@
 //! One error type: an errno for C, a sentence for people, and the place it belongs to for programs.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char};
 use std::fmt;
@@ -127,11 +128,11 @@ impl Error {
         ];
         for (key, value) in parts {
             if let Some(value) = value {
-                map.insert(key.to_owned(), value.clone().into());
+                map.insert(key.to_owned(), printable(value).into());
             }
         }
         map.insert("errno".to_owned(), self.errno.into());
-        map.insert("text".to_owned(), self.text.clone().into());
+        map.insert("text".to_owned(), printable(&self.text).into());
         map.into()
     }
 
@@ -159,8 +160,25 @@ impl Error {
     }
 }
 
+/// Names of a peer end up in texts, which end up on terminals: control characters are shown, not sent.
+fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let show = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    Cow::Owned(text.chars().map(show).collect())
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = String::new();
+        self.sentence(&mut text)?;
+        f.write_str(&printable(&text))
+    }
+}
+
+impl Error {
+    fn sentence(&self, f: &mut dyn fmt::Write) -> fmt::Result {
         let place = &self.place;
         for part in [&place.side, &place.phase].into_iter().flatten() {
             write!(f, "{part}: ")?;
@@ -230,6 +248,13 @@ mod tests {
     fn json_round_trip_keeps_everything() {
         let error = Error::new(libc::ENOENT, "no such block").in_section("ram").expected_got("a", "b");
         assert_eq!(Error::from_json(&error.to_json()), Some(error));
+    }
+
+    #[test]
+    fn names_of_a_peer_cannot_steer_a_terminal() {
+        let error = Error::invalid("no block '\u{1b}[2J'").in_section("a\nb").expected_got("\u{7}", "é");
+        let text = r"section 'a\nb': no block '\u{1b}[2J' (expected \u{7}, got é)";
+        assert_eq!((error.to_string().as_str(), error.to_json()["section"].as_str()), (text, Some(r"a\nb")));
     }
 
     #[test]

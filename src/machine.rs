@@ -17,7 +17,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::kvm::Vm;
 use crate::thread::{Handle, Threads};
 use crate::transport::uri::Uri;
-use crate::transport::{self};
+use crate::transport::{self, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
 use crate::wire::ram as wire_ram;
 use crate::{incoming, outgoing};
@@ -53,7 +53,6 @@ struct WithKvm {
 /// A guest and everything the library knows of it.
 #[derive(Debug)]
 pub struct Machine {
-    vmm: Arc<Vmm>,
     ram: Ram,
     sections: SectionList,
     dirty: Arc<Hub>,
@@ -64,6 +63,8 @@ pub struct Machine {
     /// Thread of the present or last migration.
     worker: Mutex<Option<Handle<()>>>,
     listening: Mutex<Option<String>>,
+    /// Dropped last: the VMM is promised that its own `destroy` comes after all others.
+    vmm: Arc<Vmm>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -236,6 +237,7 @@ impl Machine {
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
         let uri = Uri::parse(uri)?;
+        transport::check(&uri)?;
         if self.vmm.reasons().contains(StopReason::NotOwner) {
             return Err(Error::new(libc::EPERM, "the guest is not here: it left, or did not arrive yet"));
         }
@@ -246,7 +248,7 @@ impl Machine {
         self.tell_kvm();
         let wake = Arc::new(Wake::new()?);
         let job = outgoing::Job {
-            uri,
+            target: Target::new(uri, &wake)?,
             ram: self.ram.list(),
             sections: self.sections.snapshot(),
             dirty: Arc::clone(&self.dirty),
@@ -265,6 +267,7 @@ impl Machine {
     /// Listens at `uri` for a guest; returns at once.
     pub fn incoming(&self, uri: &str) -> Result<()> {
         let uri = Uri::parse(uri)?;
+        transport::check(&uri)?;
         self.status.check_idle()?;
         self.sections.check_unblocked()?;
         self.tell_kvm();

@@ -123,7 +123,8 @@ pub static TABLE: [Row; 19] = [
         0,
         BOOL,
         false,
-        "Stop the guest only after the destination agreed; needs return-path.",
+        "Stop the guest only after the destination agreed; needs return-path. A destination needs it only when the \
+         source is a QEMU.",
     ),
     Row {
         qemu: 0,

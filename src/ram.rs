@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use crate::bitmap::Bitmap;
 use crate::error::{Error, Result};
 use crate::sys::io::{Piece, Room};
+use crate::sys::memory;
 
 /// Page size of the stream.
 pub const PAGE: u64 = 4096;
@@ -196,6 +197,12 @@ impl Block {
             // SAFETY: i < 512, so the word lies in the page; volatile because it may change under us.
             f(unsafe { words.wrapping_add(i).read_volatile() });
         }
+    }
+
+    /// Makes pages present, whatever they hold, so that a later write need not wait for memory.
+    pub fn populate(&self, page: usize, count: usize) -> Result<()> {
+        let start = self.page(page, count) as u64;
+        memory::populate(start, count as u64 * PAGE)
     }
 
     /// Overwrites a page.

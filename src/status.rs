@@ -356,7 +356,7 @@ impl Status {
             }
             Err(error) => {
                 let side = shared.side.map_or("", Side::name);
-                shared.error = Some(shared.error.take().unwrap_or(error).on_side(side));
+                shared.error = Some(error.on_side(side));
                 self.become_locked(&mut shared, State::Failed);
             }
         }

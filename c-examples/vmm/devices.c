@@ -139,6 +139,7 @@ static void probe_commit(struct vcpu *vcpu, uint32_t kind)
         break;
     case PROBE_BAD_PAGE: probe_fault(vcpu, "page"); break;
     case PROBE_BAD_TSC: probe_fault(vcpu, "TSC"); break;
+    case PROBE_BAD_VECTOR: probe_fault(vcpu, "vector-register"); break;
     case PROBE_BAD_TICKER: probe_fault(vcpu, "ticker-count"); break;
     default: machine_die(EXIT_GUEST_FAULT, "vCPU %u: unknown report %" PRIu32, vcpu->index, kind);
     }

@@ -42,6 +42,7 @@ struct worker {
     uint32_t pages, burst, vcpu;
     uint32_t ticks;                     /* what the ticker said last */
     uint64_t now, next_beat;            /* TSC */
+    uint64_t vector;                    /* what the vector registers hold */
 };
 
 static void report64(uint64_t value)
@@ -115,6 +116,41 @@ static void read_ticker(struct worker *w)
     w->ticks = ticks;
 }
 
+/* The compiler leaves the vector registers alone, so what is put there stays there from one heartbeat to the next,
+ * whatever host that is on: xmm3, the control word and, with AVX, the upper half of ymm12. */
+static void put_vectors(struct worker *w, uint64_t value)
+{
+    uint64_t words[4] = { value, ~value, value * 3, value ^ 0x5555555555555555 };
+    uint32_t control = 0x1f80 | ((uint32_t)value & 3) << 13;
+
+    __asm__ volatile("movdqu %0, %%xmm3\n\tldmxcsr %1" : : "m"(words), "m"(control));
+    if (w->boot->avx)
+        __asm__ volatile("vmovdqu %0, %%ymm12" : : "m"(words));
+    w->vector = value;
+}
+
+static void check_word(uint64_t which, uint64_t expected, uint64_t found)
+{
+    if (found != expected)
+        fault(PROBE_BAD_VECTOR, which, expected, found);
+}
+
+static void check_vectors(const struct worker *w)
+{
+    uint64_t words[4] = { 0 }, value = w->vector;
+    uint32_t control;
+
+    __asm__ volatile("movdqu %%xmm3, %0\n\tstmxcsr %1" : "=m"(words), "=m"(control));
+    check_word(3, value, words[0]);
+    check_word(3, ~value, words[1]);
+    check_word(100, (uint32_t)value & 3, control >> 13 & 3);
+    if (!w->boot->avx)
+        return;
+    __asm__ volatile("vmovdqu %%ymm12, %0" : "=m"(words));
+    check_word(12, value * 3, words[2]);
+    check_word(12, value ^ 0x5555555555555555, words[3]);
+}
+
 static void heartbeat(struct worker *w)
 {
     const uint64_t tick = w->boot->tick_tsc;
@@ -130,6 +166,8 @@ static void heartbeat(struct worker *w)
         return;
     out8(PORT_HEARTBEAT, (uint8_t)w->vcpu);
     read_ticker(w);
+    check_vectors(w);
+    put_vectors(w, w->now);
     w->next_beat += tick;
     if (w->now - w->next_beat < UINT64_MAX / 2 && w->now - w->next_beat > 8 * tick)
         w->next_beat = w->now + tick;               /* far behind: do not catch up in one burst */
@@ -189,6 +227,7 @@ __attribute__((section(".text.start"), noreturn)) void guest_main(uint32_t vcpu)
         out32(PORT_TICKER_PERIOD, boot->ticker_us);
     }
     read_tsc(&w);
+    put_vectors(&w, w.now);
     w.next_beat = w.now + boot->tick_tsc;
     for (uint32_t generation = 1;; generation++) {
         one_generation(&w, generation);

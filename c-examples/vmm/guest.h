@@ -5,9 +5,13 @@
 
 enum {                                  /* guest physical addresses, all inside the first 2 MiB of ram.low */
     GUEST_GDT = 0x1000,
+    GUEST_IDT = 0x2000,
     GUEST_TSS = 0x3000,                 /* 104 bytes, then an I/O bitmap of zeros: ring 3 may use every port */
     GUEST_PAGE_TABLES = 0x10000,        /* PML4, PDPT, one page directory per GiB */
     GUEST_BOOT_INFO = 0x80000,
+    GUEST_INTERRUPTS = 0x81000,         /* one 64-bit count per vCPU, a cache line apart */
+    GUEST_HANDLERS = 0x82000,           /* one per vCPU, and what they need of an interrupt stack */
+    GUEST_INTERRUPT_STACK = 0x84000,    /* its end */
     GUEST_IMAGE = 0x100000,
     GUEST_STACKS = 0x180000,            /* one per vCPU, growing down from the end of its slice */
     GUEST_STACK_SIZE = 0x4000,
@@ -34,6 +38,7 @@ enum {                                  /* the words of each report, low half fi
     PROBE_BAD_PAGE,                     /* address, expected, found: 64 bits each */
     PROBE_BAD_TSC,                      /* last value, 0, value read now */
     PROBE_BAD_TICKER,                   /* last count, 0, count read now */
+    PROBE_BAD_VECTOR,                   /* register, value put there, value found */
 };
 
 struct boot_info {
@@ -44,6 +49,7 @@ struct boot_info {
     uint32_t burst;                     /* pages the whole guest writes per heartbeat; 0: as fast as it can */
     uint32_t ticker_us;
     uint32_t spin;                      /* wait for the next heartbeat without giving the CPU away */
+    uint32_t avx;                       /* the upper halves of the vector registers may be used */
     uint32_t stamped;                   /* pages carry the stamp of generation 0, else zeros */
 };
 

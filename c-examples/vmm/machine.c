@@ -13,7 +13,6 @@
 
 #define MIB (1024 * 1024ull)
 #define GIB (1024 * MIB)
-#define LOW_MAX (3 * GIB)               /* the PCI hole lies between here and 4 GiB */
 
 extern const uint8_t guest_image[], guest_image_end[];
 
@@ -60,14 +59,23 @@ static int ram_map(struct machine *vm, struct ram_block *ram, bool shared)
     return ioctl(vm->vm_fd, KVM_SET_USER_MEMORY_REGION, &slot) < 0 ? -errno : 0;
 }
 
-static int ram_create(struct machine *vm, const struct machine_config *config)
+static void ram_blocks(struct machine *vm, const struct machine_config *config)
 {
-    uint64_t low = config->mem_bytes / 2 < LOW_MAX ? config->mem_bytes / 2 : LOW_MAX;
-    int err;
+    uint64_t low = config->mem_bytes / 2 < RAM_LOW_MAX ? config->mem_bytes / 2 : RAM_LOW_MAX;
 
     vm->ram[0] = (struct ram_block){ .name = "ram.low", .len = low, .gpa = 0, .slot = 0, .fd = -1 };
     vm->ram[1] = (struct ram_block){ .name = "ram.high", .len = config->mem_bytes - low, .gpa = GUEST_HIGH_BASE,
                                      .slot = 1, .fd = -1 };
+}
+
+static int ram_create(struct machine *vm, const struct machine_config *config)
+{
+    int err;
+
+    if (config->firmware)
+        firmware_blocks(vm, config);
+    else
+        ram_blocks(vm, config);
     for (size_t i = 0; i < RAM_BLOCKS; i++)
         if ((err = ram_map(vm, &vm->ram[i], config->shared)) < 0)
             return err;
@@ -212,6 +220,14 @@ static void write_descriptors(struct machine *vm)
     memcpy(tss + 102, &bitmap_at, sizeof bitmap_at);
 }
 
+/* x87, SSE and, where the host has it, AVX state for the guest to use. */
+static bool vcpu_enable_avx(struct vcpu *vcpu)
+{
+    struct kvm_xcrs xcrs = { .nr_xcrs = 1, .xcrs = { { .xcr = 0, .value = 7 } } };
+
+    return ioctl(vcpu->fd, KVM_SET_XCRS, &xcrs) == 0;
+}
+
 static int vcpu_boot(struct vcpu *vcpu)
 {
     struct kvm_segment data = { .limit = UINT32_MAX, .selector = DATA_SELECTOR, .type = 3, .present = 1, .dpl = 3,
@@ -229,7 +245,7 @@ static int vcpu_boot(struct vcpu *vcpu)
                                      .present = 1 };
     sregs.gdt.base = GUEST_GDT, sregs.gdt.limit = GDT_BYTES - 1;
     sregs.idt.base = 0, sregs.idt.limit = 0;            /* any exception is a triple fault, and so a loud exit */
-    sregs.cr0 = 0x80050033, sregs.cr3 = GUEST_PAGE_TABLES, sregs.cr4 = 0x20, sregs.efer = 0x500;
+    sregs.cr0 = 0x80050033, sregs.cr3 = GUEST_PAGE_TABLES, sregs.cr4 = 0x40620, sregs.efer = 0x500;
     regs.rsp = GUEST_STACKS + (vcpu->index + 1ull) * GUEST_STACK_SIZE - 8;      /* as after a call */
     if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0 || ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0 ||
         ioctl(vcpu->fd, KVM_SET_MP_STATE, &running) < 0)
@@ -253,10 +269,13 @@ int machine_boot(struct machine *vm, const struct boot_info *knobs, enum machine
     boot.tick_tsc = (uint64_t)tsc_khz * tick_us / 1000;
     boot.ticker_us = tick_us;
     boot.vcpus = (uint32_t)vm->vcpus;
+    boot.avx = 1;
     boot.stamped = fill == FILL_PATTERN || fill == FILL_RANDOM;
-    memcpy(machine_host(vm, GUEST_BOOT_INFO), &boot, sizeof boot);
-    for (size_t i = 0; i < vm->vcpus; i++)
+    for (size_t i = 0; i < vm->vcpus; i++) {
         if ((err = vcpu_boot(&vm->vcpu[i])) < 0)
             return err;
+        boot.avx &= vcpu_enable_avx(&vm->vcpu[i]);
+    }
+    memcpy(machine_host(vm, GUEST_BOOT_INFO), &boot, sizeof boot);
     return 0;
 }

@@ -23,20 +23,27 @@ static const char usage[] =
     "  --burst N            pages the guest writes per tick, 0: as fast as it can (default 64)\n"
     "  --tick US            microseconds between two heartbeats (default 1000)\n"
     "  --spin               the guest waits busily between ticks instead of napping\n"
+    "  --firmware FILE      one vCPU boots this image (up to 64 KiB, below 1 MiB and below 4 GiB), no built-in guest\n"
+    "  --set 'NAME VALUE'   an option of the library; may be given several times\n"
     "  --incoming URI       do not boot; wait for a guest\n"
     "  --migrate-at S,URI   migrate to URI after S seconds\n"
     "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
     "  --serial FILE        the serial console (default: standard error)\n"
     "  --events-fd FD       heartbeats and generations, one line each\n"
-    "commands: migrate URI, cancel, status, set OPTION VALUE, get OPTION, error, pause, resume, pauses N, info,\n"
-    "          hash FILE, corrupt ADDRESS, type TEXT, quit. Every command is answered by one line.\n";
+    "commands: migrate URI, incoming URI, cancel, resolve here|there, status, set OPTION VALUE, get OPTION, error,\n"
+    "          pause, resume, pauses N, info, hash FILE, hash-at-start FILE, corrupt ADDRESS, type TEXT, quit.\n"
+    "          Every command is answered by one line.\n";
+
+enum { MAX_SETTINGS = 16 };
 
 struct options {
     struct machine_config machine;
     struct boot_info boot;
     enum machine_fill fill;
     unsigned tick_us;
-    const char *incoming, *serial, *hash_at_start;
+    const char *incoming, *serial, *hash_at_start, *firmware;
+    const char *setting[MAX_SETTINGS];
+    size_t settings;
     char *migrate_at;
     int events_fd;
 };
@@ -73,7 +80,8 @@ static void parse(int argc, char **argv, struct options *o)
         { "fill", 1, NULL, 'f' },     { "pages", 1, NULL, 'p' },      { "burst", 1, NULL, 'b' },
         { "tick", 1, NULL, 't' },     { "spin", 0, NULL, 'S' },       { "incoming", 1, NULL, 'i' },
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
-        { "events-fd", 1, NULL, 'e' }, { "help", 0, NULL, 'H' },    { NULL, 0, NULL, 0 },
+        { "events-fd", 1, NULL, 'e' }, { "firmware", 1, NULL, 'F' }, { "help", 0, NULL, 'H' },
+        { "set", 1, NULL, 'o' },      { NULL, 0, NULL, 0 },
     };
     int c, index = 0;
 
@@ -95,6 +103,14 @@ static void parse(int argc, char **argv, struct options *o)
         case 'h': o->hash_at_start = optarg; break;
         case 'l': o->serial = optarg; break;
         case 'e': o->events_fd = (int)number(name, optarg, 0, 1 << 20); break;
+        case 'F': o->firmware = optarg; break;
+        case 'o':
+            if (o->settings == MAX_SETTINGS) {
+                fprintf(stderr, "vmm: more than %d times --set\n", MAX_SETTINGS);
+                exit(2);
+            }
+            o->setting[o->settings++] = optarg;
+            break;
         case 'H': fputs(usage, stdout); exit(0);
         default: fputs(usage, stderr); exit(2);
         }
@@ -103,6 +119,22 @@ static void parse(int argc, char **argv, struct options *o)
         fputs(usage, stderr);
         exit(2);
     }
+}
+
+static void use_firmware(struct options *o)
+{
+    static struct firmware firmware;
+    int err;
+
+    if (!o->firmware)
+        return;
+    if (o->machine.mem_bytes > RAM_LOW_MAX)
+        machine_die(2, "--firmware: such a machine has no RAM above 4 GiB, so --mem is at most %llu",
+                    RAM_LOW_MAX >> 20);
+    if ((err = firmware_read(&firmware, o->firmware)) < 0)
+        machine_die(2, "--firmware %s: %s (an image is whole pages, 64 KiB at most)", o->firmware, strerror(-err));
+    o->machine.firmware = &firmware;
+    o->machine.vcpus = 1;
 }
 
 /* ---- commands ---- */
@@ -128,6 +160,18 @@ static int many_pauses(struct machine *vm, const char *count)
             err = migrate_resume(vm);
     }
     return err;
+}
+
+/* For the next guest that arrives; one that runs already cannot be hashed before it starts. */
+static int hash_at_start(struct machine *vm, const char *path)
+{
+    static char kept[256];
+
+    if (!path || strlen(path) >= sizeof kept)
+        return -EINVAL;
+    strcpy(kept, path);
+    vm->hash_at_start = kept;
+    return 0;
 }
 
 static int corrupt(struct machine *vm, const char *address)
@@ -158,14 +202,12 @@ static bool obey(struct machine *vm, char *line)         /* false: quit */
 
     if (strcmp(verb, "quit") == 0)
         return false;
-    if (strcmp(verb, "pause") == 0)
-        reply(migrate_pause(vm), verb);
-    else if (strcmp(verb, "resume") == 0)
-        reply(migrate_resume(vm), verb);
-    else if (strcmp(verb, "pauses") == 0)
+    if (strcmp(verb, "pauses") == 0)
         reply(many_pauses(vm, rest), verb);
     else if (strcmp(verb, "hash") == 0)
         reply(rest ? hash_write(vm, rest) : -EINVAL, verb);
+    else if (strcmp(verb, "hash-at-start") == 0)
+        reply(hash_at_start(vm, rest), verb);
     else if (strcmp(verb, "corrupt") == 0)
         reply(corrupt(vm, rest), verb);
     else if (strcmp(verb, "info") == 0)
@@ -250,9 +292,18 @@ static int start_guest(struct machine *vm, const struct options *o)
 {
     int err;
 
+    for (size_t i = 0; i < o->settings; i++)            /* most options are fixed once somebody listens */
+        if ((err = migrate_set(vm, o->setting[i])) < 0) {
+            fprintf(stderr, "vmm: --set '%s': %s\n", o->setting[i], migrate_error());
+            return err;
+        }
     if (o->incoming)
         return migrate_listen(vm, o->incoming);
-    if ((err = machine_boot(vm, &o->boot, o->fill, o->tick_us)) < 0 || (err = migrate_resume(vm)) < 0)
+    if (o->machine.firmware)
+        firmware_boot(vm, o->machine.firmware);
+    else if ((err = machine_boot(vm, &o->boot, o->fill, o->tick_us)) < 0)
+        return err;
+    if ((err = migrate_resume(vm)) < 0)
         return err;
     printf("running\n");
     return 0;
@@ -265,6 +316,7 @@ int main(int argc, char **argv)
     int err;
 
     parse(argc, argv, &o);
+    use_firmware(&o);
     setvbuf(stdout, NULL, _IOLBF, 0);
     signal(SIGPIPE, SIG_IGN);                           /* a harness that went away is an error code, not the end */
     vm.events_fd = o.events_fd;

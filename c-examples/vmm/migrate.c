@@ -173,13 +173,14 @@ uint64_t migrate_clock_ns(struct machine *vm)
 
 /* ---- moving ---- */
 
+/* Waits for a guest: a new one, or the one that left for elsewhere and comes back. */
 int migrate_listen(struct machine *vm, const char *uri)
 {
     int err = vmig_incoming(vm->migration, uri);
     char *address;
 
     if (err < 0) {
-        fprintf(stderr, "vmm: --incoming %s: %s\n", uri, vmig_errmsg());
+        printf("error incoming: %s\n", vmig_errmsg());
         return err;
     }
     address = vmig_get(vm->migration, "listen-address");
@@ -216,8 +217,9 @@ static void print_result(const char *verb, int err)
         printf("ok\n");
 }
 
-static int set_option(vmig *m, const char *name_and_value)
+int migrate_set(struct machine *vm, const char *name_and_value)
 {
+    vmig *m = vm->migration;
     const char *space = name_and_value ? strchr(name_and_value, ' ') : NULL;
     char name[64];
 
@@ -234,12 +236,18 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
 
     if (strcmp(verb, "migrate") == 0)
         print_result(verb, vmig_outgoing(m, argument));
+    else if (strcmp(verb, "incoming") == 0)
+        migrate_listen(vm, argument);
     else if (strcmp(verb, "cancel") == 0)
         print_result(verb, vmig_cancel(m));
     else if (strcmp(verb, "resolve") == 0)
         print_result(verb, vmig_resolve(m, argument && strcmp(argument, "here") == 0));
+    else if (strcmp(verb, "pause") == 0)
+        print_result(verb, migrate_pause(vm));
+    else if (strcmp(verb, "resume") == 0)
+        print_result(verb, migrate_resume(vm));
     else if (strcmp(verb, "set") == 0)
-        print_result(verb, set_option(m, argument));
+        print_result(verb, migrate_set(vm, argument));
     else if (strcmp(verb, "get") == 0)
         print_string("value", vmig_get(m, argument));
     else if (strcmp(verb, "error") == 0)
@@ -249,6 +257,11 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
     else
         return -ENOENT;
     return 0;
+}
+
+const char *migrate_error(void)
+{
+    return vmig_errmsg();
 }
 
 /* The main loop polls this fd beside its own and then asks what happened. */

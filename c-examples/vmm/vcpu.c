@@ -217,11 +217,15 @@ static void on_kick(int signal)
 int vcpus_start_threads(struct machine *vm)
 {
     struct sigaction action = { .sa_handler = on_kick };
+    char name[16];
     int err = 0;
 
     sigaction(KICK_SIGNAL, &action, NULL);
     for (size_t i = 0; i < vm->vcpus && !err; i++) {
         err = -pthread_create(&vm->vcpu[i].thread, NULL, vcpu_thread, &vm->vcpu[i]);
+        snprintf(name, sizeof name, "vcpu %u", vm->vcpu[i].index);
+        if (!err)
+            pthread_setname_np(vm->vcpu[i].thread, name);       /* tools tell the guest's time from ours by it */
         pthread_mutex_lock(&vm->run_lock);
         vm->vcpu[i].has_thread = !err;
         pthread_mutex_unlock(&vm->run_lock);

@@ -3,7 +3,8 @@
  * machine.c  RAM, the VM, what the guest finds at boot      devices.c  the serial port, the probe, port dispatch
  * vcpu.c     vCPU threads: run, handle exits, pause         ticker.c   the device with a timer on the guest's clock
  * migrate.c  everything that has to do with vmig            hash.c     a file with one hash per guest page
- * main.c     options and the line protocol                  guest.c    what runs inside */
+ * main.c     options and the line protocol                  guest.c    what runs inside
+ * firmware.c a machine for a firmware image instead */
 #ifndef VMM_H
 #define VMM_H
 #include "guest.h"
@@ -75,10 +76,19 @@ struct machine {
     struct vmig *migration;
 };
 
+struct firmware {
+    size_t len;                                         /* whole pages */
+    uint8_t bytes[64 * 1024];
+};
+#define RAM_LOW_MAX 0xc0000000ull                       /* the PCI hole lies between here and 4 GiB */
+#define FIRMWARE_LOW_END 0x100000ull
+#define FIRMWARE_END 0x100000000ull
+
 struct machine_config {
     uint64_t mem_bytes;
     unsigned vcpus;
     bool shared;
+    const struct firmware *firmware;                    /* NULL: a machine for the built-in guest */
 };
 
 enum machine_fill { FILL_UNTOUCHED, FILL_ZERO, FILL_PATTERN, FILL_RANDOM };
@@ -89,6 +99,11 @@ int machine_boot(struct machine *vm, const struct boot_info *knobs, enum machine
 void machine_destroy(struct machine *vm);
 uint8_t *machine_host(struct machine *vm, uint64_t gpa);        /* NULL where there is no RAM */
 void machine_die(int status, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
+
+/* firmware.c */
+int firmware_read(struct firmware *firmware, const char *path);
+void firmware_blocks(struct machine *vm, const struct machine_config *config);
+void firmware_boot(struct machine *vm, const struct firmware *firmware);
 
 /* vcpu.c */
 int vcpu_create(struct machine *vm, unsigned index);
@@ -118,6 +133,8 @@ int migrate_setup(struct machine *vm);
 void migrate_teardown(struct machine *vm);
 int migrate_command(struct machine *vm, const char *verb, const char *argument);        /* -ENOENT: not ours */
 int migrate_listen(struct machine *vm, const char *uri);
+int migrate_set(struct machine *vm, const char *name_and_value);       /* an option of the library, "NAME VALUE" */
+const char *migrate_error(void);                                        /* why this thread's last call failed */
 int migrate_pause(struct machine *vm);
 int migrate_resume(struct machine *vm);
 int migrate_event_fd(struct machine *vm);

@@ -169,13 +169,15 @@ pub unsafe extern "C" fn vmig_get_u64(input: *mut vmig_reader) -> u64 {
     u64::from_be_bytes(unsafe { take(input) })
 }
 
-/// Bytes of the body that were not read yet; 0 for NULL.
+/// Bytes of the body that can still be read: those that were not read yet; 0 after an error, so that a loop over what is
+/// left ends; 0 for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_reader_left(input: *mut vmig_reader) -> usize {
     let mut left = 0;
     enter("vmig_reader_left", || {
         // SAFETY: the C contract of readers.
-        left = unsafe { reader(input) }?.left();
+        let reader = unsafe { reader(input) }?;
+        left = if reader.error().is_some() { 0 } else { reader.left() };
         Ok(0)
     });
     left

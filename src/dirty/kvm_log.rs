@@ -157,8 +157,11 @@ impl Tracker for KvmLog {
     fn stop(&self) {
         for logged in self.lock().iter_mut() {
             logged.uncleared.clear();
-            // A slot that is gone needs no switching off; the guest runs on either way.
-            let _ = self.set_logging(&logged.slot, false);
+            // Setting a slot makes it, so one that the VMM deleted or changed meanwhile must be left alone. Whatever
+            // fails here, the guest runs on.
+            if self.switch.is_some() || self.vm.get_dirty_log(logged.slot.slot, &mut logged.log).is_ok() {
+                let _ = self.set_logging(&logged.slot, false);
+            }
         }
     }
 

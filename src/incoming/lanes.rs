@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Job;
+use super::ahead::{Ahead, Scout};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::{Block, PAGE};
@@ -79,7 +80,7 @@ impl Shared {
 
 impl Lanes {
     /// Starts a thread for each channel.
-    pub(super) fn start(job: &Job, channels: Vec<Arc<dyn Channel>>) -> Result<Self> {
+    pub(super) fn start(job: &Job, channels: Vec<Arc<dyn Channel>>, ahead: Option<&Ahead>) -> Result<Self> {
         let blocks = job.ram.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b))).collect();
         let shared = Arc::new(Shared {
             state: Mutex::default(),
@@ -98,15 +99,15 @@ impl Lanes {
             if std::mem::replace(&mut seen[usize::from(id)], true) {
                 return Err(Error::invalid(format!("two channels have the id {id}")));
             }
-            lanes.add(job, id, channel)?;
+            lanes.add(job, id, channel, ahead.map(Ahead::scout))?;
         }
         Ok(lanes)
     }
 
-    fn add(&mut self, job: &Job, id: u8, channel: Arc<dyn Channel>) -> Result<()> {
+    fn add(&mut self, job: &Job, id: u8, channel: Arc<dyn Channel>, scout: Option<Scout>) -> Result<()> {
         let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
         let body = move || {
-            let mut lane = Lane { shared: &shared, channel: wire.as_ref(), header: Header::default() };
+            let mut lane = Lane { shared: &shared, channel: wire.as_ref(), header: Header::default(), scout };
             if let Err(error) = lane.work() {
                 shared.fail(error.in_section(NAME).context(format_args!("channel {id}")));
             }
@@ -184,6 +185,7 @@ struct Lane<'a> {
     shared: &'a Shared,
     channel: &'a dyn Channel,
     header: Header,
+    scout: Option<Scout>,
 }
 
 impl Lane<'_> {
@@ -235,6 +237,9 @@ impl Lane<'_> {
         let mut rooms = Vec::with_capacity(whole.len());
         for run in whole.chunk_by(|a, b| a + 1 == *b) {
             rooms.push(block.room(run[0], run.len()));
+        }
+        if let Some(scout) = &self.scout {
+            scout.saw_packet(block, whole);
         }
         self.fill(&mut rooms)?;
         for page in zeros {

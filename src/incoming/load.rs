@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use super::ahead::Scout;
 use super::lanes::Lanes;
 use super::receiver::RamReceiver;
 use super::{Job, Peer};
@@ -43,12 +44,18 @@ pub(super) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(job: &'a Job, peer: &'a mut Peer, lanes: Option<Lanes>, meet_each_section: bool) -> Self {
+    pub(super) fn new(
+        job: &'a Job,
+        peer: &'a mut Peer,
+        scout: Option<Scout>,
+        lanes: Option<Lanes>,
+        meet_each_section: bool,
+    ) -> Self {
         Self {
             job,
             peer,
             bindings: Bindings::new(job.sections.clone()),
-            ram: RamReceiver::new(&job.ram),
+            ram: RamReceiver::new(&job.ram, scout),
             ram_id: None,
             lanes,
             meet_each_section,
@@ -92,7 +99,7 @@ impl<'a> Loader<'a> {
     fn elements(&mut self, input: &mut StreamInput) -> Result<()> {
         loop {
             self.job.status.check()?;
-            match stream::read_element(input)? {
+            match self.next_element(input)? {
                 Element::Start(id, name) => self.named(input, id, &name, Part::Start)?,
                 Element::Full(id, name) => self.named(input, id, &name, Part::Full)?,
                 Element::Part(id) => self.numbered(input, id, Part::Iterate)?,
@@ -103,6 +110,11 @@ impl<'a> Loader<'a> {
             self.publish(input.position());
         }
         stream::read_description(input)?;
+        let extra = input.buffered();
+        if extra > 0 {
+            let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());
+            return Err(Error::invalid(text));
+        }
         self.publish(input.position());
         if let Some(clock_ns) = self.clock_ns {
             self.job.vmm.set_clock_ns(clock_ns)?;
@@ -118,6 +130,17 @@ impl<'a> Loader<'a> {
         counters.transferred.store(position + received, Ordering::Relaxed);
         counters.normal_pages.store(normal + more_normal, Ordering::Relaxed);
         counters.zero_pages.store(zero + more_zero, Ordering::Relaxed);
+    }
+
+    /// A QEMU that may not open the channels of its multifd hangs up before it sends a section.
+    fn next_element(&self, input: &mut StreamInput) -> Result<Element> {
+        stream::read_element(input).map_err(|error| match (error.errno(), self.ram_id) {
+            (libc::EIO, None) => Error::new(
+                libc::EIO,
+                format!("{error}: the source left before its first section; if it is QEMU, switch multifd off there"),
+            ),
+            _ => error,
+        })
     }
 
     /// START or FULL: binds the id and loads the body.
@@ -186,7 +209,8 @@ impl<'a> Loader<'a> {
         match command {
             Command::OpenReturnPath => {
                 self.peer.listens = true;
-                if self.job.options.on(crate::options::Opt::SwitchoverAck) {
+                // A vmig may get one unasked, so that setting the option at the source is enough.
+                if self.peer.is_vmig || self.job.options.on(crate::options::Opt::SwitchoverAck) {
                     self.peer.reply(&Reply::SwitchoverAck)?;
                 }
                 Ok(())

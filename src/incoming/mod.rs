@@ -1,5 +1,6 @@
 //! The destination half: listen, compare what both sides have, load, take over.
 
+mod ahead;
 mod door;
 mod lanes;
 mod load;
@@ -23,6 +24,7 @@ use crate::wire::input::Input;
 use crate::wire::packet;
 use crate::wire::reply::{self, Reply};
 use crate::wire::stream;
+use ahead::Ahead;
 use door::Door;
 use lanes::Lanes;
 use load::Loader;
@@ -60,7 +62,9 @@ fn attempt(job: &Job, listener: Listener) -> Result<()> {
     let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
     job.status.advance(State::Active)?;
     let mut peer = Peer::new(job, channel);
-    let result = load_all(job, door, &mut peer);
+    // Ends after the guest was started: waiting for a thread is not for the blackout.
+    let ahead = Ahead::start(job);
+    let result = load_all(job, door, &mut peer, ahead.as_ref());
     if let Err(error) = &result {
         let error = job.status.cause(error.clone()).on_side("destination");
         peer.say_why(&error);
@@ -127,7 +131,7 @@ impl Peer {
 }
 
 /// Receives everything up to the handover. True: the guest ran at the source.
-fn load_all(job: &Job, mut door: Door, peer: &mut Peer) -> Result<bool> {
+fn load_all(job: &Job, mut door: Door, peer: &mut Peer, ahead: Option<&Ahead>) -> Result<bool> {
     let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
     let parallel = match first == hello::MAGIC.to_be_bytes() {
@@ -140,15 +144,16 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer) -> Result<bool> {
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            Some(Lanes::start(job, channels)?)
+            Some(Lanes::start(job, channels, ahead)?)
         }
     };
     // Nobody else is expected: from here on the system refuses connections.
     drop(door);
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
-    let mut loader = Loader::new(job, peer, lanes, parallel.meet_each_section);
-    let running = loader.load(&mut input)?;
+    let scout = ahead.map(Ahead::scout);
+    let mut loader = Loader::new(job, peer, scout, lanes, parallel.meet_each_section);
+    let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
     // From here on the source may learn that we have the guest: no way back.
     job.status.commit()?;
     if peer.listens {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::ahead::Scout;
 use super::lanes::Lanes;
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
@@ -19,12 +20,14 @@ pub(super) struct RamReceiver {
     last: Option<Arc<Block>>,
     normal: u64,
     zero: u64,
+    /// Has memory prepared ahead.
+    scout: Option<Scout>,
 }
 
 impl RamReceiver {
-    pub(super) fn new(list: &RamList) -> Self {
+    pub(super) fn new(list: &RamList, scout: Option<Scout>) -> Self {
         let blocks = list.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b)));
-        Self { blocks: blocks.collect(), last: None, normal: 0, zero: 0 }
+        Self { blocks: blocks.collect(), last: None, scout, normal: 0, zero: 0 }
     }
 
     /// Takes one body.
@@ -49,6 +52,9 @@ impl RamReceiver {
                 Record::Page { name, offset } => {
                     let (block, page) = self.page(at, name, offset)?;
                     input.page(|bytes| block.write_page(page, bytes))?;
+                    if let (Some(scout), Some(block)) = (&mut self.scout, &self.last) {
+                        scout.saw(block, page);
+                    }
                     self.normal += 1;
                 }
             }

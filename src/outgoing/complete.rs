@@ -21,23 +21,24 @@ use crate::wire::stream;
 impl Migration<'_> {
     /// Stops the guest and hands it over.
     pub(super) fn complete(&mut self, stopped: &mut bool) -> Result<Outcome> {
-        let running = self.job.vmm.is_running();
         let stop = self.job.vmm.stop(StopReason::Migration).map_err(|e| e.in_phase("stop"))?;
         *stopped = true;
         let took = std::time::Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
         store_time(&self.job.status.counters.stop, took);
-        let devices = self.save_devices(running).map_err(|e| e.in_phase("save"))?;
+        let devices = self.save_devices().map_err(|e| e.in_phase("save"))?;
         self.send_rest(&devices).map_err(|e| e.in_phase("complete"))?;
         self.hand_over(&stop)
     }
 
     /// END bodies, device bodies and the description, into one buffer. The big lock covers just this.
-    fn save_devices(&mut self, running: bool) -> Result<Vec<u8>> {
+    fn save_devices(&mut self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let clock_ns = self.job.vmm.clock_ns();
         {
             let _bql = self.job.vmm.bql().guard()?;
-            self.sections.complete(&mut bytes, clock_ns, running)?;
+            // Asked as late as it can be: a pause that comes during the switchover travels too.
+            let runs = || self.job.vmm.reasons().without(StopReason::Migration).is_empty();
+            self.sections.complete(&mut bytes, clock_ns, runs)?;
         }
         let description = self.sections.description(&self.job.options.machine());
         stream::put_end_of_stream(&mut bytes, &description)?;
@@ -57,9 +58,10 @@ impl Migration<'_> {
             self.job.status.check()?;
         }
         self.sender.end_section(&mut self.out, true)?;
-        self.job.dirty.check_quiet(&set)?;
         let (_, rest) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
-        self.write(rest)
+        self.write(rest)?;
+        // As late as it can still be undone: a write that is not seen here is one the destination never gets.
+        self.job.dirty.check_quiet(&set)
     }
 
     /// The last byte, and what the destination makes of it.

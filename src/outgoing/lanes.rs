@@ -14,8 +14,8 @@ use crate::options::Opt;
 use crate::ram::Block;
 use crate::sys::io::Piece;
 use crate::thread::Handle;
+use crate::transport::Channel;
 use crate::transport::stream::StreamOutput;
-use crate::transport::{self, Channel};
 use crate::wire::packet::{self, Header, PAGES_MAX};
 
 /// Batches waiting or under way, for each lane: one on the wire, one that waits for it.
@@ -142,7 +142,7 @@ impl Lanes {
     }
 
     fn add(&mut self, job: &Job, id: u8) -> Result<()> {
-        let channel = transport::connect(&job.uri, &job.wake, job.options.time(Opt::ConnectTimeout))?;
+        let channel = job.target.connect(&job.wake, job.options.time(Opt::ConnectTimeout))?;
         let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
         let body = move || {
             run(&shared, wire, id);

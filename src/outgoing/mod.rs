@@ -24,8 +24,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
-use crate::transport::uri::Uri;
-use crate::transport::{self, Channel};
+use crate::transport::{Channel, Target};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::command::Command;
 use crate::wire::{hello, stream};
@@ -47,7 +46,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Job {
     /// Where to.
-    pub uri: Uri,
+    pub target: Target,
     /// Guest RAM at the start.
     pub ram: RamList,
     /// Sections at the start.
@@ -100,7 +99,11 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
             job.status.end_unknown(error);
         }
         Err(error) => {
+            let phase = error.place().phase.clone();
             let mut error = job.status.cause(error);
+            if let Some(phase) = phase {
+                error = error.in_phase(&phase);
+            }
             if stopped && let Err(second) = resume(&job.vmm) {
                 let text =
                     format!("{error}; and the guest stays paused here, because it could not be resumed: {second}");
@@ -123,7 +126,7 @@ fn resume(vmm: &Vmm) -> Result<()> {
 /// Everything between connecting and the outcome. What was set up is undone on every path.
 fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
     let limit = job.options.time(Opt::ConnectTimeout);
-    let channel = transport::connect(&job.uri, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
+    let channel = job.target.connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
     let mut migration = Migration::new(job, Arc::clone(&channel))?;
     let result = migration.phases(stopped);
     migration.hang_up(result)
@@ -140,6 +143,7 @@ struct Migration<'a> {
     sender: RamSender,
     rate: Rate,
     accounted: u64,
+    pings: u32,
     begun: Instant,
     last_sync: Instant,
 }
@@ -164,6 +168,7 @@ impl<'a> Migration<'a> {
             ),
             rate: Rate::new(Duration::ZERO),
             accounted: 0,
+            pings: 0,
             begun: Instant::now(),
             last_sync: Instant::now(),
         })
@@ -188,6 +193,10 @@ impl<'a> Migration<'a> {
     /// Between two vmigs: both sides compare what they have. Then the header, and the return path.
     fn greet(&mut self) -> Result<()> {
         let two_way = self.channel.is_two_way();
+        if !two_way && self.job.options.on(Opt::SwitchoverAck) {
+            let text = "switchover-ack needs a destination that can answer; a pipe or a file cannot";
+            return Err(Error::invalid(text));
+        }
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
         if two_way && self.job.options.get(Opt::Peer) == 0 {
             let mut bytes = Vec::new();
@@ -208,7 +217,8 @@ impl<'a> Migration<'a> {
         stream::put_header(&mut bytes, &self.job.options.machine())?;
         if two_way && self.job.options.on(Opt::ReturnPath) {
             stream::put_command(&mut bytes, Command::OpenReturnPath);
-            stream::put_command(&mut bytes, Command::Ping(1));
+            self.pings += 1;
+            stream::put_command(&mut bytes, Command::Ping(self.pings));
             self.replies = Some(Replies::start(self.job, answers)?);
         }
         self.write(&bytes)
@@ -221,9 +231,9 @@ impl<'a> Migration<'a> {
             // A QEMU has no channels unless it was told, and so must we be.
             return 0;
         }
-        match self.job.uri {
-            Uri::Tcp { .. } | Uri::Unix { .. } => options.channels(),
-            Uri::Fd(_) => 0,
+        match self.job.target {
+            Target::Address(_) => options.channels(),
+            Target::Ready(_) => 0,
         }
     }
 
@@ -262,6 +272,7 @@ impl<'a> Migration<'a> {
     fn iterate(&mut self) -> Result<()> {
         let live = &self.job.live;
         let mut policy = Convergence::new(live.get(Opt::ConvergenceRounds), live.time(Opt::ConvergenceTime));
+        let mut near = false;
         loop {
             self.job.status.check()?;
             if !self.wait_for_budget()? {
@@ -276,17 +287,36 @@ impl<'a> Migration<'a> {
             if self.dirty_pages() > 0 || sections_left > self.threshold() {
                 continue;
             }
+            if near {
+                self.let_destination_catch_up()?;
+            }
             self.sync()?;
             let pending = self.pending()?;
             let threshold = self.threshold();
-            let allowed = self.may_switch_over();
-            if policy.decide(self.now(), pending, threshold) && allowed {
+            let allowed = self.may_switch_over()?;
+            if policy.decide(self.now(), pending, threshold) && allowed && near {
                 return Ok(());
             }
-            if pending == 0 {
+            // What still waits in sockets is sent, but not there: it must not be waited for with the guest stopped.
+            let caught_up = std::mem::replace(&mut near, pending <= threshold);
+            if pending == 0 && caught_up {
                 io::sleep(&*self.job.wake, NAP)?;
             }
         }
+    }
+
+    /// Waits until the destination has loaded what was sent so far, where it can tell.
+    fn let_destination_catch_up(&mut self) -> Result<()> {
+        let Some(replies) = &self.replies else { return Ok(()) };
+        self.pings = self.pings.wrapping_add(1);
+        let mut bytes = Vec::new();
+        stream::put_command(&mut bytes, Command::Ping(self.pings));
+        self.out.write(&bytes)?;
+        let deadline = Instant::now() + self.job.options.time(Opt::StallTimeout);
+        while !replies.has_caught_up(self.pings, SLICE) && Instant::now() < deadline {
+            self.job.status.check()?;
+        }
+        Ok(())
     }
 
     /// Waits while the window's budget is used up. False: the window just ended, look again.
@@ -363,9 +393,15 @@ impl<'a> Migration<'a> {
         }
     }
 
-    fn may_switch_over(&self) -> bool {
-        let wanted = self.job.options.on(Opt::SwitchoverAck);
-        !wanted || self.replies.as_ref().is_some_and(Replies::acknowledged)
+    /// A destination that refuses us may just hang up; after the handover nobody could tell that from a lost answer.
+    fn may_switch_over(&self) -> Result<bool> {
+        let Some(replies) = &self.replies else { return Ok(true) };
+        let limit = self.job.options.time(Opt::StallTimeout);
+        if !replies.answered() && self.begun.elapsed() > limit {
+            let text = format!("the destination did not answer within {} seconds", limit.as_secs_f32());
+            return Err(Error::new(libc::ETIMEDOUT, text));
+        }
+        Ok(replies.answered() && (!self.job.options.on(Opt::SwitchoverAck) || replies.acknowledged()))
     }
 
     fn dirty_pages(&self) -> usize {

@@ -24,6 +24,8 @@ pub(super) enum Verdict {
 #[derive(Debug, Default)]
 struct Heard {
     acknowledged: bool,
+    /// The last ping that was answered.
+    pong: u32,
     shut: Option<u32>,
     error: Option<Error>,
     ended: Option<Error>,
@@ -66,7 +68,7 @@ impl Shared {
             let reply = reply::read(input);
             let mut heard = self.lock();
             match reply {
-                Ok(Reply::Pong(_)) => (),
+                Ok(Reply::Pong(number)) => heard.pong = number,
                 Ok(Reply::SwitchoverAck) => heard.acknowledged = true,
                 Ok(Reply::Error(error)) => heard.error = Some(error),
                 Ok(Reply::Shut(code)) => heard.shut = Some(code),
@@ -133,9 +135,19 @@ impl Replies {
         Ok(Self { shared, thread })
     }
 
+    /// Whether the destination answered the PING: it accepts us, and from here on says so when it fails.
+    pub(super) fn answered(&self) -> bool {
+        self.shared.lock().pong != 0
+    }
+
     /// Whether the destination agreed to the switchover.
     pub(super) fn acknowledged(&self) -> bool {
         self.shared.lock().acknowledged
+    }
+
+    /// Waits until ping `number` was answered, at most for `limit`. False: not yet.
+    pub(super) fn has_caught_up(&self, number: u32, limit: Duration) -> bool {
+        self.shared.wait(limit, |h| h.pong == number || h.shut.is_some() || h.ended.is_some()).pong == number
     }
 
     /// The last word after the handover was sent; waits at most `limit` for it.

@@ -17,6 +17,8 @@ const GLOBAL_STATE_ID: u32 = 2;
 #[derive(Debug)]
 pub(super) struct SectionSaver<'a> {
     entries: &'a [Entry],
+    /// Which of them take part: asked once, so that a section does not leave in the middle.
+    takes_part: Vec<bool>,
     /// How many `setup` calls were tried: those are the ones to clean up.
     set_up: usize,
     devices: Vec<Value>,
@@ -28,13 +30,26 @@ fn name_of(entry: &Entry) -> SectionName {
 
 impl<'a> SectionSaver<'a> {
     pub(super) fn new(entries: &'a [Entry]) -> Self {
-        Self { entries, set_up: 0, devices: Vec::new() }
+        Self { entries, takes_part: vec![false; entries.len()], set_up: 0, devices: Vec::new() }
     }
 
-    /// Entries with state, of active sections.
-    fn active(&self) -> impl Iterator<Item = (&'a Entry, &'a dyn Section)> + use<'a> {
-        let sections = self.entries.iter().filter_map(|e| Some((e, e.section()?.as_ref())));
-        sections.filter(|(_, section)| section.is_active())
+    /// Asks every section whether it takes part and is ready: the first refusal is the migration's. \[bql\]
+    pub(super) fn prepare(&mut self) -> Result<()> {
+        for (entry, takes_part) in self.entries.iter().zip(&mut self.takes_part) {
+            if let Some(section) = entry.section()
+                && section.is_active()
+            {
+                *takes_part = true;
+                section.prepare().map_err(|e| e.in_section(&entry.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sections that take part.
+    fn active(&self) -> impl Iterator<Item = (&'a Entry, &'a dyn Section)> {
+        let sections = self.entries.iter().zip(&self.takes_part).filter(|(_, takes_part)| **takes_part);
+        sections.filter_map(|(entry, _)| Some((entry, entry.section()?.as_ref())))
     }
 
     /// What the destination must know.
@@ -42,18 +57,10 @@ impl<'a> SectionSaver<'a> {
         self.active().map(|(entry, _)| name_of(entry)).collect()
     }
 
-    /// Asks every section whether it can migrate now. \[bql\]
-    pub(super) fn prepare(&self) -> Result<()> {
-        self.active().try_for_each(|(entry, section)| section.prepare().map_err(|e| e.in_section(&entry.name)))
-    }
-
     /// START of iterative sections, FULL of early ones. \[bql\]
     pub(super) fn setup(&mut self, out: &mut Vec<u8>) -> Result<()> {
         for (index, entry) in self.entries.iter().enumerate() {
-            let Some(section) = entry.section() else { continue };
-            if !section.is_active() {
-                continue;
-            }
+            let Some(section) = entry.section().filter(|_| self.takes_part[index]) else { continue };
             let id = FIRST_ID + entry.id;
             if section.is_iterative() {
                 self.set_up = index + 1;
@@ -127,7 +134,7 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// Everything that is saved with the guest stopped: END of iterative sections, FULL of devices. \[bql\]
-    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64, running: bool) -> Result<()> {
+    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64, runs: impl FnOnce() -> bool) -> Result<()> {
         for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {
             let id = FIRST_ID + entry.id;
             stream::put_end(out, id);
@@ -137,11 +144,12 @@ impl<'a> SectionSaver<'a> {
         self.builtin(out, TIMER_ID, builtin::TIMER, builtin::describe_timer(), |out| {
             builtin::put_timer(out, clock_ns);
         })?;
-        for (entry, section) in self.active().filter(|(_, s)| !s.is_iterative() && !s.is_early()) {
+        let devices: Vec<_> = self.active().filter(|(_, s)| !s.is_iterative() && !s.is_early()).collect();
+        for (entry, section) in devices {
             self.full(out, entry, section)?;
         }
         self.builtin(out, GLOBAL_STATE_ID, builtin::GLOBAL_STATE, builtin::describe_global_state(), |out| {
-            builtin::put_global_state(out, running);
+            builtin::put_global_state(out, runs());
         })
     }
 
@@ -178,8 +186,10 @@ impl<'a> SectionSaver<'a> {
 
     /// Undoes every setup that was tried, once. \[bql\]
     pub(super) fn cleanup(&mut self) {
-        for entry in &self.entries[..std::mem::take(&mut self.set_up)] {
+        let tried = std::mem::take(&mut self.set_up);
+        for (entry, takes_part) in self.entries.iter().zip(&self.takes_part).take(tried) {
             if let Some(section) = entry.section()
+                && *takes_part
                 && section.is_iterative()
             {
                 section.cleanup();

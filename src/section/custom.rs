@@ -261,7 +261,13 @@ impl Section for Custom {
         let Some(iterate) = self.ops.iterate else { return Ok(true) };
         // SAFETY: the caller of `new` vouched for the callbacks; the writer lives through the call.
         let call = |opaque, writer: &mut Writer| unsafe { iterate(opaque, writer.handle(), budget) };
-        self.write(out, "iterate", call).map(|value| value > 0)
+        let before = out.len();
+        let value = self.write(out, "iterate", call)?;
+        if out.len() == before + size_of::<u32>() {
+            // Nothing written is no body, rather than one without bytes.
+            out.truncate(before);
+        }
+        Ok(value > 0)
     }
 
     fn complete(&self, out: &mut Vec<u8>) -> Result<()> {

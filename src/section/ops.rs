@@ -60,8 +60,8 @@ pub struct vmig_section_ops {
     /// `[free]`
     pub pending_exact:
         Option<unsafe extern "C" fn(opaque: *mut c_void, must_precopy: *mut u64, can_postcopy: *mut u64) -> c_int>,
-    /// Writes the next body, about `budget` bytes at most. Positive: nothing left for now, 0: more to come. Source.
-    /// `[free]`
+    /// Writes the next body, about `budget` bytes at most; a body without a byte is not sent. Positive: nothing left for
+    /// now, 0: more to come. Source. `[free]`
     pub iterate: Option<unsafe extern "C" fn(opaque: *mut c_void, out: *mut vmig_writer, budget: u64) -> c_int>,
     /// Writes the last or only body; the guest is stopped, unless VMIG_SECTION_EARLY. Required. Source. `[bql]`
     pub complete: Option<unsafe extern "C" fn(opaque: *mut c_void, out: *mut vmig_writer) -> c_int>,

@@ -4,6 +4,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -128,6 +129,14 @@ pub fn duplicate(fd: i32) -> Result<OwnedFd> {
     // SAFETY: only borrowed for the call below; fcntl reports EBADF if the number is not open.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     fd.try_clone_to_owned().map_err(|e| Error::from_io(format!("fd {}", fd.as_raw_fd()), &e))
+}
+
+/// A pipe's end with flags of its own, not blocking: those of a copy would be shared with the caller's descriptor, whose
+/// reads and writes would begin to fail. None where the kernel does not let us.
+pub fn reopen_pipe(fd: BorrowedFd<'_>, writing: bool) -> Option<OwnedFd> {
+    let mut options = std::fs::OpenOptions::new();
+    options.read(!writing).write(writing).custom_flags(libc::O_NONBLOCK);
+    options.open(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok().map(OwnedFd::from)
 }
 
 /// Switches `O_NONBLOCK` on.

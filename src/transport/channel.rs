@@ -33,11 +33,16 @@ impl FdChannel {
 
     /// Takes a copy of a caller's descriptor, which must be open for the direction.
     pub fn of_caller(fd: i32, writing: bool, wake: &Arc<Wake>) -> Result<Self> {
-        let own = io::duplicate(fd)?;
+        let mut own = io::duplicate(fd)?;
         let (can_read, can_write) = io::access_of(own.as_fd())?;
         if writing && !can_write || !writing && !can_read {
             let what = if writing { "writing" } else { "reading" };
             return Err(Error::new(libc::EBADF, format!("fd {fd} is not open for {what}")));
+        }
+        if io::kind_of(own.as_fd())? == FdKind::Pipe
+            && let Some(pipe) = io::reopen_pipe(own.as_fd(), writing)
+        {
+            own = pipe;
         }
         Self::new(own, wake)
     }

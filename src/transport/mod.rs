@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::sys::eventfd::Wake;
-use crate::sys::io::{Piece, Room};
+use crate::sys::io::{self, Piece, Room};
 use channel::FdChannel;
 use uri::Uri;
 
@@ -36,12 +36,40 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
     fn is_two_way(&self) -> bool;
 }
 
-/// Connects to `uri`.
-pub fn connect(uri: &Uri, wake: &Arc<Wake>, limit: Duration) -> Result<Arc<dyn Channel>> {
-    Ok(match uri {
-        Uri::Tcp { .. } | Uri::Unix { .. } => Arc::new(socket::connect(uri, wake, limit)?),
-        Uri::Fd(fd) => Arc::new(FdChannel::of_caller(*fd, true, wake)?),
-    })
+/// Refuses a descriptor that is closed, before one of ours takes its number.
+pub fn check(uri: &Uri) -> Result<()> {
+    match uri {
+        Uri::Fd(fd) => io::duplicate(*fd).map(drop),
+        Uri::Tcp { .. } | Uri::Unix { .. } => Ok(()),
+    }
+}
+
+/// Where a migration goes to.
+#[derive(Debug)]
+pub enum Target {
+    /// Somebody listens there.
+    Address(Uri),
+    /// A connection that exists already.
+    Ready(Arc<FdChannel>),
+}
+
+impl Target {
+    /// Understands `uri`. A descriptor is copied at once: the caller may close its own, whose number may then be
+    /// another file's.
+    pub fn new(uri: Uri, wake: &Arc<Wake>) -> Result<Self> {
+        Ok(match uri {
+            Uri::Tcp { .. } | Uri::Unix { .. } => Target::Address(uri),
+            Uri::Fd(fd) => Target::Ready(Arc::new(FdChannel::of_caller(fd, true, wake)?)),
+        })
+    }
+
+    /// Connects.
+    pub fn connect(&self, wake: &Arc<Wake>, limit: Duration) -> Result<Arc<dyn Channel>> {
+        Ok(match self {
+            Target::Address(uri) => Arc::new(socket::connect(uri, wake, limit)?),
+            Target::Ready(channel) => Arc::clone(channel) as Arc<dyn Channel>,
+        })
+    }
 }
 
 /// What waits for a source.

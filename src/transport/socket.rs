@@ -194,7 +194,8 @@ fn remove_stale(path: &Path, address: &SockAddr) {
     if !is_socket {
         return;
     }
-    let Ok(probe) = socket(address, "probe") else { return };
+    // A socket of another type is refused by whoever listens, who does not take it for a source and wake up.
+    let Ok(probe) = Socket::new(Domain::UNIX, Type::DGRAM, None) else { return };
     if probe.connect(address).is_err_and(|e| e.raw_os_error() == Some(libc::ECONNREFUSED)) {
         let _ = std::fs::remove_file(path);
     }

@@ -147,7 +147,10 @@ pub fn join(errors: &[Error]) -> Error {
     if errors.len() == 1 {
         return first.clone();
     }
-    let list: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    let mut list: Vec<String> = errors.iter().take(ERRORS_MAX).map(ToString::to_string).collect();
+    if errors.len() > ERRORS_MAX {
+        list.push(format!("and {} more", errors.len() - ERRORS_MAX));
+    }
     let text = format!("{} differences: {}", errors.len(), list.join("; "));
     Error::new(first.errno(), text).on_side(first.place().side.as_deref().unwrap_or("destination"))
 }

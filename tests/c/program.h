@@ -1,0 +1,129 @@
+/* What the test programs share: commands on standard input, one reply each, as in c-examples/vmm. Lines that begin with
+ * "note" or "event" come unasked.                                                       SPDX: MIT OR Apache-2.0 */
+#ifndef PROGRAM_H
+#define PROGRAM_H
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vmig.h>
+
+static inline void need(int err, const char *what)
+{
+    if (err >= 0)
+        return;
+    fprintf(stderr, "%s: %s\n", what, vmig_errmsg());
+    exit(1);
+}
+
+static inline void answer(const char *verb, int err)
+{
+    if (err < 0)
+        printf("error %s: %s\n", verb, vmig_errmsg());
+    else
+        printf("ok\n");
+}
+
+static inline void answer_text(char *text)
+{
+    printf("value %s\n", text ? text : "none");
+    vmig_string_free(text);
+}
+
+static inline void answer_status(vmig *m)
+{
+    vmig_status s = VMIG_SIZED(vmig_status);
+
+    need(vmig_get_status(m, &s), "status");
+    printf("status state=%s iteration=%" PRIu64 " total=%" PRIu64 " remaining=%" PRIu64 " sent=%" PRIu64 " normal=%" PRIu64
+           " zero=%" PRIu64 " stop=%" PRIu64 " downtime=%" PRIu64 "\n", vmig_state_name(s.state), s.iteration, s.total,
+           s.remaining, s.transferred, s.normal_pages, s.zero_pages, s.stop, s.downtime);
+}
+
+static inline void answer_listening(vmig *m, const char *uri)
+{
+    char *address;
+
+    if (vmig_incoming(m, uri) < 0) {
+        answer("incoming", -1);
+        return;
+    }
+    address = vmig_get(m, "listen-address");
+    printf("listening %s\n", address ? address : uri);
+    vmig_string_free(address);
+}
+
+static inline void set_option(vmig *m, char *rest)
+{
+    char *value = rest, *name = strsep(&value, " ");
+
+    answer("set", vmig_set(m, name, value));
+}
+
+/* What every program can be told; false: not one of these. */
+static inline bool common_command(vmig *m, const char *verb, char *rest)
+{
+    if (strcmp(verb, "migrate") == 0)
+        answer(verb, vmig_outgoing(m, rest));
+    else if (strcmp(verb, "incoming") == 0)
+        answer_listening(m, rest);
+    else if (strcmp(verb, "cancel") == 0)
+        answer(verb, vmig_cancel(m));
+    else if (strcmp(verb, "pause") == 0)
+        answer(verb, vmig_stop(m));
+    else if (strcmp(verb, "resume") == 0)
+        answer(verb, vmig_start(m));
+    else if (strcmp(verb, "status") == 0)
+        answer_status(m);
+    else if (strcmp(verb, "error") == 0)
+        answer_text(vmig_get_error(m));
+    else if (strcmp(verb, "set") == 0 && rest)
+        set_option(m, rest);
+    else
+        return false;
+    return true;
+}
+
+/* Obeys until "quit" or the end of the input; own() takes what is not common and returns false for what it, too, does
+ * not know. */
+static inline void serve(vmig *m, bool (*own)(void *opaque, const char *verb, char *rest), void *opaque)
+{
+    char line[512];
+
+    while (fgets(line, sizeof line, stdin)) {
+        char *rest = line, *verb;
+        line[strcspn(line, "\n")] = '\0';
+        verb = strsep(&rest, " ");
+        if (strcmp(verb, "quit") == 0)
+            return;
+        if (!own(opaque, verb, rest) && !common_command(m, verb, rest))
+            printf("error %s: no such command\n", verb);
+    }
+}
+
+static inline uint64_t hash_bytes(const void *bytes, uint64_t len)
+{
+    const uint64_t *word = bytes;
+    uint64_t hash = 0x9e3779b97f4a7c15;
+
+    for (uint64_t i = 0; i < len / 8; i++)
+        hash = (hash ^ word[i]) * 0xff51afd7ed558ccd, hash ^= hash >> 29;
+    return hash;
+}
+
+static inline void *map_ram(uint64_t len)
+{
+    void *host = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    if (host == MAP_FAILED) {
+        perror("mmap");
+        exit(1);
+    }
+    return host;
+}
+#endif
