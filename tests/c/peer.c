@@ -322,12 +322,12 @@ static int run(struct machine *vm, char **settings, const char *uri)
     err = move(vm, uri);
     if (err < 0)
         fprintf(stderr, "peer: %s\n", vmig_errmsg());
-    vmig_free(vm->m);
-    pthread_mutex_lock(&vm->lock);
+    pthread_mutex_lock(&vm->lock);      /* the guest first: it calls vmig_dirty() as long as it runs */
     vm->quit = true;
     pthread_cond_broadcast(&vm->changed);
     pthread_mutex_unlock(&vm->lock);
     pthread_join(vm->thread, NULL);
+    vmig_free(vm->m);
     munmap(vm->ram, vm->bytes);
     return err;
 }
