@@ -111,13 +111,13 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    /// A QEMU that may not open the channels of its multifd hangs up before it sends a section.
+    /// A QEMU that may not open the channels of its multifd hangs up, or waits, before it sends a section.
     fn next_element(&self, input: &mut StreamInput) -> Result<Element> {
         stream::read_element(input).map_err(|error| match (error.errno(), self.ram_id) {
-            (libc::EIO, None) => Error::new(
-                libc::EIO,
-                format!("{error}: the source left before its first section; if it is QEMU, switch multifd off there"),
-            ),
+            (libc::EIO | libc::ETIMEDOUT | libc::ECONNRESET, None) => {
+                let hint = "nothing came of the first section; if the source is QEMU, switch multifd off there";
+                Error::new(error.errno(), format!("{error}: {hint}"))
+            }
             _ => error,
         })
     }

@@ -271,8 +271,8 @@ static int move(struct machine *vm, const char *uri)
     char *address;
     int err;
 
-    if (!vm->arriving && ((err = vmig_start(vm->m)) < 0 || (vm->pause && (err = vmig_stop(vm->m)) < 0)))
-        return err;
+    if (!vm->arriving && ((err = vmig_start(vm->m)) < 0 || !guest_runs(vm) || (vm->pause && (err = vmig_stop(vm->m)) < 0)))
+        return -1;
     if ((err = vm->arriving ? vmig_incoming(vm->m, uri) : vmig_outgoing(vm->m, uri)) < 0)
         return err;
     address = vm->arriving ? vmig_get(vm->m, "listen-address") : NULL;
