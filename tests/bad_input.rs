@@ -545,7 +545,7 @@ fn a_source_outlives_any_destination() {
 #[test]
 fn an_answer_that_is_lost_is_left_to_the_operator() {
     let mut source = Vmm::source(&[]);
-    let mut takes_all = |source: &mut Vmm| {
+    let takes_all = |source: &mut Vmm| {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         source.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
         let (mut stream, _) = listener.accept().unwrap();

@@ -97,7 +97,7 @@ impl Peer {
         // The source may be gone; then there is nobody to tell.
         let _ = self.last_words(error);
         self.channel.close_write();
-        if self.listens {
+        if self.hears() {
             let mut drain = vec![0; 64 << 10];
             let deadline = Instant::now() + LINGER;
             while let Some(left) = deadline.checked_duration_since(Instant::now()) {
@@ -109,8 +109,13 @@ impl Peer {
         self.channel.shutdown();
     }
 
+    /// A vmig listens from its hello on, before its stream says so.
+    fn hears(&self) -> bool {
+        self.listens || self.is_vmig
+    }
+
     fn last_words(&mut self, error: &Error) -> Result<()> {
-        if !self.listens {
+        if !self.hears() {
             return Ok(());
         }
         if self.is_vmig {
