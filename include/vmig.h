@@ -218,8 +218,8 @@ int vmig_bql_wake(vmig *m);
 int vmig_get_bql_stats(vmig *m, vmig_bql_stats *stats);
 
 /* Pauses the guest for the user: calls the stop hook and the run-state handlers on this thread, unless it is stopped
- * already. A pause during a migration travels: the guest arrives paused. -EDEADLK from inside a hook or a handler.
- * [free] */
+ * already. A pause during a migration travels: the guest arrives paused. -EBUSY for the moment between the saving of
+ * the run state and the handover; -EDEADLK from inside a hook or a handler. [free] */
 int vmig_stop(vmig *m);
 
 /* Takes the user's pause back, and runs the guest if nothing else keeps it stopped: calls the run-state handlers and

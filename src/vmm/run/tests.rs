@@ -294,6 +294,19 @@ fn a_guest_arrives_where_none_runs() {
 }
 
 #[test]
+fn the_user_has_no_say_between_the_saved_run_state_and_the_handover() {
+    let (_world, vmm) = rig(Reasons::NONE);
+    vmm.stop(Migration).unwrap();
+    vmm.stop(User).unwrap();
+    assert_eq!(vmm.seal().unwrap(), Reasons::from(User).with(Migration));
+    assert_eq!(vmm.start(User).unwrap_err().errno(), libc::EBUSY);
+    assert_eq!(vmm.stop(User).unwrap_err().errno(), libc::EBUSY);
+    vmm.stop(NotOwner).unwrap();
+    vmm.unseal();
+    vmm.stop(User).unwrap();
+}
+
+#[test]
 fn a_pause_during_a_migration_is_kept() {
     let (world, vmm) = rig(Reasons::NONE);
     vmm.stop(Migration).unwrap();
