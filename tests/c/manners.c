@@ -98,15 +98,17 @@ static unsigned first_fd, looked;
  * and must reach the VMM's handler, which may be what backs guest RAM. */
 static void signals_blocked(void)
 {
-    static const int faults[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL };
+    static const int faults[] = { SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP };
     sigset_t mask;
 
     CHECK(pthread_sigmask(SIG_SETMASK, NULL, &mask) == 0, "mask");
     for (int i = 1; i < 65; i++) {
         bool fault = false;
-        for (unsigned f = 0; f < 4; f++)
+        for (unsigned f = 0; f < sizeof faults / sizeof *faults; f++)
             fault |= faults[f] == i;
-        if (!fault && i != SIGKILL && i != SIGSTOP && i != 32 && i != 33)
+        if (fault)
+            CHECK(sigismember(&mask, i) == 0, "signal %d must reach the VMM's handler", i);
+        else if (!fault && i != SIGKILL && i != SIGSTOP && i != 32 && i != 33)
             CHECK(sigismember(&mask, i) == 1, "signal %d may land on a thread of the library", i);
     }
 }
