@@ -1,6 +1,8 @@
 //! Addresses that cannot be used, and what may be found at those that can.
 //! The VMM is `c_program("hostile")`, which also makes tests/run repeat this file under AddressSanitizer.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::fs;

@@ -1,6 +1,8 @@
 //! Streams and peers that are not what they should be: a clear error with its place, and everybody goes on.
 //! The VMM is `c_program("hostile")`, which also makes tests/run repeat this file under AddressSanitizer.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Every function of the header refuses what it must refuse, says why, and changes nothing.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::collections::BTreeSet;
