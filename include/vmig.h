@@ -682,9 +682,13 @@ int vmig_outgoing(vmig *m,
  * unix socket can be connected to by its owner only. Accepts one source. When the guest has arrived it is started
  * through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
  *
+ * If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
+ * and vmig_start() runs it.
+ *
  * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
  * something blocks migration, or a guest runs here (vmig_stop() it). */
-int vmig_incoming(vmig *m, const char *uri);
+int vmig_incoming(vmig *m,
+                  const char *uri);
 
 /* Asks a migration that runs to end; the guest goes on at the source. Returns at once, and 0 also if none runs; the
  * state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over. [any][cb] */

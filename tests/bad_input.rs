@@ -502,7 +502,7 @@ fn a_destination_outlives_any_source() {
         assert_eq!((look.state.as_str(), &look.error["errno"]), ("failed", &json!(errno)), "{seen}");
         assert!(look.message().contains(words), "{seen}");
         assert!(!look.message().contains(char::is_control) && look.message().len() < 100_000, "{seen}");
-        assert_eq!((look.reasons, there.ask("starts").as_str()), (8, "0"), "{name}: it did not start");
+        assert_eq!((look.reasons != 0, there.ask("starts").as_str()), (true, "0"), "{name}: it did not start");
     }
     let address = there.listen("tcp::0");
     let mut source = Vmm::source(&[]);

@@ -1,5 +1,6 @@
 //! The load loop: reads element after element and gives each body to whom it belongs.
 
+use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 
 use super::ahead::Scout;
@@ -32,9 +33,13 @@ pub(super) struct Loader<'a> {
     bindings: Bindings,
     ram: RamReceiver,
     ram_id: Option<u32>,
+    /// Ids of iterative sections that had their END.
+    ended: HashSet<u32>,
     clock_ns: Option<u64>,
     /// As the source said; a stream that says nothing is of a running guest.
     running: bool,
+    /// Which sections take part: asked once.
+    takes_part: Vec<bool>,
     /// How many sections were told to prepare: those are told the end.
     set_up: usize,
 }
@@ -47,8 +52,10 @@ impl<'a> Loader<'a> {
             bindings: Bindings::new(job.sections.clone()),
             ram: RamReceiver::new(&job.ram, scout),
             ram_id: None,
+            ended: HashSet::new(),
             clock_ns: None,
             running: true,
+            takes_part: vec![false; job.sections.len()],
             set_up: 0,
         }
     }
@@ -67,6 +74,7 @@ impl<'a> Loader<'a> {
         let _bql = self.job.vmm.bql().guard()?;
         for (index, entry) in self.job.sections.iter().enumerate() {
             if let Some(section) = entry.section() {
+                self.takes_part[index] = section.is_active();
                 self.set_up = index + 1;
                 section.load_setup().map_err(|e| e.in_section(&entry.name))?;
             }
@@ -99,6 +107,7 @@ impl<'a> Loader<'a> {
             counters.transferred.store(input.position(), Ordering::Relaxed);
         }
         stream::read_description(input)?;
+        self.check_complete()?;
         let extra = input.buffered();
         if extra > 0 {
             let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());
@@ -107,6 +116,15 @@ impl<'a> Loader<'a> {
         self.job.status.counters.transferred.store(input.position(), Ordering::Relaxed);
         if let Some(clock_ns) = self.clock_ns {
             self.job.vmm.set_clock_ns(clock_ns)?;
+        }
+        Ok(())
+    }
+
+    /// Everything that is registered here must have arrived.
+    fn check_complete(&self) -> Result<()> {
+        self.bindings.check_complete(&self.takes_part, |id| self.ended.contains(&id))?;
+        if self.ram_id.is_none() && self.job.ram.iter().any(|b| b.is_sent()) {
+            return Err(Error::new(libc::ENOENT, "the stream has no guest RAM").in_section(ram::NAME));
         }
         Ok(())
     }
@@ -171,6 +189,9 @@ impl<'a> Loader<'a> {
         let (entry, section, version) = self.bindings.find(id)?;
         let apply = section.parse(part, version, input).map_err(|e| at_byte(e, &entry.name, at))?;
         apply_locked(self.job, apply).map_err(|e| at_byte(e, &entry.name, at))?;
+        if part == Part::End {
+            self.ended.insert(id);
+        }
         stream::read_footer(input, id, &entry.name)
     }
 

@@ -16,6 +16,7 @@ use crate::sys::eventfd::Wake;
 use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, Listener};
+use crate::vmm::run::Before;
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::hello::{self, Answer, Hello};
 use crate::wire::input::Input;
@@ -42,23 +43,29 @@ pub struct Job {
     pub options: Options,
     /// Threads of the guest.
     pub threads: Arc<Threads>,
+    /// The run state before: what it is again if nobody arrives.
+    pub before: Before,
     /// Raised by cancel and by the first error.
     pub wake: Arc<Wake>,
 }
 
 /// Runs an incoming migration from start to end; the body of the thread `incoming`.
 pub fn run(job: &Job, listener: Listener) {
-    let result = attempt(job, listener).map_err(|e| job.status.cause(e));
+    let mut touched = false;
+    let result = attempt(job, listener, &mut touched).map_err(|e| job.status.cause(e));
+    if result.is_err() && !touched {
+        job.vmm.nobody_arrived(job.before);
+    }
     job.status.end(result);
 }
 
-fn attempt(job: &Job, listener: Listener) -> Result<()> {
+fn attempt(job: &Job, listener: Listener, touched: &mut bool) -> Result<()> {
     let channel = listener.accept(&job.wake).map_err(|e| e.in_phase("listen"))?;
     job.status.advance(State::Active)?;
     let mut peer = Peer::new(job, channel);
     // Ends after the guest was started: waiting for a thread is not for the blackout.
     let ahead = Ahead::start(job);
-    let result = load_all(job, &mut peer, ahead.as_ref());
+    let result = load_all(job, &mut peer, ahead.as_ref(), touched);
     if let Err(error) = &result {
         let error = job.status.cause(error.clone()).on_side("destination");
         peer.say_why(&error);
@@ -130,7 +137,7 @@ impl Peer {
 }
 
 /// Receives everything up to the handover. True: the guest ran at the source.
-fn load_all(job: &Job, peer: &mut Peer, ahead: Option<&Ahead>) -> Result<bool> {
+fn load_all(job: &Job, peer: &mut Peer, ahead: Option<&Ahead>, touched: &mut bool) -> Result<bool> {
     let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
     if first == hello::MAGIC.to_be_bytes() {
@@ -138,6 +145,7 @@ fn load_all(job: &Job, peer: &mut Peer, ahead: Option<&Ahead>) -> Result<bool> {
     }
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
+    *touched = true;
     let mut loader = Loader::new(job, peer, ahead.map(Ahead::scout));
     let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
     // From here on the source may learn that we have the guest: no way back.

@@ -121,6 +121,10 @@ pub struct RunReport {
     pub ended_ns: u64,
 }
 
+/// The run state before somebody was expected to arrive.
+#[derive(Clone, Copy, Debug)]
+pub struct Before(Reasons);
+
 /// Time the guest has run, over all hosts.
 struct Clock {
     base_ns: u64,
@@ -244,16 +248,26 @@ impl Vmm {
     /// The guest is about to arrive from elsewhere. `EBUSY` if one runs here: its memory would be overwritten.
     ///
     /// Of a fresh guest no hook is called, for it never ran.
-    pub fn expect_arrival(&self) -> Result<()> {
+    pub fn expect_arrival(&self) -> Result<Before> {
         let _run = self.enter("replace")?;
+        let before = Before(self.reasons());
         if self.is_running() && !self.fresh.load(Ordering::Relaxed) {
             let text = "the guest runs here: stop it with vmig_stop before another one may take its place";
             return Err(Error::new(libc::EBUSY, text));
         }
         self.fresh.store(false, Ordering::Relaxed);
         self.freeze_clock();
-        self.set(self.reasons().with(StopReason::NotOwner));
-        Ok(())
+        self.set(before.0.with(StopReason::NotOwner));
+        Ok(before)
+    }
+
+    /// Nobody arrived, and nothing was touched: the guest that was here is still here, and stopped.
+    pub fn nobody_arrived(&self, before: Before) {
+        let Ok(_run) = self.enter("keep") else { return };
+        if !before.0.contains(StopReason::NotOwner) {
+            let now = self.reasons().without(StopReason::NotOwner);
+            self.set(if now.is_empty() { StopReason::User.into() } else { now });
+        }
     }
 
     /// Adds a handler and returns its id, which is never 0. \[bql\]
