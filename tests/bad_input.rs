@@ -18,8 +18,10 @@ use serde_json::{Value, json};
 /// A stream as the library writes it to a file, and where it is.
 fn good_stream(dir: &Path) -> (PathBuf, Vec<u8>) {
     let path = dir.join("good");
-    let mut source = Vmm::source(&[]);
+    // Idle from its first moment, so that the pages which are zero are the same every time.
+    let mut source = Vmm::new(&[]);
     source.does("idle 1");
+    source.does("start");
     source.does(&format!("save {}", path.display()));
     assert_eq!(source.wait().state, "completed");
     source.end();
