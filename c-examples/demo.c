@@ -223,17 +223,19 @@ static void show_progress(const struct status *s, bool last)
     static uint64_t shown;
     uint64_t percent = s->total ? 100 - s->remaining * 100 / s->total : 0;
     size_t full = (size_t)(percent * WIDTH / 100);
-    char bar[WIDTH + 1];
+    char bar[WIDTH + 1], eta[16] = "   ?";
 
     if (!terminal && !last && now_ns() - shown < LINE_MS * 1000000ull)
         return;
     shown = now_ns();
+    if (s->eta != UINT64_MAX)                           /* the library's word for "not known" */
+        snprintf(eta, sizeof eta, "%4.1f", (double)s->eta / 1e9);
     memset(bar, '.', WIDTH);
     memset(bar, '#', full < WIDTH ? full : WIDTH);
     bar[WIDTH] = '\0';
-    fprintf(out, "%s  [%s] %3" PRIu64 "%%  %5.2f GB/s  dirty %5.2f GB/s  iteration %2" PRIu64 "  ETA %4.1f s%s",
+    fprintf(out, "%s  [%s] %3" PRIu64 "%%  %5.2f GB/s  dirty %5.2f GB/s  iteration %2" PRIu64 "  ETA %s s%s",
             terminal ? "\r" : "", bar, percent, (double)s->bandwidth / 1e9, (double)s->dirty_rate / 1e9, s->iteration,
-            (double)s->eta / 1e9, terminal && !last ? "  " : "\n");
+            eta, terminal && !last ? "  " : "\n");
     bar_open = terminal && !last;
     fflush(out);
 }

@@ -218,8 +218,8 @@ int vmig_bql_wake(vmig *m);
 int vmig_get_bql_stats(vmig *m, vmig_bql_stats *stats);
 
 /* Pauses the guest for the user: calls the stop hook and the run-state handlers on this thread, unless it is stopped
- * already. A pause during a migration travels: the guest arrives paused. -EDEADLK from inside a hook or a handler.
- * [free] */
+ * already. A pause during a migration travels: the guest arrives paused. -EBUSY for the moment between the saving of
+ * the run state and the handover; -EDEADLK from inside a hook or a handler. [free] */
 int vmig_stop(vmig *m);
 
 /* Takes the user's pause back, and runs the guest if nothing else keeps it stopped: calls the run-state handlers and
@@ -682,9 +682,13 @@ int vmig_outgoing(vmig *m,
  * unix socket can be connected to by its owner only. Accepts one source. When the guest has arrived it is started
  * through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
  *
+ * If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
+ * and vmig_start() runs it.
+ *
  * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
  * something blocks migration, or a guest runs here (vmig_stop() it). */
-int vmig_incoming(vmig *m, const char *uri);
+int vmig_incoming(vmig *m,
+                  const char *uri);
 
 /* Asks a migration that runs to end; the guest goes on at the source. Returns at once, and 0 also if none runs; the
  * state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over. [any][cb] */

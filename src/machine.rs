@@ -273,7 +273,7 @@ impl Machine {
         self.tell_kvm();
         let wake = Arc::new(Wake::new()?);
         let listener = transport::listen(&uri, &wake)?;
-        self.vmm.expect_arrival()?;
+        let before = self.vmm.expect_arrival()?;
         let address = listener.address().map(str::to_owned);
         let job = incoming::Job {
             ram: self.ram.list(),
@@ -282,9 +282,11 @@ impl Machine {
             status: Arc::clone(&self.status),
             options: self.options.snapshot(),
             threads: Arc::clone(&self.threads),
+            before,
             wake: Arc::clone(&wake),
         };
-        self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, listener))?;
+        let launched = self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, listener));
+        launched.inspect_err(|_| self.vmm.nobody_arrived(before))?;
         *lock(&self.listening) = address;
         Ok(())
     }

@@ -79,6 +79,9 @@ fn goes_on(shape: Shape, from: &Program, to: &Program) {
         let wanted: Vec<u32> = (first..).take(all.len()).collect();
         assert_eq!(all, wanted, "generations of vCPU {index}");
         assert!(after.first_beat > before.last_beat, "vCPU {index} ran on both sides at once");
+        // Interrupt controllers and timers go on as well; only the first vCPU has interrupts of the PIT.
+        assert_eq!((before.interrupts[0] > 0, before.interrupts[1] > 0), (index == 0, true));
+        to.await_interrupts(index, before.interrupts);
     }
 }
 

@@ -125,7 +125,7 @@ static void probe_commit(struct vcpu *vcpu, uint32_t kind)
 {
     struct probe *p = &vcpu->probe;
 
-    if (p->words != (kind == PROBE_GENERATION ? 3u : 6u))
+    if (p->words != (kind == PROBE_GENERATION ? 5u : 6u))
         machine_die(EXIT_GUEST_FAULT, "vCPU %u: report %" PRIu32 " with %" PRIu32 " words", vcpu->index, kind, p->words);
     switch (kind) {
     case PROBE_GENERATION:
@@ -134,8 +134,8 @@ static void probe_commit(struct vcpu *vcpu, uint32_t kind)
                         p->generation);
         p->generation = p->word[0];
         p->verified += p->word[1];
-        event_line(vcpu->vm, "gen %u %" PRIu32 " %" PRIu32 " %" PRIu32 " %" PRIu64 "\n", vcpu->index, p->word[0],
-                   p->word[1], p->word[2], now_ns());
+        event_line(vcpu->vm, "gen %u %" PRIu32 " %" PRIu32 " %" PRIu32 " %" PRIu64 " %" PRIu32 " %" PRIu32 "\n",
+                   vcpu->index, p->word[0], p->word[1], p->word[2], now_ns(), p->word[3], p->word[4]);
         break;
     case PROBE_BAD_PAGE: probe_fault(vcpu, "page"); break;
     case PROBE_BAD_TSC: probe_fault(vcpu, "TSC"); break;

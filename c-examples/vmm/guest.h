@@ -6,12 +6,13 @@
 enum {                                  /* guest physical addresses, all inside the first 2 MiB of ram.low */
     GUEST_GDT = 0x1000,
     GUEST_IDT = 0x2000,
-    GUEST_TSS = 0x3000,                 /* 104 bytes, then an I/O bitmap of zeros: ring 3 may use every port */
     GUEST_PAGE_TABLES = 0x10000,        /* PML4, PDPT, one page directory per GiB */
     GUEST_BOOT_INFO = 0x80000,
-    GUEST_INTERRUPTS = 0x81000,         /* one 64-bit count per vCPU, a cache line apart */
-    GUEST_HANDLERS = 0x82000,           /* one per vCPU, and what they need of an interrupt stack */
-    GUEST_INTERRUPT_STACK = 0x84000,    /* its end */
+    GUEST_INTERRUPTS = 0x81000,         /* per vCPU: interrupt stack, then the counts of PIT and APIC timer */
+    GUEST_INTERRUPT_STRIDE = 256,
+    GUEST_INTERRUPT_COUNTS = 192,       /* where the counts begin: the stack's end */
+    GUEST_TSS = 0xa0000,                /* per vCPU: 104 bytes, then an I/O bitmap of zeros: ring 3 may use every port */
+    GUEST_TSS_STRIDE = 0x3000,
     GUEST_IMAGE = 0x100000,
     GUEST_STACKS = 0x180000,            /* one per vCPU, growing down from the end of its slice */
     GUEST_STACK_SIZE = 0x4000,
@@ -32,9 +33,12 @@ enum {
     PORT_NAP = 0x630,                   /* out 32: give the CPU away for so many microseconds at most */
 };
 
+#define GUEST_APIC 0xfee00000ull        /* the local APIC's registers, in the PCI hole */
+enum { VECTOR_PIT = 0x20, VECTOR_APIC_TIMER = 0x30, GUEST_VECTORS };
+
 enum { PROBE_WORDS = 8 };
 enum {                                  /* the words of each report, low half first */
-    PROBE_GENERATION = 1,               /* generation, pages verified in it, ticker count */
+    PROBE_GENERATION = 1,               /* generation, pages verified in it, ticker count, interrupts of PIT and APIC */
     PROBE_BAD_PAGE,                     /* address, expected, found: 64 bits each */
     PROBE_BAD_TSC,                      /* last value, 0, value read now */
     PROBE_BAD_TICKER,                   /* last count, 0, count read now */

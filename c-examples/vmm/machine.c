@@ -187,9 +187,9 @@ static void fill_ram(struct machine *vm, enum machine_fill fill)
 /* 2 MiB pages for user mode, accessed and dirty from the start: the tables do not change while the guest runs. */
 static void write_page_tables(struct machine *vm)
 {
-    enum { LINK = 0x27, LEAF = 0xe7 };                  /* present, writable, user, accessed; dirty, large */
+    enum { LINK = 0x27, LEAF = 0xe7, UNCACHED = 0x10 };     /* present, writable, user, accessed; dirty, large */
     uint64_t *pml4 = (uint64_t *)(void *)machine_host(vm, GUEST_PAGE_TABLES), *pdpt = pml4 + 512;
-    uint64_t next = GUEST_PAGE_TABLES + 2 * GUEST_PAGE;
+    uint64_t next = GUEST_PAGE_TABLES + 2 * GUEST_PAGE, *apic;
 
     pml4[0] = (GUEST_PAGE_TABLES + GUEST_PAGE) | LINK;
     for (size_t b = 0; b < RAM_BLOCKS; b++)
@@ -202,6 +202,10 @@ static void write_page_tables(struct machine *vm)
             directory = (uint64_t *)(void *)machine_host(vm, pdpt[gpa / GIB] & ~0xfffull);
             directory[gpa / (2 * MIB) % 512] = gpa | LEAF;
         }
+    if (!pdpt[GUEST_APIC / GIB])
+        pdpt[GUEST_APIC / GIB] = next | LINK;
+    apic = (uint64_t *)(void *)machine_host(vm, pdpt[GUEST_APIC / GIB] & ~0xfffull);
+    apic[GUEST_APIC / (2 * MIB) % 512] = GUEST_APIC | LEAF | UNCACHED;
 }
 
 enum { CODE_SELECTOR = 0x23, DATA_SELECTOR = 0x2b, TSS_SELECTOR = 0x30, GDT_BYTES = 0x40, TSS_HEAD = 104,
@@ -210,14 +214,19 @@ enum { CODE_SELECTOR = 0x23, DATA_SELECTOR = 0x2b, TSS_SELECTOR = 0x30, GDT_BYTE
 static void write_descriptors(struct machine *vm)
 {
     uint64_t *gdt = (uint64_t *)(void *)machine_host(vm, GUEST_GDT);
-    uint8_t *tss = machine_host(vm, GUEST_TSS);
     const uint16_t bitmap_at = TSS_HEAD;
 
+    gdt[1] = 0x00af9b000000ffff;                        /* kernel code, 64 bits: for interrupts */
     gdt[CODE_SELECTOR / 8] = 0x00affb000000ffff;        /* user code, 64 bits */
     gdt[DATA_SELECTOR / 8] = 0x00cff3000000ffff;        /* user data */
     gdt[TSS_SELECTOR / 8] = (uint64_t)(TSS_BYTES - 1) | (uint64_t)GUEST_TSS << 16 | 0x8bull << 40;
-    memset(tss, 0, TSS_BYTES);                          /* the bitmap: every port allowed */
-    memcpy(tss + 102, &bitmap_at, sizeof bitmap_at);
+    for (uint64_t i = 0; i < vm->vcpus; i++) {
+        uint8_t *tss = machine_host(vm, GUEST_TSS + i * GUEST_TSS_STRIDE);
+        uint64_t stack = GUEST_INTERRUPTS + i * GUEST_INTERRUPT_STRIDE + GUEST_INTERRUPT_COUNTS;
+        memset(tss, 0, TSS_BYTES);                      /* the bitmap: every port allowed */
+        memcpy(tss + 4, &stack, sizeof stack);
+        memcpy(tss + 102, &bitmap_at, sizeof bitmap_at);
+    }
 }
 
 /* x87, SSE and, where the host has it, AVX state for the guest to use. */
@@ -233,7 +242,7 @@ static int vcpu_boot(struct vcpu *vcpu)
     struct kvm_segment data = { .limit = UINT32_MAX, .selector = DATA_SELECTOR, .type = 3, .present = 1, .dpl = 3,
                                 .db = 1, .s = 1, .g = 1 };
     struct kvm_mp_state running = { .mp_state = KVM_MP_STATE_RUNNABLE };
-    struct kvm_regs regs = { .rip = GUEST_IMAGE, .rflags = 2, .rdi = vcpu->index };
+    struct kvm_regs regs = { .rip = GUEST_IMAGE, .rflags = 0x202, .rdi = vcpu->index };
     struct kvm_sregs sregs;
 
     if (ioctl(vcpu->fd, KVM_GET_SREGS, &sregs) < 0)
@@ -241,10 +250,11 @@ static int vcpu_boot(struct vcpu *vcpu)
     sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
     sregs.cs = data;
     sregs.cs.selector = CODE_SELECTOR, sregs.cs.type = 0xb, sregs.cs.db = 0, sregs.cs.l = 1;
-    sregs.tr = (struct kvm_segment){ .base = GUEST_TSS, .limit = TSS_BYTES - 1, .selector = TSS_SELECTOR, .type = 0xb,
-                                     .present = 1 };
+    sregs.tr = (struct kvm_segment){ .base = GUEST_TSS + vcpu->index * GUEST_TSS_STRIDE, .limit = TSS_BYTES - 1,
+                                     .selector = TSS_SELECTOR, .type = 0xb, .present = 1 };
     sregs.gdt.base = GUEST_GDT, sregs.gdt.limit = GDT_BYTES - 1;
-    sregs.idt.base = 0, sregs.idt.limit = 0;            /* any exception is a triple fault, and so a loud exit */
+    /* No gates but for interrupts: any exception is a triple fault, and so a loud exit. */
+    sregs.idt.base = GUEST_IDT, sregs.idt.limit = GUEST_VECTORS * 16 - 1;
     sregs.cr0 = 0x80050033, sregs.cr3 = GUEST_PAGE_TABLES, sregs.cr4 = 0x40620, sregs.efer = 0x500;
     regs.rsp = GUEST_STACKS + (vcpu->index + 1ull) * GUEST_STACK_SIZE - 8;      /* as after a call */
     if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0 || ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0 ||

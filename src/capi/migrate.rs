@@ -155,6 +155,9 @@ pub unsafe extern "C" fn vmig_outgoing(m: *mut vmig, uri: *const c_char) -> c_in
 /// unix socket can be connected to by its owner only. Accepts one source. When the guest has arrived it is started
 /// through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
 ///
+/// If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
+/// and vmig_start() runs it.
+///
 /// -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
 /// something blocks migration, or a guest runs here (vmig_stop() it).
 #[unsafe(no_mangle)]

@@ -107,8 +107,8 @@ pub unsafe extern "C" fn vmig_get_bql_stats(m: *mut vmig, stats: *mut vmig_bql_s
 }
 
 /// Pauses the guest for the user: calls the stop hook and the run-state handlers on this thread, unless it is stopped
-/// already. A pause during a migration travels: the guest arrives paused. -EDEADLK from inside a hook or a handler.
-/// \[free\]
+/// already. A pause during a migration travels: the guest arrives paused. -EBUSY for the moment between the saving of
+/// the run state and the handover; -EDEADLK from inside a hook or a handler. \[free\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_stop(m: *mut vmig) -> c_int {
     enter("vmig_stop", || {

@@ -1,5 +1,6 @@
 //! The load loop: reads element after element and gives each body to whom it belongs.
 
+use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 
 use super::ahead::Scout;
@@ -36,9 +37,13 @@ pub(super) struct Loader<'a> {
     lanes: Option<Lanes>,
     /// All lanes meet at the end of every RAM section.
     meet_each_section: bool,
+    /// Ids of iterative sections that had their END.
+    ended: HashSet<u32>,
     clock_ns: Option<u64>,
     /// As the source said; a stream that says nothing is of a running guest.
     running: bool,
+    /// Which sections take part: asked once.
+    takes_part: Vec<bool>,
     /// How many sections were told to prepare: those are told the end.
     set_up: usize,
 }
@@ -59,8 +64,10 @@ impl<'a> Loader<'a> {
             ram_id: None,
             lanes,
             meet_each_section,
+            ended: HashSet::new(),
             clock_ns: None,
             running: true,
+            takes_part: vec![false; job.sections.len()],
             set_up: 0,
         }
     }
@@ -79,6 +86,7 @@ impl<'a> Loader<'a> {
         let _bql = self.job.vmm.bql().guard()?;
         for (index, entry) in self.job.sections.iter().enumerate() {
             if let Some(section) = entry.section() {
+                self.takes_part[index] = section.is_active();
                 self.set_up = index + 1;
                 section.load_setup().map_err(|e| e.in_section(&entry.name))?;
             }
@@ -110,6 +118,7 @@ impl<'a> Loader<'a> {
             self.publish(input.position());
         }
         stream::read_description(input)?;
+        self.check_complete()?;
         let extra = input.buffered();
         if extra > 0 {
             let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());
@@ -132,13 +141,22 @@ impl<'a> Loader<'a> {
         counters.zero_pages.store(zero + more_zero, Ordering::Relaxed);
     }
 
-    /// A QEMU that may not open the channels of its multifd hangs up before it sends a section.
+    /// Everything that is registered here must have arrived.
+    fn check_complete(&self) -> Result<()> {
+        self.bindings.check_complete(&self.takes_part, |id| self.ended.contains(&id))?;
+        if self.ram_id.is_none() && self.job.ram.iter().any(|b| b.is_sent()) {
+            return Err(Error::new(libc::ENOENT, "the stream has no guest RAM").in_section(ram::NAME));
+        }
+        Ok(())
+    }
+
+    /// A QEMU that may not open the channels of its multifd hangs up, or waits, before it sends a section.
     fn next_element(&self, input: &mut StreamInput) -> Result<Element> {
         stream::read_element(input).map_err(|error| match (error.errno(), self.ram_id) {
-            (libc::EIO, None) => Error::new(
-                libc::EIO,
-                format!("{error}: the source left before its first section; if it is QEMU, switch multifd off there"),
-            ),
+            (libc::EIO | libc::ETIMEDOUT | libc::ECONNRESET, None) => {
+                let hint = "nothing came of the first section; if the source is QEMU, switch multifd off there";
+                Error::new(error.errno(), format!("{error}: {hint}"))
+            }
             _ => error,
         })
     }
@@ -202,6 +220,9 @@ impl<'a> Loader<'a> {
         let (entry, section, version) = self.bindings.find(id)?;
         let apply = section.parse(part, version, input).map_err(|e| at_byte(e, &entry.name, at))?;
         apply_locked(self.job, apply).map_err(|e| at_byte(e, &entry.name, at))?;
+        if part == Part::End {
+            self.ended.insert(id);
+        }
         stream::read_footer(input, id, &entry.name)
     }
 

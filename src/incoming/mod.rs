@@ -18,6 +18,7 @@ use crate::sys::eventfd::Wake;
 use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, Listener};
+use crate::vmm::run::Before;
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::hello::{self, Answer, Hello};
 use crate::wire::input::Input;
@@ -47,24 +48,30 @@ pub struct Job {
     pub options: Options,
     /// Threads of the guest.
     pub threads: Arc<Threads>,
+    /// The run state before: what it is again if nobody arrives.
+    pub before: Before,
     /// Raised by cancel and by the first error.
     pub wake: Arc<Wake>,
 }
 
 /// Runs an incoming migration from start to end; the body of the thread `incoming`.
 pub fn run(job: &Job, listener: Listener) {
-    let result = attempt(job, listener).map_err(|e| job.status.cause(e));
+    let mut touched = false;
+    let result = attempt(job, listener, &mut touched).map_err(|e| job.status.cause(e));
+    if result.is_err() && !touched {
+        job.vmm.nobody_arrived(job.before);
+    }
     job.status.end(result);
 }
 
-fn attempt(job: &Job, listener: Listener) -> Result<()> {
+fn attempt(job: &Job, listener: Listener, touched: &mut bool) -> Result<()> {
     let mut door = Door::new(listener);
     let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
     job.status.advance(State::Active)?;
     let mut peer = Peer::new(job, channel);
     // Ends after the guest was started: waiting for a thread is not for the blackout.
     let ahead = Ahead::start(job);
-    let result = load_all(job, door, &mut peer, ahead.as_ref());
+    let result = load_all(job, door, &mut peer, ahead.as_ref(), touched);
     if let Err(error) = &result {
         let error = job.status.cause(error.clone()).on_side("destination");
         peer.say_why(&error);
@@ -103,7 +110,7 @@ impl Peer {
         // The source may be gone; then there is nobody to tell.
         let _ = self.last_words(error);
         self.channel.close_write();
-        if self.listens {
+        if self.hears() {
             let mut drain = vec![0; 64 << 10];
             let deadline = Instant::now() + LINGER;
             while let Some(left) = deadline.checked_duration_since(Instant::now()) {
@@ -115,8 +122,13 @@ impl Peer {
         self.channel.shutdown();
     }
 
+    /// A vmig listens from its hello on, before its stream says so.
+    fn hears(&self) -> bool {
+        self.listens || self.is_vmig
+    }
+
     fn last_words(&mut self, error: &Error) -> Result<()> {
-        if !self.listens {
+        if !self.hears() {
             return Ok(());
         }
         if self.is_vmig {
@@ -131,7 +143,7 @@ impl Peer {
 }
 
 /// Receives everything up to the handover. True: the guest ran at the source.
-fn load_all(job: &Job, mut door: Door, peer: &mut Peer, ahead: Option<&Ahead>) -> Result<bool> {
+fn load_all(job: &Job, mut door: Door, peer: &mut Peer, ahead: Option<&Ahead>, touched: &mut bool) -> Result<bool> {
     let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
     let parallel = match first == hello::MAGIC.to_be_bytes() {
@@ -144,6 +156,7 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, ahead: Option<&Ahead>) -
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
+            *touched = true;
             Some(Lanes::start(job, channels, ahead)?)
         }
     };
@@ -151,6 +164,7 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, ahead: Option<&Ahead>) -
     drop(door);
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
+    *touched = true;
     let scout = ahead.map(Ahead::scout);
     let mut loader = Loader::new(job, peer, scout, lanes, parallel.meet_each_section);
     let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;

@@ -36,10 +36,11 @@ impl Migration<'_> {
         let clock_ns = self.job.vmm.clock_ns();
         {
             let _bql = self.job.vmm.bql().guard()?;
-            // Asked as late as it can be: a pause that comes during the switchover travels too.
-            let runs = || self.job.vmm.reasons().without(StopReason::Migration).is_empty();
-            self.sections.complete(&mut bytes, clock_ns, runs)?;
+            self.sections.complete(&mut bytes, clock_ns)?;
         }
+        // A pause that came during the switchover travels too; from here on there is none.
+        let reasons = self.job.vmm.seal()?;
+        self.sections.global_state(&mut bytes, reasons.without(StopReason::Migration).is_empty())?;
         let description = self.sections.description(&self.job.options.machine());
         stream::put_end_of_stream(&mut bytes, &description)?;
         Ok(bytes)

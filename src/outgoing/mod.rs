@@ -84,6 +84,7 @@ pub fn run(job: &Job) {
 
 /// Leaves the guest where it belongs and reports.
 fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
+    job.vmm.unseal();
     let give_away = || {
         if let Err(error) = job.vmm.stop(StopReason::NotOwner) {
             job.vmm.log().error(format_args!("after the guest left: {error}"));

@@ -134,7 +134,7 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// Everything that is saved with the guest stopped: END of iterative sections, FULL of devices. \[bql\]
-    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64, runs: impl FnOnce() -> bool) -> Result<()> {
+    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64) -> Result<()> {
         for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {
             let id = FIRST_ID + entry.id;
             stream::put_end(out, id);
@@ -148,8 +148,13 @@ impl<'a> SectionSaver<'a> {
         for (entry, section) in devices {
             self.full(out, entry, section)?;
         }
+        Ok(())
+    }
+
+    /// Whether the guest runs: the last section.
+    pub(super) fn global_state(&mut self, out: &mut Vec<u8>, runs: bool) -> Result<()> {
         self.builtin(out, GLOBAL_STATE_ID, builtin::GLOBAL_STATE, builtin::describe_global_state(), |out| {
-            builtin::put_global_state(out, runs());
+            builtin::put_global_state(out, runs);
         })
     }
 

@@ -33,6 +33,8 @@ pub struct Custom {
     opaque: Opaque,
     /// An error of a callback whose caller cannot take one; the next call that can fail returns it.
     owed: Mutex<Option<Error>>,
+    /// `setup` or `load_setup` was called, so the cleanup after it is due.
+    tried: AtomicBool,
 }
 
 /// The VMM's pointer; its `destroy` runs when the section is gone, if a list ever took it.
@@ -79,7 +81,15 @@ impl Custom {
         ops_fit(version, &ops).map_err(|e| e.in_section(name))?;
         let opaque = Opaque { pointer: opaque, destroy, armed: AtomicBool::new(false) };
         let owner = format!("section '{name}'");
-        Ok(Self { name: name.to_owned(), owner, version, ops, opaque, owed: Mutex::default() })
+        Ok(Self {
+            name: name.to_owned(),
+            owner,
+            version,
+            ops,
+            opaque,
+            owed: Mutex::default(),
+            tried: AtomicBool::new(false),
+        })
     }
 
     /// Name of the section.
@@ -235,10 +245,13 @@ impl Section for Custom {
     fn setup(&self, out: &mut Vec<u8>) -> Result<()> {
         // Without a callback the body is empty, but it is framed all the same.
         let setup = self.ops.setup;
-        self.write(out, "setup", |opaque, writer| match setup {
-            // SAFETY: the caller of `new` vouched for the callbacks; the writer lives through the call.
-            Some(setup) => unsafe { setup(opaque, writer.handle()) },
-            None => 0,
+        self.write(out, "setup", |opaque, writer| {
+            self.tried.store(true, Ordering::Relaxed);
+            match setup {
+                // SAFETY: the caller of `new` vouched for the callbacks; the writer lives through the call.
+                Some(setup) => unsafe { setup(opaque, writer.handle()) },
+                None => 0,
+            }
         })
         .map(drop)
     }
@@ -278,7 +291,7 @@ impl Section for Custom {
     }
 
     fn cleanup(&self) {
-        if let Some(cleanup) = self.ops.cleanup {
+        if let (true, Some(cleanup)) = (self.tried.swap(false, Ordering::Relaxed), self.ops.cleanup) {
             // SAFETY: the caller of `new` vouched that the callbacks accept the pointer.
             unsafe { cleanup(self.opaque.pointer) }
         }
@@ -288,6 +301,7 @@ impl Section for Custom {
 
     fn load_setup(&self) -> Result<()> {
         self.settle()?;
+        self.tried.store(true, Ordering::Relaxed);
         self.call("load_setup", self.ops.load_setup, 0).map(drop)
     }
 
@@ -315,9 +329,10 @@ impl Section for Custom {
     }
 
     fn load_cleanup(&self, ok: bool) {
-        if let Some(cleanup) = self.ops.load_cleanup {
+        if let (true, Some(cleanup)) = (self.tried.swap(false, Ordering::Relaxed), self.ops.load_cleanup) {
             // SAFETY: the caller of `new` vouched that the callbacks accept the pointer.
             unsafe { cleanup(self.opaque.pointer, c_int::from(ok)) }
         }
+        let _ = self.settle();
     }
 }

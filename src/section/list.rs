@@ -241,6 +241,22 @@ impl Bindings {
         Ok((entry, section))
     }
 
+    /// Fails if a section with state here got none: nothing defaults to fine. `complete`: whether the stream had all of
+    /// the section's bodies.
+    pub fn check_complete(&self, takes_part: &[bool], complete: impl Fn(u32) -> bool) -> Result<()> {
+        for ((entry, bound), takes_part) in self.entries.iter().zip(&self.bound).zip(takes_part) {
+            let Some(section) = entry.section().filter(|_| *takes_part) else { continue };
+            let what = match bound {
+                None => "no state",
+                Some((id, _)) if section.is_iterative() && !complete(*id) => "only a part of the state",
+                Some(_) => continue,
+            };
+            let text = format!("the stream has {what} of '{}' (instance {})", entry.name, entry.instance);
+            return Err(Error::new(libc::ENOENT, text).in_section(&entry.name));
+        }
+        Ok(())
+    }
+
     /// The entry and version bound to `id`, for PART and END. Of several, the first in walking order.
     pub fn find(&self, id: u32) -> Result<(&Entry, &Arc<dyn Section>, u32)> {
         let bound = self.entries.iter().zip(&self.bound);

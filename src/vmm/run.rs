@@ -121,6 +121,10 @@ pub struct RunReport {
     pub ended_ns: u64,
 }
 
+/// The run state before somebody was expected to arrive.
+#[derive(Clone, Copy, Debug)]
+pub struct Before(Reasons);
+
 /// Time the guest has run, over all hosts.
 struct Clock {
     base_ns: u64,
@@ -137,6 +141,8 @@ pub struct Vmm {
     reasons: AtomicU8,
     /// Nobody stopped or started the guest through us yet: whether it runs is the VMM's secret.
     fresh: AtomicBool,
+    /// Whether the guest arrives paused is decided: the user's word comes too late.
+    sealed: AtomicBool,
     clock: Mutex<Clock>,
     bql: Arc<Bql>,
     log: Arc<Log>,
@@ -155,6 +161,7 @@ impl Vmm {
             runner: AtomicUsize::new(0),
             reasons: AtomicU8::new(reasons.0),
             fresh: AtomicBool::new(reasons.is_empty()),
+            sealed: AtomicBool::new(false),
             clock: Mutex::new(clock),
             bql,
             log,
@@ -189,6 +196,7 @@ impl Vmm {
     /// from inside a hook or handler, or with the big lock held.
     pub fn stop(&self, reason: StopReason) -> Result<RunReport> {
         let _run = self.enter("stop")?;
+        self.check_unsealed(reason)?;
         let before = self.reasons();
         if before.is_empty() {
             return self.halt(reason);
@@ -203,6 +211,7 @@ impl Vmm {
     /// know. `EPERM` for the user while the guest is not ours. `EDEADLK` as for `stop`.
     pub fn start(&self, reason: StopReason) -> Result<RunReport> {
         let _run = self.enter("start")?;
+        self.check_unsealed(reason)?;
         let before = self.reasons();
         if before.contains(StopReason::NotOwner) && reason == StopReason::User {
             return Err(Error::new(libc::EPERM, "cannot start: this host does not own the guest"));
@@ -216,19 +225,49 @@ impl Vmm {
         Ok(RunReport::default())
     }
 
+    /// The reasons as they will travel: until [`unseal`](Self::unseal) the user cannot pause or resume (`EBUSY`). \[free\]
+    pub fn seal(&self) -> Result<Reasons> {
+        let _run = self.enter("hand over")?;
+        self.sealed.store(true, Ordering::Relaxed);
+        Ok(self.reasons())
+    }
+
+    /// The user may pause and resume again.
+    pub fn unseal(&self) {
+        self.sealed.store(false, Ordering::Relaxed);
+    }
+
+    fn check_unsealed(&self, reason: StopReason) -> Result<()> {
+        if reason == StopReason::User && self.sealed.load(Ordering::Relaxed) {
+            let text = "the guest is being handed over to the destination: pause or resume it where it arrives";
+            return Err(Error::new(libc::EBUSY, text));
+        }
+        Ok(())
+    }
+
     /// The guest is about to arrive from elsewhere. `EBUSY` if one runs here: its memory would be overwritten.
     ///
     /// Of a fresh guest no hook is called, for it never ran.
-    pub fn expect_arrival(&self) -> Result<()> {
+    pub fn expect_arrival(&self) -> Result<Before> {
         let _run = self.enter("replace")?;
+        let before = Before(self.reasons());
         if self.is_running() && !self.fresh.load(Ordering::Relaxed) {
             let text = "the guest runs here: stop it with vmig_stop before another one may take its place";
             return Err(Error::new(libc::EBUSY, text));
         }
         self.fresh.store(false, Ordering::Relaxed);
         self.freeze_clock();
-        self.set(self.reasons().with(StopReason::NotOwner));
-        Ok(())
+        self.set(before.0.with(StopReason::NotOwner));
+        Ok(before)
+    }
+
+    /// Nobody arrived, and nothing was touched: the guest that was here is still here, and stopped.
+    pub fn nobody_arrived(&self, before: Before) {
+        let Ok(_run) = self.enter("keep") else { return };
+        if !before.0.contains(StopReason::NotOwner) {
+            let now = self.reasons().without(StopReason::NotOwner);
+            self.set(if now.is_empty() { StopReason::User.into() } else { now });
+        }
     }
 
     /// Adds a handler and returns its id, which is never 0. \[bql\]

@@ -271,8 +271,8 @@ static int move(struct machine *vm, const char *uri)
     char *address;
     int err;
 
-    if (!vm->arriving && ((err = vmig_start(vm->m)) < 0 || (vm->pause && (err = vmig_stop(vm->m)) < 0)))
-        return err;
+    if (!vm->arriving && ((err = vmig_start(vm->m)) < 0 || !guest_runs(vm) || (vm->pause && (err = vmig_stop(vm->m)) < 0)))
+        return -1;
     if ((err = vm->arriving ? vmig_incoming(vm->m, uri) : vmig_outgoing(vm->m, uri)) < 0)
         return err;
     address = vm->arriving ? vmig_get(vm->m, "listen-address") : NULL;
@@ -322,12 +322,12 @@ static int run(struct machine *vm, char **settings, const char *uri)
     err = move(vm, uri);
     if (err < 0)
         fprintf(stderr, "peer: %s\n", vmig_errmsg());
-    vmig_free(vm->m);
-    pthread_mutex_lock(&vm->lock);
+    pthread_mutex_lock(&vm->lock);      /* the guest first: it calls vmig_dirty() as long as it runs */
     vm->quit = true;
     pthread_cond_broadcast(&vm->changed);
     pthread_mutex_unlock(&vm->lock);
     pthread_join(vm->thread, NULL);
+    vmig_free(vm->m);
     munmap(vm->ram, vm->bytes);
     return err;
 }

@@ -27,8 +27,8 @@ const LOOK: Duration = Duration::from_millis(10);
 pub struct Cpu {
     /// Generations, in the order they were reported.
     pub generations: Vec<u32>,
-    /// Interrupts the guest had taken at each of them.
-    pub interrupts: Vec<u64>,
+    /// Interrupts the guest had taken when it reported the last one: of the PIT, of the APIC's timer.
+    pub interrupts: [u64; 2],
     /// Heartbeats since the program began, and the longest time between two since `forget_gaps`.
     pub beats: u64,
     pub first_beat: u64,
@@ -191,6 +191,14 @@ impl Program {
         });
     }
 
+    /// Waits until vCPU `index` has taken more interrupts of each source that had any in `before`.
+    pub fn await_interrupts(&self, index: usize, before: [u64; 2]) {
+        self.wait(MOVE, &format!("interrupts of vCPU {index} beyond {before:?} (PIT, APIC timer)"), |seen| {
+            let now = seen.cpus.get(&index)?.interrupts;
+            (0..2).all(|i| before[i] == 0 || now[i] > before[i]).then_some(())
+        });
+    }
+
     /// Waits for news that begin with `start`; the first such line since the last `forget_news`.
     pub fn await_news(&self, start: &str) -> String {
         self.wait(MOVE, start, |seen| seen.news.iter().find(|n| n.starts_with(start)).cloned())
@@ -265,7 +273,7 @@ impl Seen {
             "gen" => {
                 let cpu = self.cpus.entry(index).or_default();
                 cpu.generations.push(u32::try_from(number(2)).unwrap());
-                cpu.interrupts.push(number(6));
+                cpu.interrupts = [number(6), number(7)];
             }
             word if NEWS.contains(&word) => self.news.push(line),
             _ => self.replies.push_back(line),

@@ -281,16 +281,33 @@ fn a_fresh_guest_is_started_by_the_first_start_and_only_by_it() {
 #[test]
 fn a_guest_arrives_where_none_runs() {
     let (world, vmm) = rig(Reasons::NONE);
-    vmm.expect_arrival().unwrap();
+    let before = vmm.expect_arrival().unwrap();
     assert_eq!((vmm.reasons(), world.take().len()), (NotOwner.into(), 0));
     assert_eq!(vmm.start(User).unwrap_err().errno(), libc::EPERM);
+    vmm.nobody_arrived(before);
+    assert_eq!(vmm.reasons(), User.into());
     let (_world, vmm) = rig(Reasons::NONE);
     vmm.stop(User).unwrap();
     vmm.start(User).unwrap();
     assert_eq!(vmm.expect_arrival().unwrap_err().errno(), libc::EBUSY);
     vmm.stop(User).unwrap();
-    vmm.expect_arrival().unwrap();
+    let before = vmm.expect_arrival().unwrap();
     assert_eq!(vmm.reasons(), Reasons::from(User).with(NotOwner));
+    vmm.nobody_arrived(before);
+    vmm.start(User).unwrap();
+}
+
+#[test]
+fn the_user_has_no_say_between_the_saved_run_state_and_the_handover() {
+    let (_world, vmm) = rig(Reasons::NONE);
+    vmm.stop(Migration).unwrap();
+    vmm.stop(User).unwrap();
+    assert_eq!(vmm.seal().unwrap(), Reasons::from(User).with(Migration));
+    assert_eq!(vmm.start(User).unwrap_err().errno(), libc::EBUSY);
+    assert_eq!(vmm.stop(User).unwrap_err().errno(), libc::EBUSY);
+    vmm.stop(NotOwner).unwrap();
+    vmm.unseal();
+    vmm.stop(User).unwrap();
 }
 
 #[test]
