@@ -9,4 +9,6 @@ mod levels;
 pub use levels::{Bitmap, Taken, WORD_BITS};
 
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod tests;
