@@ -20,7 +20,7 @@ fn drawn(limit: usize, count: usize) -> impl Iterator<Item = usize> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        usize::try_from(u128::from(state) * limit as u128 >> 64).unwrap_or(0)
+        usize::try_from((u128::from(state) * limit as u128) >> 64).unwrap_or(0)
     })
 }
 
@@ -48,8 +48,10 @@ fn take_runs(map: &Bitmap) -> usize {
     taken
 }
 
+type Take = fn(&Bitmap) -> usize;
+
 fn scan(c: &mut Criterion) {
-    let ways: [(&str, fn(&Bitmap) -> usize); 2] = [("words", take_words), ("runs", take_runs)];
+    let ways = [("words", take_words as Take), ("runs", take_runs as Take)];
     for (name, run) in [("take, nothing dirty", 0), ("take, 0.1 % in runs of 64", 64), ("take, 0.1 % single", 1)] {
         let mut group = c.benchmark_group(name);
         for gib in SIZES_GIB {

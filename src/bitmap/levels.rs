@@ -351,7 +351,7 @@ impl Batch<'_> {
 }
 
 /// Words looked at before the first of them is taken.
-const BATCH: usize = 32;
+const BATCH: usize = 128;
 
 /// Takes the words that are not empty; see [`Bitmap::take_words`].
 #[derive(Debug)]
