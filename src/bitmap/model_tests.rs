@@ -37,7 +37,12 @@ mod atomic {
     }
 }
 #[path = "levels.rs"]
-#[allow(dead_code, unreachable_pub, reason = "the model uses a part of it")]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::duplicate_mod,
+    reason = "the same code on purpose; the model uses a part"
+)]
 mod levels;
 
 use levels::{Bitmap, WORD_BITS};
