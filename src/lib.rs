@@ -30,6 +30,7 @@ pub mod sys;
 pub mod thread;
 pub mod bql;
 pub mod bitmap;
+pub mod zero;
 // Nouns: what a migration is about. No I/O, no threads; time is passed in.
 pub mod options;
 pub mod pacing;

@@ -11,6 +11,7 @@ use crate::bitmap::Bitmap;
 use crate::error::{Error, Result};
 use crate::sys::io::{Piece, Room};
 use crate::sys::memory;
+use crate::zero;
 
 /// Page size of the stream.
 pub const PAGE: u64 = 4096;
@@ -174,19 +175,8 @@ impl Block {
 
     /// Whether a page reads as all zeros just now.
     pub fn is_zero(&self, page: usize) -> bool {
-        const STEP: usize = 8;
-        let words = self.page(page, 1).cast::<u64>();
-        for start in (0..PAGE_BYTES / 8).step_by(STEP) {
-            let mut any = 0;
-            for i in 0..STEP {
-                // SAFETY: start + i < 512, so the word lies in the page; volatile because it may change under us.
-                any |= unsafe { words.wrapping_add(start + i).read_volatile() };
-            }
-            if any != 0 {
-                return false;
-            }
-        }
-        true
+        // SAFETY: a whole page of the block, mapped while it is registered; it may change.
+        unsafe { zero::is_zero(self.page(page, 1)) }
     }
 
     /// Test builds only: every word of a page, as it is just now.

@@ -8,8 +8,16 @@ use std::{fs, path::Path};
 
 const LINES_MAX: usize = 700;
 /// Where `unsafe` may stand: the doors, guest memory, what calls back into C, and KVM state that is saved as a device.
-const UNSAFE_ALLOWED: [&str; 7] =
-    ["src/sys", "src/capi", "src/ram.rs", "src/ram", "src/section", "src/vmm", "src/kvm/x86_64/section.rs"];
+const UNSAFE_ALLOWED: [&str; 8] = [
+    "src/sys",
+    "src/capi",
+    "src/ram.rs",
+    "src/ram",
+    "src/zero.rs",
+    "src/section",
+    "src/vmm",
+    "src/kvm/x86_64/section.rs",
+];
 /// Words are put together here so that this file keeps its own rules.
 const MARKS: [&str; 5] = [
     concat!("TO", "DO"),

@@ -130,12 +130,9 @@ impl Inner {
                 continue;
             }
             done.push(Arc::as_ptr(block));
-            for word in 0..block.marks().words() {
-                let bits = block.marks().take_word(word);
-                if bits != 0 {
-                    let first = word * crate::bitmap::WORD_BITS;
-                    self.readers.iter().for_each(|r| r.set.add(block, first, &[bits]));
-                }
+            for (word, bits) in block.marks().take_words() {
+                let first = word * crate::bitmap::WORD_BITS;
+                self.readers.iter().for_each(|r| r.set.add(block, first, &[bits]));
             }
         }
     }
