@@ -159,6 +159,21 @@ fn lies_in_memory(file: &File) -> std::result::Result<(), String> {
     }
 }
 
+/// Device of the kernel's own files in memory, which no path leads to: memfds, System V and anonymous shared memory;
+/// or the same for huge pages of the default size. None where there are none.
+pub fn own_device(hugetlb: bool) -> Option<(u32, u32)> {
+    let flags = libc::MFD_CLOEXEC | if hugetlb { libc::MFD_HUGETLB } else { 0 };
+    // SAFETY: the name is a literal that ends with NUL.
+    let fd = unsafe { libc::memfd_create(c"vmig".as_ptr(), flags) };
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let device = file.metadata().ok()?.dev();
+    Some((libc::major(device), libc::minor(device)))
+}
+
 /// What madvise(2) is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
@@ -206,18 +221,6 @@ pub unsafe fn advise(start: u64, len: u64, advice: Advice) -> io::Result<()> {
             return Err(error);
         }
     }
-}
-
-/// Makes `len` bytes from `address` on present and writable; not one byte of them changes.
-pub fn populate(address: u64, len: u64) -> Result<()> {
-    let too_far = |_| Error::invalid("memory out of reach");
-    let (address, len) = (usize::try_from(address).map_err(too_far)?, usize::try_from(len).map_err(too_far)?);
-    let start = std::ptr::with_exposed_provenance_mut::<libc::c_void>(address);
-    // SAFETY: this advice faults pages in and leaves their bytes alone; the kernel refuses what is not mapped.
-    if unsafe { libc::madvise(start, len, libc::MADV_POPULATE_WRITE) } < 0 {
-        return Err(Error::last_os("madvise(MADV_POPULATE_WRITE)"));
-    }
-    Ok(())
 }
 
 /// Tells whether a mapping is registered with some userfaultfd, in constant time and without changing anything.

@@ -68,6 +68,11 @@ impl Pagemap {
 
     /// A given way.
     pub fn open_with(way: Way) -> Result<Self> {
+        // SAFETY: sysconf takes no pointers.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        if u64::try_from(page) != Ok(PAGE) {
+            return Err(Error::new(libc::EOPNOTSUPP, format!("pages of this machine have {page} bytes, not {PAGE}")));
+        }
         let file = File::open("/proc/self/pagemap").map_err(|e| Error::from_io("/proc/self/pagemap", &e))?;
         let map = Self { file, way };
         if way == Way::Scan {
