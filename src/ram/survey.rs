@@ -148,7 +148,8 @@ impl Survey {
     /// `VmFlags` of a mapping, read for all when first asked (see [`memory::vm_flags`] for what that costs).
     pub fn flags_of(&self, mapping: &Mapping) -> Option<&str> {
         let all = self.flags.get_or_init(|| memory::vm_flags().ok()).as_ref()?;
-        let found = all.iter().find(|(range, _)| range.start <= mapping.range.start && mapping.range.end <= range.end)?;
+        let found =
+            all.iter().find(|(range, _)| range.start <= mapping.range.start && mapping.range.end <= range.end)?;
         Some(&found.1)
     }
 }

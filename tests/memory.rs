@@ -1,0 +1,739 @@
+//! Presence, freshness and population over real mappings of every kind.
+#![allow(unsafe_code, reason = "makes and touches mappings of every kind")]
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use common::{Rng, points, skip};
+use vmig::error::Error;
+use vmig::ram::fresh::{Care, freshen};
+use vmig::ram::prepare::{Limits, Preparer, Target};
+use vmig::ram::presence::{GRANULE, Hint, Presence};
+use vmig::ram::survey::Survey;
+use vmig::ram::{Block, BlockSpec, PAGE, PAGE_BYTES, Ram};
+use vmig::sys::pagemap::{Pagemap, Way};
+use vmig::thread::Threads;
+
+const GIB: usize = 1 << 30;
+
+/// Locked memory anywhere in the process changes how memory is made fresh, so these tests take turns.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Private,
+    Locked,
+    SharedAnonymous,
+    SharedMemfd,
+    SharedShm,
+    PrivateMemfd,
+    PrivateFile,
+    SharedFile,
+    HugePrivate,
+    HugeShared,
+}
+use Kind::*;
+
+const KINDS: [Kind; 10] = [
+    Private,
+    Locked,
+    SharedAnonymous,
+    SharedMemfd,
+    SharedShm,
+    PrivateMemfd,
+    PrivateFile,
+    SharedFile,
+    HugePrivate,
+    HugeShared,
+];
+
+/// A mapping of our own.
+struct Map {
+    start: *mut u8,
+    len: usize,
+    guard: usize,
+    file: Option<File>,
+}
+
+fn mmap(len: usize, protection: i32, flags: i32, file: Option<&File>) -> Option<*mut u8> {
+    let fd = file.map_or(-1, AsRawFd::as_raw_fd);
+    // SAFETY: a new mapping at a place the kernel chooses.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, 0) };
+    (start != libc::MAP_FAILED).then_some(start.cast())
+}
+
+fn memfd(flags: u32) -> Option<File> {
+    // SAFETY: the name is a literal that ends with NUL.
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), flags | libc::MFD_CLOEXEC) };
+    // SAFETY: a descriptor the kernel just gave us.
+    (fd >= 0).then(|| unsafe { File::from_raw_fd(fd) })
+}
+
+fn file_in(dir: &str) -> File {
+    static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let path = format!("{dir}/vmig-memory-{}-{n}", std::process::id());
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    file
+}
+
+impl Map {
+    /// None: this machine has no such memory to spare.
+    fn new(kind: Kind, pages: usize) -> Option<Self> {
+        let len = pages * PAGE_BYTES;
+        let file = match kind {
+            SharedMemfd | PrivateMemfd => memfd(0),
+            SharedShm => Some(file_in("/dev/shm")),
+            PrivateFile | SharedFile => Some(file_in(common::scratch("memory").to_str().unwrap())),
+            HugeShared => Some(memfd(libc::MFD_HUGETLB)?),
+            _ => None,
+        };
+        if let Some(file) = &file {
+            file.set_len(len as u64).unwrap();
+        }
+        let flags = match kind {
+            Private | Locked => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            HugePrivate => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB,
+            SharedAnonymous => libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            PrivateMemfd | PrivateFile => libc::MAP_PRIVATE,
+            SharedMemfd | SharedShm | SharedFile | HugeShared => libc::MAP_SHARED,
+        };
+        // What follows is inaccessible, or two mappings of this kind would be one to the kernel.
+        let guard = if matches!(kind, Private | Locked) { GRANULE * PAGE_BYTES } else { 0 };
+        let start = mmap(len + guard, libc::PROT_READ | libc::PROT_WRITE, flags, file.as_ref())?;
+        let map = Self { start, len, guard, file };
+        // SAFETY: changes our own mapping only.
+        assert_eq!(unsafe { libc::mprotect(start.wrapping_add(len).cast(), guard, libc::PROT_NONE) }, 0);
+        if kind == Locked {
+            // SAFETY: locks our own mapping.
+            assert_eq!(unsafe { libc::mlock(start.cast(), len) }, 0);
+        }
+        Some(map)
+    }
+
+    fn pages(&self) -> usize {
+        self.len / PAGE_BYTES
+    }
+
+    fn word(&self, page: usize) -> *mut u64 {
+        assert!(page < self.pages());
+        self.start.wrapping_add(page * PAGE_BYTES + 8 * (page % 512)).cast()
+    }
+
+    fn write(&self, page: usize, value: u64) {
+        // SAFETY: a word of our own mapping.
+        unsafe { self.word(page).write_volatile(value) };
+    }
+
+    fn read(&self, page: usize) -> u64 {
+        // SAFETY: a word of our own mapping.
+        unsafe { self.word(page).read_volatile() }
+    }
+
+    fn advise(&self, pages: Range<usize>, advice: i32) {
+        let start = self.start.wrapping_add(pages.start * PAGE_BYTES).cast();
+        // SAFETY: changes our own mapping only.
+        let done = unsafe { libc::madvise(start, pages.len() * PAGE_BYTES, advice) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    fn protect(&self, protection: i32) {
+        // SAFETY: changes our own mapping only.
+        assert_eq!(unsafe { libc::mprotect(self.start.cast(), self.len, protection) }, 0);
+    }
+
+    fn block(&self) -> Arc<Block> {
+        let spec = BlockSpec {
+            name: "ram".into(),
+            host: self.start,
+            len: self.len as u64,
+            gpa: 0,
+            marked: true,
+            shared_storage: false,
+        };
+        Ram::default().add(spec).unwrap()
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The same file, mapped once more.
+    fn again(&self) -> Self {
+        let start = mmap(self.len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, self.file.as_ref()).unwrap();
+        Self { start, len: self.len, guard: 0, file: None }
+    }
+
+    /// A field of /proc/self/smaps in bytes, summed over the mapping.
+    fn smaps(&self, field: &str) -> usize {
+        let (start, end) = (self.start.addr(), self.start.addr() + self.len);
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut inside, mut sum) = (false, 0);
+        for line in text.lines() {
+            let first = line.split(' ').next().unwrap();
+            if let Some((from, _)) = first.split_once('-') {
+                inside = usize::from_str_radix(from, 16).is_ok_and(|at| (start..end).contains(&at));
+            } else if inside && first.strip_suffix(':') == Some(field) {
+                sum += line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024;
+            }
+        }
+        sum
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, which nobody uses any more.
+        unsafe { libc::munmap(self.start.cast(), self.len + self.guard) };
+    }
+}
+
+/// Huge pages set aside for a test, when there were none.
+struct Pool(bool);
+
+const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+impl Pool {
+    fn new(pages: usize) -> Self {
+        let none = std::fs::read_to_string(POOL).is_ok_and(|n| n.trim() == "0");
+        Self(none && std::fs::write(POOL, pages.to_string()).is_ok())
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if self.0 {
+            std::fs::write(POOL, "0").unwrap();
+        }
+    }
+}
+
+fn each_kind(pages: usize, mut f: impl FnMut(Kind, Map)) {
+    // After the mapping is gone: or the pool would keep its pages.
+    let _pool = Pool::new(2 * pages / GRANULE + 2);
+    let mut without_huge = false;
+    for kind in KINDS {
+        match Map::new(kind, pages) {
+            Some(map) => f(kind, map),
+            None if matches!(kind, HugePrivate | HugeShared) => without_huge = true,
+            None => panic!("no memory for {kind:?}"),
+        }
+    }
+    let _ = without_huge && skip("hugetlb", "no huge pages can be set aside");
+}
+
+fn absent_of(presence: &Presence, pages: Range<usize>) -> Vec<usize> {
+    let mut list = Vec::new();
+    let count = presence.each_absent(pages.clone(), |range| list.extend(range));
+    assert_eq!(count, list.len());
+    assert!(list.is_sorted() && list.iter().all(|page| pages.contains(page)));
+    let mut existing = Vec::new();
+    presence.each_existing(pages.clone(), |range| existing.extend(range));
+    let mut both = [list.clone(), existing].concat();
+    both.sort_unstable();
+    assert_eq!(both, pages.collect::<Vec<_>>(), "each page is absent or exists");
+    list
+}
+
+/// Whether the kind can be proven with page tables known (or not).
+fn provable(kind: Kind, tables: bool) -> bool {
+    match kind {
+        Private | Locked | HugePrivate => tables,
+        // Without a descriptor the file can only be opened with a privilege.
+        SharedAnonymous => {
+            std::fs::read_dir("/proc/self/map_files").unwrap().flatten().any(|e| File::open(e.path()).is_ok())
+        }
+        SharedMemfd | SharedShm => true,
+        PrivateMemfd | PrivateFile | SharedFile | HugeShared => false,
+    }
+}
+
+#[test]
+fn a_page_with_content_is_never_absent() {
+    let _turn = turn();
+    const PAGES: usize = 2 * GRANULE;
+    let mut rng = Rng::new("presence");
+    let ways = [Some(Way::Scan), Some(Way::Entries), None];
+    each_kind(PAGES, |kind, map| {
+        let file = matches!(kind, SharedMemfd | SharedShm | SharedFile | HugeShared | PrivateMemfd | PrivateFile);
+        let other = file.then(|| map.again());
+        let block = map.block();
+        let mut touched = vec![false; PAGES];
+        for round in 0..12 {
+            for _ in 0..rng.below(60) {
+                let (page, run) = (rng.below(PAGES), 1 + rng.below(5));
+                for page in page..(page + run).min(PAGES) {
+                    match (&other, rng.below(3)) {
+                        // Private mappings of the file see what comes in through the other one, too.
+                        (Some(other), 0) => other.write(page, 7),
+                        _ => map.write(page, 9),
+                    }
+                    touched[page] = true;
+                }
+            }
+            let survey = Survey::new().unwrap();
+            for way in ways {
+                let tables = way.map(|way| Pagemap::open_with(way).unwrap());
+                let known = tables.is_some();
+                let presence = Presence::with_tables(&block, &survey, map.fd(), tables);
+                let reason = &presence.parts()[0].reason;
+                assert_eq!(presence.is_hopeless(), !provable(kind, known), "{kind:?} {way:?}: {reason}");
+                let from = rng.below(PAGES);
+                let part = from..from + rng.below(PAGES - from + 1);
+                for pages in [0..PAGES, part] {
+                    let absent = absent_of(&presence, pages.clone());
+                    let wrong = absent.iter().find(|page| touched[**page]);
+                    assert_eq!(wrong, None, "{kind:?} {way:?} round {round}: absent, but {reason}");
+                    let exact = provable(kind, known) && !matches!(kind, Locked | HugePrivate);
+                    let untouched = pages.filter(|page| !touched[*page]).count();
+                    assert!(
+                        !exact || absent.len() == untouched,
+                        "{kind:?} {way:?}: {} missed",
+                        untouched - absent.len()
+                    );
+                }
+            }
+        }
+        // The oracle itself: what is called touched has content, through every mapping.
+        assert!((0..PAGES).all(|page| (map.read(page) != 0) == touched[page]), "{kind:?}");
+    });
+}
+
+#[test]
+fn huge_pages_are_absent_until_they_are_touched() {
+    let _turn = turn();
+    let _pool = Pool::new(4);
+    let Some(map) = Map::new(HugePrivate, 3 * GRANULE) else {
+        let _ = skip("hugetlb", "no huge pages can be set aside");
+        return;
+    };
+    map.write(GRANULE + 5, 1);
+    let presence = Presence::new(&map.block(), &Survey::new().unwrap(), None);
+    let want: Vec<usize> = (0..GRANULE).chain(2 * GRANULE..3 * GRANULE).collect();
+    assert_eq!(absent_of(&presence, 0..3 * GRANULE), want);
+    assert_eq!(absent_of(&presence, GRANULE + 3..GRANULE + 4), [0usize; 0]);
+}
+
+#[test]
+fn the_shared_zero_page_is_zero_and_dropped_pages_are_absent_again() {
+    let _turn = turn();
+    let map = Map::new(Private, 64).unwrap();
+    map.advise(0..64, libc::MADV_NOHUGEPAGE);
+    (0..32).for_each(|page| assert_eq!(map.read(page), 0));
+    (8..16).for_each(|page| map.write(page, 1));
+    let presence = Presence::new(&map.block(), &Survey::new().unwrap(), None);
+    assert_eq!(absent_of(&presence, 0..64), (0..8).chain(16..64).collect::<Vec<_>>());
+    map.advise(10..12, libc::MADV_DONTNEED);
+    assert_eq!(absent_of(&presence, 8..16), [10, 11]);
+    let old = Pagemap::open_with(Way::Entries).unwrap();
+    let presence = Presence::with_tables(&map.block(), &Survey::new().unwrap(), None, Some(old));
+    // The older interface cannot tell the zero page from another.
+    assert_eq!(absent_of(&presence, 0..64), [10, 11].into_iter().chain(32..64).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_block_of_several_mappings_is_judged_part_by_part() {
+    let _turn = turn();
+    let map = Map::new(Private, 64).unwrap();
+    let file = memfd(0).unwrap();
+    (&file).write_all(&[5; 8 * PAGE_BYTES]).unwrap();
+    file.set_len(10 * PAGE).unwrap();
+    let place = |page: usize, pages: usize, flags: i32, offset: i64| {
+        let start = map.start.wrapping_add(page * PAGE_BYTES).cast();
+        let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+        // SAFETY: replaces a part of our own mapping.
+        let at = unsafe { libc::mmap(start, pages * PAGE_BYTES, protection, libc::MAP_FIXED | flags, fd, offset) };
+        assert_eq!(at, start);
+    };
+    place(16, 4, libc::MAP_PRIVATE, 0);
+    // Eight pages of which the first two have content, the next two are a hole, and the rest is past the end.
+    place(32, 8, libc::MAP_SHARED, 6 * 4096);
+    let gap = map.start.wrapping_add(50 * PAGE_BYTES).cast();
+    // SAFETY: unmaps a part of our own mapping, which nobody touches afterwards.
+    assert_eq!(unsafe { libc::munmap(gap, 2 * PAGE_BYTES) }, 0);
+    map.write(1, 1);
+    let survey = Survey::new().unwrap();
+    let presence = Presence::new(&map.block(), &survey, Some(file.as_fd()));
+    let absent: Vec<usize> = absent_of(&presence, 0..64);
+    let want: Vec<usize> = (0..64).filter(|p| *p != 1 && !(16..20).contains(p) && !(32..34).contains(p)).collect();
+    let want: Vec<usize> = want.into_iter().filter(|p| !(36..40).contains(p) && !(50..52).contains(p)).collect();
+    assert_eq!(absent, want);
+    let fresh = freshen(&map.block(), &survey, Care::default(), &|| Ok(())).unwrap();
+    let unproven: Vec<_> = fresh.unproven.iter().map(|(pages, why)| (pages.clone(), why.as_str())).collect();
+    assert_eq!(unproven, [(50..52, "nothing is mapped there")]);
+    assert!((16..20).chain(32..36).all(|page| map.read(page) == 0));
+}
+
+#[test]
+fn memory_of_a_fault_handler_is_left_to_it() {
+    let _turn = turn();
+    if common::without_userfaultfd() {
+        return;
+    }
+    const WRITE_PROTECT: u64 = 1 << 1;
+    let map = Map::new(Private, 64).unwrap();
+    map.write(3, 1);
+    let fd = Uffd::new();
+    let absent = |map: &Map| {
+        let survey = Survey::new().unwrap();
+        absent_of(&Presence::new(&map.block(), &survey, None), 0..64).len()
+    };
+    assert_eq!(absent(&map), 63);
+    fd.register(&map, WRITE_PROTECT);
+    assert_eq!(absent(&map), 63, "write protection supplies no pages");
+    fd.unregister(&map);
+    fd.register(&map, 1);
+    assert_eq!(absent(&map), 0);
+    let survey = Survey::new().unwrap();
+    let fresh = freshen(&map.block(), &survey, Care::default(), &|| Ok(())).unwrap();
+    assert_eq!(fresh.unproven, [(0..64, "a userfaultfd handler may supply its pages".to_owned())]);
+    assert_eq!(map.read(3), 1, "not even what is there");
+    let mut hint = Hint::new(64).unwrap();
+    hint.add(0..64);
+    let threads = Threads::new();
+    let target = Target::new(&map.block(), hint, &survey, false);
+    let report = Preparer::start(&threads, vec![target], Limits::default()).unwrap().finish();
+    assert_eq!((report.planned, report.error), (0, None), "populating would wait for the handler");
+    fd.unregister(&map);
+    assert_eq!(absent(&map), 63);
+}
+
+/// A userfaultfd as a VMM might hold it.
+struct Uffd(File);
+
+impl Uffd {
+    fn new() -> Self {
+        // SAFETY: userfaultfd takes no pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) };
+        // SAFETY: a descriptor the kernel just gave us.
+        let fd = Self(unsafe { File::from_raw_fd(i32::try_from(fd).unwrap()) });
+        fd.ioctl(0x3F, &mut [0xAA, 0, 0]);
+        fd
+    }
+
+    fn ioctl<const N: usize>(&self, number: u32, words: &mut [u64; N]) {
+        // SAFETY: each ioctl used here reads and fills a struct of N words.
+        let done =
+            unsafe { libc::ioctl(self.0.as_raw_fd(), libc::_IOWR::<[u64; N]>(0xAA, number), words.as_mut_ptr()) };
+        assert!(done >= 0, "{}", std::io::Error::last_os_error());
+    }
+
+    fn register(&self, map: &Map, mode: u64) {
+        self.ioctl(0, &mut [map.start.addr() as u64, map.len as u64, mode, 0]);
+    }
+
+    fn unregister(&self, map: &Map) {
+        let mut range = [map.start.addr() as u64, map.len as u64];
+        // SAFETY: UFFDIO_UNREGISTER reads a struct of two words.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::_IOR::<[u64; 2]>(0xAA, 1), range.as_mut_ptr()) };
+        assert!(done >= 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
+#[test]
+fn garbage_becomes_zero_in_the_way_each_kind_needs() {
+    let _turn = turn();
+    const PAGES: usize = 3 * GRANULE;
+    let dropped = [(Private, "dropped"), (SharedAnonymous, "hole punched"), (SharedMemfd, "hole punched")];
+    let dropped = [&dropped[..], &[(SharedShm, "hole punched")]].concat();
+    for pinned in [false, true] {
+        each_kind(PAGES, |kind, map| {
+            (0..PAGES).filter(|page| page % 3 != 1).for_each(|page| map.write(page, !0));
+            let resident = map.smaps("Rss") + map.smaps("Shared_Hugetlb") + map.smaps("Private_Hugetlb");
+            let care = Care { pinned, fd: map.fd(), ..Care::default() };
+            let fresh = freshen(&map.block(), &Survey::new().unwrap(), care, &|| Ok(())).unwrap();
+            assert!(fresh.is_proven(), "{kind:?}: {fresh:?}");
+            let by_drop = dropped.iter().find(|(k, _)| *k == kind && !pinned).map(|(_, how)| *how);
+            let how = by_drop.unwrap_or("zeros written where it was not zero");
+            assert_eq!(fresh.done, [(0..PAGES, how)], "{kind:?}");
+            let block = map.block();
+            let now = map.smaps("Rss") + map.smaps("Shared_Hugetlb") + map.smaps("Private_Hugetlb");
+            assert_eq!(now == 0, by_drop.is_some(), "{kind:?}: {now} bytes left of {resident}");
+            // What a device or mlock(2) relies on did not move: nothing was given back.
+            assert!(by_drop.is_some() || now >= resident, "{kind:?}: {now} bytes left of {resident}");
+            assert_eq!((0..PAGES).find(|page| !block.is_zero(*page)), None, "{kind:?}");
+        });
+    }
+}
+
+#[test]
+fn what_is_not_ours_to_write_is_left_alone() {
+    let _turn = turn();
+    let map = Map::new(Private, 2 * GRANULE).unwrap();
+    (0..map.pages()).for_each(|page| map.write(page, 4));
+    let full = |map: &Map, keep| {
+        let mut hint = Hint::new(map.pages()).unwrap();
+        hint.add(0..map.pages());
+        Target::new(&map.block(), hint, &Survey::new().unwrap(), keep)
+    };
+    let keep = Care { keep: true, ..Care::default() };
+    let fresh = freshen(&map.block(), &Survey::new().unwrap(), keep, &|| Ok(())).unwrap();
+    assert!(!fresh.is_proven() && fresh.done.is_empty());
+    map.protect(libc::PROT_READ);
+    let fresh = freshen(&map.block(), &Survey::new().unwrap(), Care::default(), &|| Ok(())).unwrap();
+    assert_eq!(fresh.unproven, [(0..map.pages(), "it is mapped read-only".to_owned())]);
+    let threads = Threads::new();
+    for keep in [true, false] {
+        let report = Preparer::start(&threads, vec![full(&map, keep)], Limits::default()).unwrap().finish();
+        assert_eq!((report.planned, report.huge_runs), (0, 0));
+    }
+    assert!((0..map.pages()).all(|page| map.read(page) == 4));
+    map.protect(libc::PROT_READ | libc::PROT_WRITE);
+    let stop = || Err(Error::new(libc::ECANCELED, "enough"));
+    let error = freshen(&map.block(), &Survey::new().unwrap(), Care::default(), &stop).unwrap_err();
+    assert_eq!(error.errno(), libc::ECANCELED);
+    assert!((0..map.pages()).all(|page| map.read(page) == 4), "stopped before the first step");
+}
+
+/// Patterns in which 1 GiB of 64 GiB is in use.
+const PATTERNS: [&str; 6] =
+    ["every other page", "random pages", "one run in eight pages", "three of five pages", "two halves", "one piece"];
+
+fn in_use(pattern: usize, pages: usize, rng: &mut Rng) -> Vec<usize> {
+    let content = GIB / PAGE_BYTES;
+    let mut list: Vec<usize> = match pattern {
+        0 => (0..content).map(|n| 2 * n).collect(),
+        1 => (0..content).map(|n| n * 64 + rng.below(64)).collect(),
+        2 => (0..content).map(|n| n / 8 * 512 + n % 8).collect(),
+        3 => (0..content).map(|n| n / 3 * 5 + n % 3).collect(),
+        4 => (0..content / 2).chain(pages - content / 2..pages).collect(),
+        _ => (pages / 2 + 100..pages / 2 + 100 + content).collect(),
+    };
+    list.sort_unstable();
+    assert_eq!(list.len(), content);
+    list
+}
+
+#[test]
+fn a_sparse_guest_costs_what_it_uses() {
+    let _turn = turn();
+    let pages = 64 * GIB / PAGE_BYTES;
+    let mut rng = Rng::new("sparse");
+    for pattern in points("sparse", PATTERNS.len(), 3) {
+        let (source, target) = (Map::new(Private, pages).unwrap(), Map::new(Private, pages).unwrap());
+        let list = in_use(pattern, pages, &mut rng);
+        list.iter().for_each(|page| source.write(*page, 1));
+        let asked = Instant::now();
+        let presence = Presence::new(&source.block(), &Survey::new().unwrap(), None);
+        let hint = presence.hint().unwrap();
+        let asked = asked.elapsed();
+        assert_eq!(hint.content(), list.len());
+        let survey = Survey::new().unwrap();
+        let fresh = freshen(&target.block(), &survey, Care::default(), &|| Ok(())).unwrap();
+        assert!(fresh.is_proven());
+        let threads = Threads::new();
+        let what = Target::new(&target.block(), hint, &survey, false);
+        let limits = Limits { threads: 2, ..Limits::default() };
+        let preparer = Preparer::start(&threads, vec![what], limits).unwrap();
+        let began = Instant::now();
+        let mut sent = 0;
+        let step = 512;
+        for start in (0..pages).step_by(step) {
+            presence.each_existing(start..start + step, |range| {
+                sent += range.len();
+                range.clone().for_each(|page| target.write(page, source.read(page)));
+            });
+            preparer.arrived(0, start..start + step);
+        }
+        let took = began.elapsed();
+        let report = preparer.finish();
+        assert_eq!(report.error, None);
+        assert_eq!(sent, list.len());
+        assert!(list.iter().all(|page| target.read(*page) == 1));
+        let used = [source.smaps("Rss"), target.smaps("Rss")];
+        let name = PATTERNS[pattern];
+        println!(
+            "{name}: hint {asked:?}, move {took:?}, resident {} and {} MiB, {report:?}",
+            used[0] >> 20,
+            used[1] >> 20
+        );
+        assert!(used.iter().all(|bytes| *bytes <= GIB + GIB / 4), "{name}: {used:?}");
+        assert!(pattern < 4 || report.planned as usize >= GIB * 9 / 10, "{name}: {report:?}");
+    }
+}
+
+#[test]
+fn a_vmm_that_wants_huge_pages_gets_them_where_there_is_content() {
+    let _turn = turn();
+    let map = Map::new(Private, 64 * GRANULE).unwrap();
+    map.advise(0..map.pages(), libc::MADV_HUGEPAGE);
+    let mut hint = Hint::new(map.pages()).unwrap();
+    let full = 8..24;
+    (0..64).for_each(|n| hint.add(n * GRANULE..n * GRANULE + if full.contains(&n) { GRANULE } else { 8 }));
+    let survey = Survey::new().unwrap();
+    let threads = Threads::new();
+    let what = Target::new(&map.block(), hint, &survey, false);
+    let preparer = Preparer::start(&threads, vec![what], Limits::default()).unwrap();
+    while !preparer.is_done() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    (0..64).for_each(|n| (0..8).for_each(|page| map.write(n * GRANULE + page, 1)));
+    assert_eq!(map.smaps("Rss"), (16 * GRANULE + 48 * 8) * PAGE_BYTES);
+    if map.smaps("AnonHugePages") == 0 && skip("thp", "no huge page to be had") {
+        return;
+    }
+    assert_eq!(map.smaps("AnonHugePages"), 16 * GRANULE * PAGE_BYTES);
+    assert_eq!(preparer.finish().huge_runs, 1);
+    // Afterwards, the mapping is as the VMM made it.
+    map.advise(0..GRANULE, libc::MADV_DONTNEED);
+    map.write(0, 1);
+    assert_eq!(map.smaps("AnonHugePages"), 17 * GRANULE * PAGE_BYTES);
+}
+
+#[test]
+fn population_keeps_its_distance_and_stops_at_once() {
+    let _turn = turn();
+    let pages = GIB / PAGE_BYTES;
+    let map = Map::new(Private, pages).unwrap();
+    let mut hint = Hint::new(pages).unwrap();
+    hint.add(0..pages);
+    let threads = Threads::new();
+    let survey = Survey::new().unwrap();
+    let limits = Limits { threads: 2, ahead: 32 << 20, huge: true };
+    let start = |hint: &Hint| {
+        Preparer::start(&threads, vec![Target::new(&map.block(), hint.clone(), &survey, false)], limits).unwrap()
+    };
+    let settled = |want: usize| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while map.smaps("Rss") < want && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(map.smaps("Rss"), want);
+    };
+    let preparer = start(&hint);
+    settled(32 << 20);
+    preparer.arrived(0, 0..10 * GRANULE);
+    preparer.arrived(0, 0..10 * GRANULE);
+    settled(52 << 20);
+    // Data that overtakes population is not populated for.
+    preparer.arrived(0, 26 * GRANULE..36 * GRANULE);
+    preparer.arrived(0, 10 * GRANULE..11 * GRANULE);
+    settled(54 << 20);
+    preparer.arrived(7, 0..1);
+    preparer.arrived(0, pages..usize::MAX);
+    preparer.stop();
+    preparer.arrived(0, 0..pages);
+    let report = preparer.finish();
+    assert_eq!((report.populated, report.planned, report.error), (54 << 20, GIB as u64, None));
+    settled(54 << 20);
+    assert!(threads.list().is_empty());
+    // All of it, once all of it arrives.
+    let preparer = start(&hint);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut at = 0;
+    while !preparer.is_done() && Instant::now() < deadline {
+        preparer.arrived(0, at..at + 1);
+        at = (at + GRANULE) % pages;
+    }
+    assert_eq!(preparer.finish().error, None);
+}
+
+#[test]
+fn what_cannot_be_populated_is_reported_and_no_signal() {
+    let _turn = turn();
+    let map = Map::new(SharedMemfd, 4 * GRANULE).unwrap();
+    let file = map.file.as_ref().unwrap();
+    (0..GRANULE).for_each(|page| map.write(page, 6));
+    file.set_len(GRANULE as u64 * PAGE + 1).unwrap();
+    let block = map.block();
+    let survey = Survey::new().unwrap();
+    let presence = Presence::new(&block, &survey, None);
+    assert_eq!(absent_of(&presence, 0..4 * GRANULE), [0usize; 0]);
+    let mut hint = Hint::new(4 * GRANULE).unwrap();
+    hint.add(0..4 * GRANULE);
+    let threads = Threads::new();
+    let good = Map::new(Private, GRANULE).unwrap();
+    let survey = Survey::new().unwrap();
+    let mut small = Hint::new(GRANULE).unwrap();
+    small.add(0..GRANULE);
+    let targets = vec![Target::new(&block, hint, &survey, false), Target::new(&good.block(), small, &survey, false)];
+    let preparer = Preparer::start(&threads, targets, Limits::default()).unwrap();
+    while !preparer.is_done() {
+        std::thread::yield_now();
+    }
+    let error = preparer.finish().error.unwrap();
+    assert_eq!(error.errno(), libc::EFAULT);
+    assert!(error.text().contains("RAM block 'ram' ahead, at page 512"), "{error}");
+    assert_eq!(good.smaps("Rss"), GRANULE * PAGE_BYTES, "the other block is populated all the same");
+    assert_eq!(block.populate(1000, 1).unwrap_err().errno(), libc::EFAULT);
+    block.populate(0, 4).unwrap();
+    let care = Care { pinned: true, ..Care::default() };
+    let fresh = freshen(&block, &survey, care, &|| Ok(())).unwrap();
+    assert_eq!(fresh.unproven.len(), 1, "what cannot be read is not known to be zero");
+    assert!((0..GRANULE).all(|page| block.is_zero(page)));
+}
+
+#[test]
+fn costs() {
+    let _turn = turn();
+    let all = std::env::var("VMIG_ALL").is_ok_and(|v| v == "1");
+    let (sparse, full) = if all { (8 * GIB, 2 * GIB) } else { (GIB, GIB / 16) };
+    for kind in [Private, SharedMemfd] {
+        let map = Map::new(kind, sparse / PAGE_BYTES).unwrap();
+        (0..256).for_each(|n| map.write(n * map.pages() / 256, 1));
+        let survey = Survey::new().unwrap();
+        let presence = Presence::new(&map.block(), &survey, map.fd());
+        let began = Instant::now();
+        let absent = presence.each_absent(0..map.pages(), |_| ());
+        let whole = began.elapsed();
+        assert_eq!(absent, map.pages() - 256);
+        let began = Instant::now();
+        let step = |start| presence.each_absent(start..start + 1024, |_| ());
+        let absent: usize = (0..map.pages()).step_by(1024).map(step).sum();
+        println!(
+            "{kind:?} {} GiB, 256 pages touched: {whole:?}, in chunks of 4 MiB {:?}",
+            sparse / GIB,
+            began.elapsed()
+        );
+        assert_eq!(absent, map.pages() - 256);
+    }
+    for kind in [Private, SharedMemfd] {
+        for (threads, huge) in [(1, false), (2, false), (1, true), (2, true)] {
+            if huge && kind == SharedMemfd {
+                continue;
+            }
+            measure_population(kind, full, threads, huge);
+        }
+    }
+}
+
+fn measure_population(kind: Kind, bytes: usize, count: usize, huge: bool) {
+    let map = Map::new(kind, bytes / PAGE_BYTES).unwrap();
+    let mut hint = Hint::new(map.pages()).unwrap();
+    hint.add(0..map.pages());
+    let survey = Survey::new().unwrap();
+    let threads = Threads::new();
+    let limits = Limits { threads: count, ahead: u64::MAX, huge };
+    let began = Instant::now();
+    let what = Target::new(&map.block(), hint, &survey, false);
+    let preparer = Preparer::start(&threads, vec![what], limits).unwrap();
+    while !preparer.is_done() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let took = began.elapsed();
+    let report = preparer.finish();
+    assert_eq!((report.populated, report.error), (bytes as u64, None));
+    assert_eq!(map.smaps("Rss"), bytes);
+    let began = Instant::now();
+    let presence = Presence::new(&map.block(), &survey, map.fd());
+    assert_eq!(presence.each_absent(0..map.pages(), |_| ()), 0);
+    let asked = began.elapsed();
+    let began = Instant::now();
+    assert!(freshen(&map.block(), &survey, Care::default(), &|| Ok(())).unwrap().is_proven());
+    let freshened = began.elapsed();
+    println!(
+        "{kind:?} 2 GiB, {count} threads, huge {huge}: populate {took:?}, ask {asked:?}, make fresh {freshened:?}"
+    );
+}
