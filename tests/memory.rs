@@ -3,221 +3,27 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
+#[path = "memory/maps.rs"]
+mod maps;
 
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use common::{Rng, points, skip};
+use maps::*;
 use vmig::error::Error;
 use vmig::ram::fresh::{Care, freshen};
 use vmig::ram::prepare::{Limits, Preparer, Target};
 use vmig::ram::presence::{GRANULE, Hint, Presence};
 use vmig::ram::survey::Survey;
-use vmig::ram::{Block, BlockSpec, PAGE, PAGE_BYTES, Ram};
+use vmig::ram::{PAGE, PAGE_BYTES};
 use vmig::sys::pagemap::{Pagemap, Way};
 use vmig::thread::Threads;
 
 const GIB: usize = 1 << 30;
-
-/// Locked memory anywhere in the process changes how memory is made fresh, so these tests take turns.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Private,
-    Locked,
-    SharedAnonymous,
-    SharedMemfd,
-    SharedShm,
-    PrivateMemfd,
-    PrivateFile,
-    SharedFile,
-    HugePrivate,
-    HugeShared,
-}
-use Kind::*;
-
-const KINDS: [Kind; 10] = [
-    Private,
-    Locked,
-    SharedAnonymous,
-    SharedMemfd,
-    SharedShm,
-    PrivateMemfd,
-    PrivateFile,
-    SharedFile,
-    HugePrivate,
-    HugeShared,
-];
-
-/// A mapping of our own.
-struct Map {
-    start: *mut u8,
-    len: usize,
-    guard: usize,
-    file: Option<File>,
-}
-
-fn mmap(len: usize, protection: i32, flags: i32, file: Option<&File>) -> Option<*mut u8> {
-    let fd = file.map_or(-1, AsRawFd::as_raw_fd);
-    // SAFETY: a new mapping at a place the kernel chooses.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, 0) };
-    (start != libc::MAP_FAILED).then_some(start.cast())
-}
-
-fn memfd(flags: u32) -> Option<File> {
-    // SAFETY: the name is a literal that ends with NUL.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), flags | libc::MFD_CLOEXEC) };
-    // SAFETY: a descriptor the kernel just gave us.
-    (fd >= 0).then(|| unsafe { File::from_raw_fd(fd) })
-}
-
-fn file_in(dir: &str) -> File {
-    static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let path = format!("{dir}/vmig-memory-{}-{n}", std::process::id());
-    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-    std::fs::remove_file(path).unwrap();
-    file
-}
-
-impl Map {
-    /// None: this machine has no such memory to spare.
-    fn new(kind: Kind, pages: usize) -> Option<Self> {
-        let len = pages * PAGE_BYTES;
-        let file = match kind {
-            SharedMemfd | PrivateMemfd => memfd(0),
-            SharedShm => Some(file_in("/dev/shm")),
-            PrivateFile | SharedFile => Some(file_in(common::scratch("memory").to_str().unwrap())),
-            HugeShared => Some(memfd(libc::MFD_HUGETLB)?),
-            _ => None,
-        };
-        if let Some(file) = &file {
-            file.set_len(len as u64).unwrap();
-        }
-        let flags = match kind {
-            Private | Locked => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-            HugePrivate => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB,
-            SharedAnonymous => libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-            PrivateMemfd | PrivateFile => libc::MAP_PRIVATE,
-            SharedMemfd | SharedShm | SharedFile | HugeShared => libc::MAP_SHARED,
-        };
-        // What follows is inaccessible, or two mappings of this kind would be one to the kernel.
-        let guard = if matches!(kind, Private | Locked) { GRANULE * PAGE_BYTES } else { 0 };
-        let start = mmap(len + guard, libc::PROT_READ | libc::PROT_WRITE, flags, file.as_ref())?;
-        let map = Self { start, len, guard, file };
-        // SAFETY: changes our own mapping only.
-        assert_eq!(unsafe { libc::mprotect(start.wrapping_add(len).cast(), guard, libc::PROT_NONE) }, 0);
-        if kind == Locked {
-            // SAFETY: locks our own mapping.
-            assert_eq!(unsafe { libc::mlock(start.cast(), len) }, 0);
-        }
-        Some(map)
-    }
-
-    fn pages(&self) -> usize {
-        self.len / PAGE_BYTES
-    }
-
-    fn word(&self, page: usize) -> *mut u64 {
-        assert!(page < self.pages());
-        self.start.wrapping_add(page * PAGE_BYTES + 8 * (page % 512)).cast()
-    }
-
-    fn write(&self, page: usize, value: u64) {
-        // SAFETY: a word of our own mapping.
-        unsafe { self.word(page).write_volatile(value) };
-    }
-
-    fn read(&self, page: usize) -> u64 {
-        // SAFETY: a word of our own mapping.
-        unsafe { self.word(page).read_volatile() }
-    }
-
-    fn advise(&self, pages: Range<usize>, advice: i32) {
-        let start = self.start.wrapping_add(pages.start * PAGE_BYTES).cast();
-        // SAFETY: changes our own mapping only.
-        let done = unsafe { libc::madvise(start, pages.len() * PAGE_BYTES, advice) };
-        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-    }
-
-    fn protect(&self, protection: i32) {
-        // SAFETY: changes our own mapping only.
-        assert_eq!(unsafe { libc::mprotect(self.start.cast(), self.len, protection) }, 0);
-    }
-
-    fn block(&self) -> Arc<Block> {
-        let spec = BlockSpec {
-            name: "ram".into(),
-            host: self.start,
-            len: self.len as u64,
-            gpa: 0,
-            marked: true,
-            shared_storage: false,
-        };
-        Ram::default().add(spec).unwrap()
-    }
-
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.file.as_ref().map(AsFd::as_fd)
-    }
-
-    /// The same file, mapped once more.
-    fn again(&self) -> Self {
-        let start = mmap(self.len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, self.file.as_ref()).unwrap();
-        Self { start, len: self.len, guard: 0, file: None }
-    }
-
-    /// A field of /proc/self/smaps in bytes, summed over the mapping.
-    fn smaps(&self, field: &str) -> usize {
-        let (start, end) = (self.start.addr(), self.start.addr() + self.len);
-        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let (mut inside, mut sum) = (false, 0);
-        for line in text.lines() {
-            let first = line.split(' ').next().unwrap();
-            if let Some((from, _)) = first.split_once('-') {
-                inside = usize::from_str_radix(from, 16).is_ok_and(|at| (start..end).contains(&at));
-            } else if inside && first.strip_suffix(':') == Some(field) {
-                sum += line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024;
-            }
-        }
-        sum
-    }
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, which nobody uses any more.
-        unsafe { libc::munmap(self.start.cast(), self.len + self.guard) };
-    }
-}
-
-/// Huge pages set aside for a test, when there were none.
-struct Pool(bool);
-
-const POOL: &str = "/proc/sys/vm/nr_hugepages";
-
-impl Pool {
-    fn new(pages: usize) -> Self {
-        let none = std::fs::read_to_string(POOL).is_ok_and(|n| n.trim() == "0");
-        Self(none && std::fs::write(POOL, pages.to_string()).is_ok())
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        if self.0 {
-            std::fs::write(POOL, "0").unwrap();
-        }
-    }
-}
 
 fn each_kind(pages: usize, mut f: impl FnMut(Kind, Map)) {
     // After the mapping is gone: or the pool would keep its pages.
@@ -273,13 +79,14 @@ fn a_page_with_content_is_never_absent() {
         for round in 0..12 {
             for _ in 0..rng.below(60) {
                 let (page, run) = (rng.below(PAGES), 1 + rng.below(5));
-                for page in page..(page + run).min(PAGES) {
+                let pages = page..(page + run).min(PAGES);
+                touched[pages.clone()].fill(true);
+                for page in pages {
                     match (&other, rng.below(3)) {
                         // Private mappings of the file see what comes in through the other one, too.
                         (Some(other), 0) => other.write(page, 7),
                         _ => map.write(page, 9),
                     }
-                    touched[page] = true;
                 }
             }
             let survey = Survey::new().unwrap();
@@ -409,38 +216,6 @@ fn memory_of_a_fault_handler_is_left_to_it() {
     assert_eq!(absent(&map), 63);
 }
 
-/// A userfaultfd as a VMM might hold it.
-struct Uffd(File);
-
-impl Uffd {
-    fn new() -> Self {
-        // SAFETY: userfaultfd takes no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) };
-        // SAFETY: a descriptor the kernel just gave us.
-        let fd = Self(unsafe { File::from_raw_fd(i32::try_from(fd).unwrap()) });
-        fd.ioctl(0x3F, &mut [0xAA, 0, 0]);
-        fd
-    }
-
-    fn ioctl<const N: usize>(&self, number: u32, words: &mut [u64; N]) {
-        // SAFETY: each ioctl used here reads and fills a struct of N words.
-        let done =
-            unsafe { libc::ioctl(self.0.as_raw_fd(), libc::_IOWR::<[u64; N]>(0xAA, number), words.as_mut_ptr()) };
-        assert!(done >= 0, "{}", std::io::Error::last_os_error());
-    }
-
-    fn register(&self, map: &Map, mode: u64) {
-        self.ioctl(0, &mut [map.start.addr() as u64, map.len as u64, mode, 0]);
-    }
-
-    fn unregister(&self, map: &Map) {
-        let mut range = [map.start.addr() as u64, map.len as u64];
-        // SAFETY: UFFDIO_UNREGISTER reads a struct of two words.
-        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::_IOR::<[u64; 2]>(0xAA, 1), range.as_mut_ptr()) };
-        assert!(done >= 0, "{}", std::io::Error::last_os_error());
-    }
-}
-
 #[test]
 fn garbage_becomes_zero_in_the_way_each_kind_needs() {
     let _turn = turn();
@@ -559,7 +334,7 @@ fn a_sparse_guest_costs_what_it_uses() {
             used[1] >> 20
         );
         assert!(used.iter().all(|bytes| *bytes <= GIB + GIB / 4), "{name}: {used:?}");
-        assert!(pattern < 4 || report.planned as usize >= GIB * 9 / 10, "{name}: {report:?}");
+        assert!(pattern < 4 || report.planned >= GIB as u64 * 9 / 10, "{name}: {report:?}");
     }
 }
 
@@ -734,6 +509,7 @@ fn measure_population(kind: Kind, bytes: usize, count: usize, huge: bool) {
     assert!(freshen(&map.block(), &survey, Care::default(), &|| Ok(())).unwrap().is_proven());
     let freshened = began.elapsed();
     println!(
-        "{kind:?} 2 GiB, {count} threads, huge {huge}: populate {took:?}, ask {asked:?}, make fresh {freshened:?}"
+        "{kind:?} {} MiB, {count} threads, huge {huge}: populate {took:?}, ask {asked:?}, make fresh {freshened:?}",
+        bytes >> 20
     );
 }
