@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Rng, points, skip};
@@ -115,6 +116,52 @@ fn a_page_with_content_is_never_absent() {
         // The oracle itself: what is called touched has content, through every mapping.
         assert!((0..PAGES).all(|page| (map.read(page) != 0) == touched[page]), "{kind:?}");
     });
+}
+
+#[test]
+fn a_page_written_before_the_question_is_never_absent() {
+    let _turn = turn();
+    const PAGES: usize = 32 * GRANULE;
+    let seed = common::seed();
+    for kind in [Private, SharedMemfd] {
+        let map = Map::new(kind, PAGES).unwrap();
+        let presence = Presence::new(&map.block(), &Survey::new().unwrap(), map.fd());
+        let written: Vec<AtomicBool> = (0..PAGES).map(|_| AtomicBool::new(false)).collect();
+        let done = AtomicBool::new(false);
+        let asked = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut rng = Rng::new("writer");
+                for _ in 0..PAGES {
+                    let page = rng.below(PAGES);
+                    map.write(page, 1);
+                    written[page].store(true, Ordering::Release);
+                }
+                done.store(true, Ordering::Release);
+            });
+            // Meanwhile the kernel moves pages about: into huge pages, and to make room for them.
+            scope.spawn(|| {
+                for granule in (0..32).cycle().take_while(|_| !done.load(Ordering::Acquire)) {
+                    map.collapse(granule);
+                    let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
+                }
+            });
+            let mut asked = 0;
+            loop {
+                let last = done.load(Ordering::Acquire);
+                let before: Vec<bool> = written.iter().map(|w| w.load(Ordering::Acquire)).collect();
+                let wrong = |range: Range<usize>| range.into_iter().find(|page| before[*page]);
+                presence.each_absent(0..PAGES, |range| {
+                    assert_eq!(wrong(range), None, "{kind:?}, seed {seed}: absent, but written before the question");
+                });
+                asked += 1;
+                if last {
+                    break asked;
+                }
+            }
+        });
+        println!("{kind:?}: asked {asked} times");
+        assert!(asked > 1);
+    }
 }
 
 #[test]
@@ -255,6 +302,8 @@ fn what_is_not_ours_to_write_is_left_alone() {
     let keep = Care { keep: true, ..Care::default() };
     let fresh = freshen(&map.block(), &Survey::new().unwrap(), keep, &|| Ok(())).unwrap();
     assert!(!fresh.is_proven() && fresh.done.is_empty());
+    let fresh = freshen(&map.block_as(true), &Survey::new().unwrap(), Care::default(), &|| Ok(())).unwrap();
+    assert_eq!(fresh.unproven, [(0..map.pages(), "both sides share its contents".to_owned())]);
     map.protect(libc::PROT_READ);
     let fresh = freshen(&map.block(), &Survey::new().unwrap(), Care::default(), &|| Ok(())).unwrap();
     assert_eq!(fresh.unproven, [(0..map.pages(), "it is mapped read-only".to_owned())]);
@@ -272,8 +321,15 @@ fn what_is_not_ours_to_write_is_left_alone() {
 }
 
 /// Patterns in which 1 GiB of 64 GiB is in use.
-const PATTERNS: [&str; 6] =
-    ["every other page", "random pages", "one run in eight pages", "three of five pages", "two halves", "one piece"];
+const PATTERNS: [&str; 7] = [
+    "every other page",
+    "random pages",
+    "eight pages in 2 MiB",
+    "three of five pages",
+    "nine of ten pages",
+    "two halves",
+    "one piece",
+];
 
 fn in_use(pattern: usize, pages: usize, rng: &mut Rng) -> Vec<usize> {
     let content = GIB / PAGE_BYTES;
@@ -282,7 +338,8 @@ fn in_use(pattern: usize, pages: usize, rng: &mut Rng) -> Vec<usize> {
         1 => (0..content).map(|n| n * 64 + rng.below(64)).collect(),
         2 => (0..content).map(|n| n / 8 * 512 + n % 8).collect(),
         3 => (0..content).map(|n| n / 3 * 5 + n % 3).collect(),
-        4 => (0..content / 2).chain(pages - content / 2..pages).collect(),
+        4 => (0..content).map(|n| n / 9 * 10 + n % 9).collect(),
+        5 => (0..content / 2).chain(pages - content / 2..pages).collect(),
         _ => (pages / 2 + 100..pages / 2 + 100 + content).collect(),
     };
     list.sort_unstable();
@@ -295,8 +352,9 @@ fn a_sparse_guest_costs_what_it_uses() {
     let _turn = turn();
     let pages = 64 * GIB / PAGE_BYTES;
     let mut rng = Rng::new("sparse");
-    for pattern in points("sparse", PATTERNS.len(), 3) {
-        let (source, target) = (Map::new(Private, pages).unwrap(), Map::new(Private, pages).unwrap());
+    for point in points("sparse", 2 * PATTERNS.len(), 4) {
+        let (pattern, kind) = (point / 2, [Private, SharedMemfd][point % 2]);
+        let (source, target) = (Map::new(kind, pages).unwrap(), Map::new(kind, pages).unwrap());
         let list = in_use(pattern, pages, &mut rng);
         list.iter().for_each(|page| source.write(*page, 1));
         let asked = Instant::now();
@@ -326,15 +384,15 @@ fn a_sparse_guest_costs_what_it_uses() {
         assert_eq!(report.error, None);
         assert_eq!(sent, list.len());
         assert!(list.iter().all(|page| target.read(*page) == 1));
-        let used = [source.smaps("Rss"), target.smaps("Rss")];
+        let used = [source.cost(), target.cost()];
         let name = PATTERNS[pattern];
         println!(
-            "{name}: hint {asked:?}, move {took:?}, resident {} and {} MiB, {report:?}",
+            "{kind:?}, {name}: hint {asked:?}, move {took:?}, resident {} and {} MiB, {report:?}",
             used[0] >> 20,
             used[1] >> 20
         );
-        assert!(used.iter().all(|bytes| *bytes <= GIB + GIB / 4), "{name}: {used:?}");
-        assert!(pattern < 4 || report.planned >= GIB as u64 * 9 / 10, "{name}: {report:?}");
+        assert!(used.iter().all(|bytes| *bytes <= GIB + GIB / 4), "{kind:?}, {name}: {used:?}");
+        assert!(pattern < 4 || report.planned >= GIB as u64 * 9 / 10, "{kind:?}, {name}: {report:?}");
     }
 }
 

@@ -62,7 +62,7 @@ pub fn freshen(
     let mut fresh = Freshness::default();
     for part in presence.parts() {
         let pages = part.pages.clone();
-        match untouchable(part, care.keep) {
+        match untouchable(block, part, care.keep) {
             Some(why) => fresh.unproven.push((pages, why.to_owned())),
             None => match freshen_part(block, &presence, part, pinned, stop)? {
                 Ok(how) => fresh.done.push((pages, how)),
@@ -74,9 +74,10 @@ pub fn freshen(
 }
 
 /// Why a part is left alone, if it is.
-pub(super) fn untouchable(part: &Part, keep: bool) -> Option<&'static str> {
+pub(super) fn untouchable(block: &Block, part: &Part, keep: bool) -> Option<&'static str> {
     match part.mapping {
         _ if keep => Some("the VMM keeps its contents"),
+        _ if !block.is_sent() => Some("both sides share its contents"),
         None => Some("nothing is mapped there"),
         Some(_) if !part.is_writable() => Some("it is mapped read-only"),
         Some(_) if part.handled => Some("a userfaultfd handler may supply its pages"),

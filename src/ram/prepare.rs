@@ -68,7 +68,7 @@ impl Target {
     /// A block, what of it has content at the source, and whether the VMM keeps its contents (then nothing is done).
     pub fn new(block: &Arc<Block>, hint: Hint, survey: &Survey, keep: bool) -> Self {
         let mut parts = survey.parts(block, None);
-        parts.retain(|part| untouchable(part, keep).is_none());
+        parts.retain(|part| untouchable(block, part, keep).is_none());
         let thp = parts.iter().map(|part| thp_of(part, survey)).collect();
         Self { block: Arc::clone(block), hint, parts, thp }
     }

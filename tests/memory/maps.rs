@@ -75,6 +75,9 @@ pub(super) fn file_in(dir: &str) -> File {
     file
 }
 
+// SAFETY: the pointer is only an address; every access through it is volatile, as a guest's would be.
+unsafe impl Sync for Map {}
+
 impl Map {
     /// None: this machine has no such memory to spare.
     pub(super) fn new(kind: Kind, pages: usize) -> Option<Self> {
@@ -135,19 +138,31 @@ impl Map {
         assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     }
 
+    /// Advice that may be refused, and leaves contents alone.
+    pub(super) fn collapse(&self, granule: usize) {
+        const MADV_COLLAPSE: i32 = 25;
+        let start = self.start.wrapping_add(granule * GRANULE * PAGE_BYTES).cast();
+        // SAFETY: leaves the contents of our own mapping alone.
+        unsafe { libc::madvise(start, GRANULE * PAGE_BYTES, MADV_COLLAPSE) };
+    }
+
     pub(super) fn protect(&self, protection: i32) {
         // SAFETY: changes our own mapping only.
         assert_eq!(unsafe { libc::mprotect(self.start.cast(), self.len, protection) }, 0);
     }
 
     pub(super) fn block(&self) -> Arc<Block> {
+        self.block_as(false)
+    }
+
+    pub(super) fn block_as(&self, shared_storage: bool) -> Arc<Block> {
         let spec = BlockSpec {
             name: "ram".into(),
             host: self.start,
             len: self.len as u64,
             gpa: 0,
             marked: true,
-            shared_storage: false,
+            shared_storage,
         };
         Ram::default().add(spec).unwrap()
     }
@@ -160,6 +175,13 @@ impl Map {
     pub(super) fn again(&self) -> Self {
         let start = mmap(self.len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, self.file.as_ref()).unwrap();
         Self { start, len: self.len, guard: 0, file: None }
+    }
+
+    /// Bytes of memory this costs, whoever's tables show them.
+    pub(super) fn cost(&self) -> usize {
+        use std::os::unix::fs::MetadataExt;
+        let blocks = self.file.as_ref().map_or(0, |file| file.metadata().unwrap().blocks());
+        self.smaps("Rss").max(usize::try_from(blocks).unwrap() * 512)
     }
 
     /// A field of /proc/self/smaps in bytes, summed over the mapping.
