@@ -1,12 +1,12 @@
 //! Parallel channels: threads that receive packets straight into guest memory, and the meeting points between them.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Job;
 use super::ahead::{Ahead, Scout};
+use super::target::Targets;
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::{Block, PAGE};
@@ -37,7 +37,7 @@ struct Shared {
     received: AtomicU64,
     normal: AtomicU64,
     zero: AtomicU64,
-    blocks: HashMap<String, Arc<Block>>,
+    targets: Targets,
     limit: Duration,
 }
 
@@ -80,15 +80,19 @@ impl Shared {
 
 impl Lanes {
     /// Starts a thread for each channel.
-    pub(super) fn start(job: &Job, channels: Vec<Arc<dyn Channel>>, ahead: Option<&Ahead>) -> Result<Self> {
-        let blocks = job.ram.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b))).collect();
+    pub(super) fn start(
+        job: &Job,
+        channels: Vec<Arc<dyn Channel>>,
+        targets: &Targets,
+        ahead: Option<&Ahead>,
+    ) -> Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             changed: Condvar::new(),
             received: AtomicU64::new(0),
             normal: AtomicU64::new(0),
             zero: AtomicU64::new(0),
-            blocks,
+            targets: Arc::clone(targets),
             limit: job.options.time(Opt::StallTimeout),
         });
         let count = u8::try_from(channels.len()).unwrap_or(u8::MAX);
@@ -225,10 +229,11 @@ impl Lane<'_> {
     /// The pages of a packet, each run of contiguous ones in one piece, straight into guest memory.
     fn pages(&mut self, normal: usize, zero: usize) -> Result<()> {
         let name = self.header.block()?;
-        let Some(block) = self.shared.blocks.get(name) else {
+        let Some(target) = self.shared.targets.get(name) else {
             let shown = name.escape_default();
             return Err(Error::new(libc::ENOENT, format!("there is no RAM block '{shown}' here")));
         };
+        let block = &target.block;
         let mut pages = [0; PAGES_MAX];
         for (index, page) in pages[..normal + zero].iter_mut().enumerate() {
             *page = checked(block, self.header.offset(index))?;
@@ -236,6 +241,7 @@ impl Lane<'_> {
         let (whole, zeros) = pages[..normal + zero].split_at(normal);
         let mut rooms = Vec::with_capacity(whole.len());
         for run in whole.chunk_by(|a, b| a + 1 == *b) {
+            target.mark(run[0], run.len());
             rooms.push(block.room(run[0], run.len()));
         }
         if let Some(scout) = &self.scout {
@@ -243,7 +249,7 @@ impl Lane<'_> {
         }
         self.fill(&mut rooms)?;
         for page in zeros {
-            block.zero_page(*page);
+            target.zero(*page);
         }
         self.shared.normal.fetch_add(normal as u64, Ordering::Relaxed);
         self.shared.zero.fetch_add(zero as u64, Ordering::Relaxed);

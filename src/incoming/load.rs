@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::ahead::Scout;
 use super::lanes::Lanes;
 use super::receiver::RamReceiver;
+use super::target::Targets;
 use super::{Job, Peer};
 use crate::error::{Error, Result};
 use crate::section::builtin;
@@ -52,6 +53,7 @@ impl<'a> Loader<'a> {
     pub(super) fn new(
         job: &'a Job,
         peer: &'a mut Peer,
+        targets: &Targets,
         scout: Option<Scout>,
         lanes: Option<Lanes>,
         meet_each_section: bool,
@@ -60,7 +62,7 @@ impl<'a> Loader<'a> {
             job,
             peer,
             bindings: Bindings::new(job.sections.clone()),
-            ram: RamReceiver::new(&job.ram, scout),
+            ram: RamReceiver::new(targets, scout),
             ram_id: None,
             lanes,
             meet_each_section,

@@ -5,6 +5,7 @@ mod door;
 mod lanes;
 mod load;
 mod receiver;
+mod target;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -151,22 +152,22 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, ahead: Option<&Ahead>, t
         // A QEMU says nothing of its channels: both sides must have been told the same.
         false => Parallel::configured(&job.options),
     };
+    *touched = true;
+    let targets = target::prepare(job)?;
     let lanes = match parallel.channels {
         0 => None,
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            *touched = true;
-            Some(Lanes::start(job, channels, ahead)?)
+            Some(Lanes::start(job, channels, &targets, ahead)?)
         }
     };
     // Nobody else is expected: from here on the system refuses connections.
     drop(door);
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
-    *touched = true;
     let scout = ahead.map(Ahead::scout);
-    let mut loader = Loader::new(job, peer, scout, lanes, parallel.meet_each_section);
+    let mut loader = Loader::new(job, peer, &targets, scout, lanes, parallel.meet_each_section);
     let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
     // From here on the source may learn that we have the guest: no way back.
     job.status.commit()?;

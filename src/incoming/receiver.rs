@@ -1,13 +1,13 @@
 //! RAM bodies into guest memory.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::ahead::Scout;
 use super::lanes::Lanes;
+use super::target::{Target, Targets};
 use crate::error::{Error, Result};
-use crate::ram::{Block, PAGE, RamList};
+use crate::ram::PAGE;
 use crate::status::Status;
 use crate::transport::stream::StreamInput;
 use crate::wire::input::Input;
@@ -16,18 +16,17 @@ use crate::wire::ram::{self, Record};
 /// Receives pages; remembers the block of the last record.
 #[derive(Debug)]
 pub(super) struct RamReceiver {
-    blocks: HashMap<String, Arc<Block>>,
-    last: Option<Arc<Block>>,
-    normal: u64,
-    zero: u64,
+    targets: Targets,
+    last: Option<Arc<Target>>,
     /// Has memory prepared ahead.
     scout: Option<Scout>,
+    normal: u64,
+    zero: u64,
 }
 
 impl RamReceiver {
-    pub(super) fn new(list: &RamList, scout: Option<Scout>) -> Self {
-        let blocks = list.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), Arc::clone(b)));
-        Self { blocks: blocks.collect(), last: None, scout, normal: 0, zero: 0 }
+    pub(super) fn new(targets: &Targets, scout: Option<Scout>) -> Self {
+        Self { targets: Arc::clone(targets), last: None, scout, normal: 0, zero: 0 }
     }
 
     /// Takes one body.
@@ -45,15 +44,16 @@ impl RamReceiver {
                 },
                 Record::Setup { total } => self.setup(input, total, status)?,
                 Record::Zero { name, offset } => {
-                    let (block, page) = self.page(at, name, offset)?;
-                    block.zero_page(page);
+                    let (target, page) = self.page(at, name, offset)?;
+                    target.zero(page);
                     self.zero += 1;
                 }
                 Record::Page { name, offset } => {
-                    let (block, page) = self.page(at, name, offset)?;
-                    input.page(|bytes| block.write_page(page, bytes))?;
-                    if let (Some(scout), Some(block)) = (&mut self.scout, &self.last) {
-                        scout.saw(block, page);
+                    let (target, page) = self.page(at, name, offset)?;
+                    target.mark(page, 1);
+                    input.page(|bytes| target.block.write_page(page, bytes))?;
+                    if let (Some(scout), Some(target)) = (&mut self.scout, &self.last) {
+                        scout.saw(&target.block, page);
                     }
                     self.normal += 1;
                 }
@@ -75,7 +75,7 @@ impl RamReceiver {
     /// The source's list of blocks: each must be here, with the same length.
     fn setup(&self, input: &mut StreamInput, total: u64, status: &Status) -> Result<()> {
         for (name, len) in ram::read_blocks(input, total)? {
-            match self.blocks.get(&name) {
+            match self.targets.get(&name).map(|t| &t.block) {
                 None => {
                     let shown = name.escape_default();
                     return Err(Error::new(libc::ENOENT, format!("there is no RAM block '{shown}' here")));
@@ -92,23 +92,24 @@ impl RamReceiver {
     }
 
     /// Block and page of a record.
-    fn page(&mut self, at: u64, name: Option<String>, offset: u64) -> Result<(&Arc<Block>, usize)> {
+    fn page(&mut self, at: u64, name: Option<String>, offset: u64) -> Result<(&Arc<Target>, usize)> {
         if let Some(name) = name {
-            let Some(block) = self.blocks.get(&name) else {
+            let Some(target) = self.targets.get(&name) else {
                 let text = format!("byte {at:#x}: there is no RAM block '{}' here", name.escape_default());
                 return Err(Error::new(libc::ENOENT, text));
             };
-            self.last = Some(Arc::clone(block));
+            self.last = Some(Arc::clone(target));
         }
-        let Some(block) = &self.last else {
+        let Some(target) = &self.last else {
             return Err(Error::invalid(format!("byte {at:#x}: the first page names no RAM block")));
         };
+        let block = &target.block;
         if offset >= block.len() {
             return Err(Error::invalid(format!("byte {at:#x}: a page outside of RAM block '{}'", block.name()))
                 .expected_got(format!("an offset below {:#x}", block.len()), format!("{offset:#x}")));
         }
         let page = usize::try_from(offset / PAGE).map_err(|_| Error::invalid("a page out of reach"))?;
-        Ok((block, page))
+        Ok((target, page))
     }
 }
 

@@ -26,6 +26,8 @@ const BATCHES_PER_LANE: usize = 2;
 pub(super) struct Batch {
     pub(super) block: Option<Arc<Block>>,
     pub(super) pages: Vec<usize>,
+    /// Pages known to be zero without a look.
+    pub(super) zeros: Vec<usize>,
 }
 
 #[derive(Debug, Default)]
@@ -99,6 +101,7 @@ impl Shared {
 
     fn give_back(&self, mut batch: Batch) {
         batch.pages.clear();
+        batch.zeros.clear();
         let mut state = self.lock();
         state.under_way -= 1;
         state.free.push(batch);
@@ -118,7 +121,13 @@ impl Lanes {
     pub(super) fn connect(job: &Job, count: u8, find_zeros: bool) -> Result<Self> {
         let limit = job.options.time(Opt::StallTimeout);
         let batches = BATCHES_PER_LANE * usize::from(count);
-        let free = (0..batches).map(|_| Batch { block: None, pages: Vec::with_capacity(PAGES_MAX) }).collect();
+        let free = (0..batches)
+            .map(|_| Batch {
+                block: None,
+                pages: Vec::with_capacity(PAGES_MAX),
+                zeros: Vec::with_capacity(PAGES_MAX),
+            })
+            .collect();
         let shared = Arc::new(Shared {
             state: Mutex::new(State { free, ..State::default() }),
             changed: Condvar::new(),
@@ -176,7 +185,7 @@ impl Lanes {
     /// Gives a filled (or unused) batch to the lanes.
     pub(super) fn send(&self, batch: Batch) {
         let mut state = self.shared.lock();
-        match batch.pages.is_empty() {
+        match batch.pages.is_empty() && batch.zeros.is_empty() {
             true => state.free.push(batch),
             false => state.queue.push_back(batch),
         }
@@ -231,8 +240,7 @@ impl Drop for Lanes {
 
 /// The body of a lane.
 fn run(shared: &Shared, channel: Arc<dyn Channel>, id: u8) {
-    let mut lane =
-        Lane { shared, out: StreamOutput::new(channel, shared.limit), header: Header::default(), zeros: Vec::new() };
+    let mut lane = Lane { shared, out: StreamOutput::new(channel, shared.limit), header: Header::default() };
     if let Err(error) = lane.work(id) {
         let error = error.context(format_args!("channel {id}"));
         shared.fail(error);
@@ -243,7 +251,6 @@ struct Lane<'a> {
     shared: &'a Shared,
     out: StreamOutput,
     header: Header,
-    zeros: Vec<usize>,
 }
 
 impl Lane<'_> {
@@ -273,9 +280,8 @@ impl Lane<'_> {
     /// One packet: the header, and runs of contiguous pages as they lie in guest memory.
     fn send(&mut self, batch: &mut Batch) -> Result<()> {
         let Some(block) = &batch.block else { return Err(Error::invalid("a batch without a block")) };
-        self.zeros.clear();
         if self.shared.find_zeros {
-            let zeros = &mut self.zeros;
+            let zeros = &mut batch.zeros;
             batch.pages.retain(|page| {
                 let zero = block.is_zero(*page);
                 if zero {
@@ -285,7 +291,7 @@ impl Lane<'_> {
             });
         }
         let number = self.shared.packets.fetch_add(1, Ordering::Relaxed);
-        self.header.set_pages(number, block.name(), &batch.pages, &self.zeros);
+        self.header.set_pages(number, block.name(), &batch.pages, &batch.zeros);
         let mut pieces = Vec::with_capacity(1 + batch.pages.len());
         pieces.push(Piece::of(self.header.bytes()));
         for run in batch.pages.chunk_by(|a, b| a + 1 == *b) {
@@ -297,7 +303,7 @@ impl Lane<'_> {
             fault.sent(block, &batch.pages);
         }
         self.shared.normal.fetch_add(batch.pages.len() as u64, Ordering::Relaxed);
-        self.shared.zero.fetch_add(self.zeros.len() as u64, Ordering::Relaxed);
+        self.shared.zero.fetch_add(batch.zeros.len() as u64, Ordering::Relaxed);
         self.account();
         Ok(())
     }

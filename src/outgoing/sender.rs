@@ -6,6 +6,8 @@ use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
 use crate::ram::PAGE;
+use crate::ram::presence::Presence;
+use crate::ram::survey::Survey;
 use crate::sys::io::{IOV_MAX, Piece};
 use crate::transport::stream::StreamOutput;
 use crate::wire::packet::PAGES_MAX;
@@ -106,6 +108,30 @@ impl Run {
     }
 }
 
+/// Pages of the run at hand that do not exist, and so are zero without a look.
+#[derive(Debug, Default)]
+struct Absent {
+    first: usize,
+    pages: Vec<bool>,
+}
+
+impl Absent {
+    /// Asks the kernel. The run's dirty bits were taken before, for asking counts as reading.
+    fn find(&mut self, presence: &[Presence], run: &Run) {
+        self.first = run.first;
+        self.pages.clear();
+        let Some(presence) = presence.get(run.block).filter(|p| !p.is_hopeless()) else { return };
+        self.pages.resize(run.pages, false);
+        presence.each_absent(run.first..run.first + run.pages, |range| {
+            self.pages[range.start - run.first..range.end - run.first].fill(true);
+        });
+    }
+
+    fn contains(&self, page: usize) -> bool {
+        self.pages.get(page - self.first).is_some_and(|absent| *absent)
+    }
+}
+
 /// Sends pages; remembers where it was.
 #[derive(Debug)]
 pub(super) struct RamSender {
@@ -114,6 +140,9 @@ pub(super) struct RamSender {
     /// All lanes meet at the end of each section (as QEMU did before 8.1), not at a mark once a round.
     meet_each_section: bool,
     cursor: Cursor,
+    /// In the first round: which pages of each block exist at all. Later everything that is dirty does.
+    presence: Vec<Presence>,
+    absent: Absent,
     /// Block of the last record: the next one of the same block needs no name.
     last: Option<usize>,
     /// Records without their pages, of one batch.
@@ -135,6 +164,8 @@ impl RamSender {
             lanes: None,
             meet_each_section,
             cursor: Cursor::default(),
+            presence: Vec::new(),
+            absent: Absent::default(),
             last: None,
             heads,
             order,
@@ -173,10 +204,16 @@ impl RamSender {
     /// A new round: from the start.
     pub(super) fn new_round(&mut self) {
         self.cursor = Cursor::default();
+        self.presence = Vec::new();
     }
 
     /// The START section. The first meeting comes before any page.
     pub(super) fn setup(&mut self, set: &DirtySet, out: &mut StreamOutput) -> Result<()> {
+        if self.find_zeros != FindZeros::Nobody
+            && let Ok(survey) = Survey::new()
+        {
+            self.presence = set.blocks().map(|block| Presence::new(block, &survey, None)).collect();
+        }
         let mut bytes = Vec::new();
         let name = SectionName { name: ram::NAME.to_owned(), instance: 0, version: ram::VERSION };
         stream::put_start(&mut bytes, RAM_ID, &name)?;
@@ -239,9 +276,13 @@ impl RamSender {
         let mut taken = 0;
         let mut next = self.cursor.take_run(set, hub, most)?;
         while let Some(run) = next {
+            self.absent.find(&self.presence, &run);
             let block = set.block(run.block);
             for page in run.first..run.first + run.pages {
-                if self.find_zeros == FindZeros::Here && block.is_zero(page) {
+                let absent = self.absent.contains(page);
+                if absent && self.find_zeros == FindZeros::Lanes {
+                    batch.zeros.push(page);
+                } else if self.find_zeros == FindZeros::Here && (absent || block.is_zero(page)) {
                     let name = (self.last != Some(run.block)).then(|| block.name());
                     self.last = Some(run.block);
                     ram::put_zero(&mut self.heads, name, page as u64 * PAGE)?;
@@ -267,6 +308,7 @@ impl RamSender {
         let mut room = most;
         while room > 0 {
             let Some(run) = self.cursor.take_run(set, hub, room)? else { break };
+            self.absent.find(&self.presence, &run);
             for page in run.first..run.first + run.pages {
                 self.add_record(set, run.block, page)?;
             }
@@ -287,7 +329,7 @@ impl RamSender {
         self.last = Some(index);
         let offset = page as u64 * PAGE;
         let start = self.heads.len();
-        if self.find_zeros != FindZeros::Nobody && block.is_zero(page) {
+        if self.find_zeros != FindZeros::Nobody && (self.absent.contains(page) || block.is_zero(page)) {
             ram::put_zero(&mut self.heads, name, offset)?;
             self.zero += 1;
             self.extend_head(start);

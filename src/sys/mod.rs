@@ -7,6 +7,7 @@ pub mod kvm;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm_x86;
 pub mod memory;
+pub mod pagemap;
 pub mod sized;
 pub mod thread_sys;
 

@@ -4,13 +4,20 @@
 //! an address that the VMM promised to keep mapped while the block is registered.
 #![allow(unsafe_code, reason = "guest bytes are touched here and nowhere else")]
 
+pub mod fresh;
+pub mod prepare;
+pub mod presence;
+pub mod survey;
+
+use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::bitmap::Bitmap;
 use crate::error::{Error, Result};
 use crate::sys::io::{Piece, Room};
-use crate::sys::memory;
+use crate::sys::memory::{self, Advice};
 use crate::zero;
 
 /// Page size of the stream.
@@ -190,9 +197,32 @@ impl Block {
     }
 
     /// Makes pages present, whatever they hold, so that a later write need not wait for memory.
+    /// A failure means nothing but faults.
     pub fn populate(&self, page: usize, count: usize) -> Result<()> {
-        let start = self.page(page, count) as u64;
-        memory::populate(start, count as u64 * PAGE)
+        self.advise(&(page..page + count), Advice::PopulateWrite).map_err(|e| {
+            Error::from_io(format!("cannot populate {count} pages of RAM block '{}' at page {page}", self.name), &e)
+        })
+    }
+
+    /// Host addresses of pages, for madvise(2).
+    fn span(&self, pages: &Range<usize>) -> (u64, u64) {
+        let start = self.page(pages.start, pages.len());
+        (start.expose_provenance() as u64, (pages.len() * PAGE_BYTES) as u64)
+    }
+
+    /// Lets the kernel drop the contents of pages, in a way that reads as zero afterwards if `advice` fits the mapping.
+    fn drop_pages(&self, pages: &Range<usize>, advice: Advice) -> io::Result<()> {
+        let (start, len) = self.span(pages);
+        // SAFETY: the pages lie inside the block (span checks), and the destination of a migration owns its contents.
+        unsafe { memory::advise(start, len, advice) }
+    }
+
+    /// Advice that leaves contents alone.
+    fn advise(&self, pages: &Range<usize>, advice: Advice) -> io::Result<()> {
+        assert!(!matches!(advice, Advice::DontNeed | Advice::Remove), "{advice:?} changes contents");
+        let (start, len) = self.span(pages);
+        // SAFETY: the pages lie inside the block (span checks), and this advice changes no contents.
+        unsafe { memory::advise(start, len, advice) }
     }
 
     /// Overwrites a page.
