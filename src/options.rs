@@ -126,18 +126,15 @@ pub static TABLE: [Row; 19] = [
         "Stop the guest only after the destination agreed; needs return-path. A destination needs it only when the \
          source is a QEMU.",
     ),
-    Row {
-        qemu: 0,
-        ..row(
-            "multifd",
-            Type::Bool,
-            1,
-            BOOL,
-            false,
-            "Send pages over parallel connections (tcp and unix). Set at the source; between two vmigs the destination \
-             follows, with a QEMU both sides must be set alike before they connect.",
-        )
-    },
+    row(
+        "multifd",
+        Type::Bool,
+        0,
+        BOOL,
+        false,
+        "Send pages over parallel connections (tcp and unix). Set at the source; between two vmigs the destination \
+         follows, with a QEMU both sides must be set alike before they connect.",
+    ),
     Row {
         qemu: 2,
         ..row(

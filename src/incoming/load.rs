@@ -252,5 +252,10 @@ fn apply_locked(job: &Job, apply: Apply<'_>) -> Result<()> {
 
 /// Names the section and where its body began.
 fn at_byte(error: Error, section: &str, at: u64) -> Error {
-    error.in_section(section).context(format!("body at byte {at:#x}"))
+    let error = error.in_section(section);
+    // A section that knows better where it was has said so.
+    match error.text().contains(" at byte ") || error.text().contains("byte 0x") {
+        true => error,
+        false => error.context(format!("body at byte {at:#x}")),
+    }
 }
