@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::options::{Opt, Options};
+use crate::ram::presence::Hint;
 use crate::ram::{PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status};
@@ -30,6 +31,7 @@ use ahead::Ahead;
 use door::Door;
 use lanes::Lanes;
 use load::Loader;
+use target::Targets;
 
 /// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
 const LINGER: Duration = Duration::from_secs(2);
@@ -70,9 +72,9 @@ fn attempt(job: &Job, listener: Listener, touched: &mut bool) -> Result<()> {
     let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
     job.status.advance(State::Active)?;
     let mut peer = Peer::new(job, channel);
-    // Ends after the guest was started: waiting for a thread is not for the blackout.
-    let ahead = Ahead::start(job);
-    let result = load_all(job, door, &mut peer, ahead.as_ref(), touched);
+    // Both end after the guest was started: waiting for a thread is not for the blackout.
+    let mut memory = Memory::default();
+    let result = load_all(job, door, &mut peer, &mut memory, touched);
     if let Err(error) = &result {
         let error = job.status.cause(error.clone()).on_side("destination");
         peer.say_why(&error);
@@ -144,29 +146,30 @@ impl Peer {
 }
 
 /// Receives everything up to the handover. True: the guest ran at the source.
-fn load_all(job: &Job, mut door: Door, peer: &mut Peer, ahead: Option<&Ahead>, touched: &mut bool) -> Result<bool> {
+fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, touched: &mut bool) -> Result<bool> {
     let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
-    let parallel = match first == hello::MAGIC.to_be_bytes() {
+    let (parallel, hints) = match first == hello::MAGIC.to_be_bytes() {
         true => greet(job, peer, &mut input).map_err(|e| e.in_phase("hello"))?,
         // A QEMU says nothing of its channels: both sides must have been told the same.
-        false => Parallel::configured(&job.options),
+        false => (Parallel::configured(&job.options), Vec::new()),
     };
     *touched = true;
     let targets = target::prepare(job)?;
+    memory.prepare(job, &targets, hints, usize::from(parallel.channels));
     let lanes = match parallel.channels {
         0 => None,
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            Some(Lanes::start(job, channels, &targets, ahead)?)
+            Some(Lanes::start(job, channels, &targets, memory.ahead.as_ref())?)
         }
     };
     // Nobody else is expected: from here on the system refuses connections.
     drop(door);
     stream::read_header(&mut input)?;
     stream::read_configuration(&mut input, &job.options.machine())?;
-    let scout = ahead.map(Ahead::scout);
+    let scout = memory.ahead.as_ref().map(Ahead::scout);
     let mut loader = Loader::new(job, peer, &targets, scout, lanes, parallel.meet_each_section);
     let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
     // From here on the source may learn that we have the guest: no way back.
@@ -193,7 +196,7 @@ impl Parallel {
 }
 
 /// Compares the source's hello with what is here and answers it.
-fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<Parallel> {
+fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<(Parallel, Vec<(String, Hint)>)> {
     let theirs = hello::read(input)?;
     peer.is_vmig = true;
     let differences = compare(&theirs, job);
@@ -205,8 +208,47 @@ fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<Parallel
     hello::put_answer(&mut bytes, &answer)?;
     peer.out.write(&bytes)?;
     match answer {
-        Answer::Welcome => Ok(Parallel { channels: theirs.channels, meet_each_section: theirs.meet_each_section }),
+        Answer::Welcome => {
+            let hints = if theirs.hints { read_hints(job, &theirs, input)? } else { Vec::new() };
+            Ok((Parallel { channels: theirs.channels, meet_each_section: theirs.meet_each_section }, hints))
+        }
         Answer::Refused(errors) => Err(hello::join(&errors)),
+    }
+}
+
+/// The hints behind a welcome, one for each block of the hello; their lengths follow from our own blocks, which were
+/// found to be the same.
+fn read_hints(job: &Job, theirs: &Hello, input: &mut StreamInput) -> Result<Vec<(String, Hint)>> {
+    let mut hints = Vec::new();
+    for (name, _) in &theirs.blocks {
+        if let Some(block) = job.ram.iter().find(|b| b.is_sent() && b.name() == name) {
+            hints.push((name.clone(), hello::read_hint(input, block.pages())?));
+        }
+    }
+    Ok(hints)
+}
+
+/// What makes memory present before its data comes.
+#[derive(Debug, Default)]
+struct Memory {
+    /// Without hints: a thread that looks at what arrives.
+    ahead: Option<Ahead>,
+    /// With hints: these hold the threads that follow them.
+    targets: Option<Targets>,
+}
+
+impl Memory {
+    fn prepare(&mut self, job: &Job, targets: &Targets, hints: Vec<(String, Hint)>, channels: usize) {
+        /// Populating is faster than one connection, and not much faster with more threads than this.
+        const THREADS_MAX: usize = 2;
+        if hints.is_empty() {
+            self.ahead = Ahead::start(job);
+            return;
+        }
+        self.targets = Some(Arc::clone(targets));
+        if let Err(error) = target::populate(job, targets, hints, channels.clamp(1, THREADS_MAX)) {
+            job.vmm.log().warning(format_args!("memory is not prepared ahead of the data: {error}"));
+        }
     }
 }
 

@@ -1,13 +1,15 @@
 //! Where pages go: the blocks by name, what of them arrived, and what need not be touched.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::Job;
 use crate::bitmap::Bitmap;
 use crate::error::Result;
 use crate::ram::Block;
 use crate::ram::fresh::{Care, freshen};
+use crate::ram::prepare::{self, Limits, Preparer};
+use crate::ram::presence::Hint;
 use crate::ram::survey::Survey;
 
 /// A block that pages arrive for.
@@ -17,11 +19,14 @@ pub(super) struct Target {
     pub(super) block: Arc<Block>,
     /// Pages that were written, if every other one is certainly zero.
     written: Option<Bitmap>,
+    /// Who populates the block ahead of the data, and its number there.
+    ahead: OnceLock<(Arc<Preparer>, usize)>,
 }
 
 impl Target {
     /// Pages are about to be written.
     pub(super) fn mark(&self, first: usize, count: usize) {
+        self.came(first, count);
         if let Some(written) = &self.written {
             written.set_range(first, count);
         }
@@ -29,9 +34,18 @@ impl Target {
 
     /// A page is zero at the source. One that is zero here already is not touched: it need not even exist.
     pub(super) fn zero(&self, page: usize) {
+        self.came(page, 1);
         match &self.written {
             Some(written) if !written.test(page) => (),
             _ => self.block.zero_page(page),
+        }
+    }
+}
+
+impl Target {
+    fn came(&self, first: usize, count: usize) {
+        if let Some((ahead, number)) = self.ahead.get() {
+            ahead.arrived(*number, first..first + count);
         }
     }
 }
@@ -52,7 +66,29 @@ pub(super) fn prepare(job: &Job) -> Result<Targets> {
                 written = Some(Bitmap::new(block.pages())?);
             }
         }
-        targets.insert(block.name().to_owned(), Arc::new(Target { block: Arc::clone(block), written }));
+        targets.insert(
+            block.name().to_owned(),
+            Arc::new(Target { block: Arc::clone(block), written, ahead: OnceLock::new() }),
+        );
     }
     Ok(Arc::new(targets))
+}
+
+/// Populates the blocks ahead of the data, where the source said that they have content. Memory that is not prepared is
+/// populated as it is written, so a failure only costs time.
+pub(super) fn populate(job: &Job, targets: &Targets, hints: Vec<(String, Hint)>, threads: usize) -> Result<()> {
+    let survey = Survey::new()?;
+    let mut blocks = Vec::new();
+    let mut plans = Vec::new();
+    for (name, hint) in hints {
+        if let Some(target) = targets.get(&name) {
+            plans.push(prepare::Target::new(&target.block, hint, &survey, false));
+            blocks.push(target);
+        }
+    }
+    let preparer = Arc::new(Preparer::start(&job.threads, plans, Limits { threads, ..Limits::default() })?);
+    for (number, target) in blocks.into_iter().enumerate() {
+        let _ = target.ahead.set((Arc::clone(&preparer), number));
+    }
+    Ok(())
 }

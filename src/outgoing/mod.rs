@@ -17,6 +17,8 @@ use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::options::{Opt, Options};
 use crate::pacing::{self, Convergence, Rate};
+use crate::ram::presence::{Hint, Presence};
+use crate::ram::survey::Survey;
 use crate::ram::{PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status, store_time};
@@ -200,14 +202,18 @@ impl<'a> Migration<'a> {
         }
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
         if two_way && self.job.options.get(Opt::Peer) == 0 {
+            let hints = self.hints();
             let mut bytes = Vec::new();
-            hello::put(&mut bytes, &self.hello())?;
+            hello::put(&mut bytes, &self.hello(hints.is_some()))?;
             self.out.write(&bytes)?;
             answers.set_limit(Some(self.job.options.time(Opt::StallTimeout)));
             match hello::read_answer(&mut answers)? {
                 hello::Answer::Welcome => answers.set_limit(None),
                 hello::Answer::Refused(errors) => return Err(hello::join(&errors)),
             }
+            let mut bytes = Vec::new();
+            hints.unwrap_or_default().iter().for_each(|hint| hello::put_hint(&mut bytes, hint));
+            self.out.write(&bytes)?;
         }
         let channels = self.channels();
         if channels > 0 {
@@ -238,7 +244,14 @@ impl<'a> Migration<'a> {
         }
     }
 
-    fn hello(&self) -> hello::Hello {
+    /// Where the blocks that travel have content; none if that cannot be found out.
+    fn hints(&self) -> Option<Vec<Hint>> {
+        let survey = Survey::new().ok()?;
+        let blocks = self.job.ram.iter().filter(|b| b.is_sent());
+        blocks.map(|block| Presence::new(block, &survey, None).hint().ok()).collect()
+    }
+
+    fn hello(&self, hints: bool) -> hello::Hello {
         hello::Hello {
             machine: self.job.options.machine(),
             page_size: PAGE,
@@ -246,6 +259,7 @@ impl<'a> Migration<'a> {
             sections: self.sections.names(),
             channels: self.channels(),
             meet_each_section: self.job.options.on(Opt::MultifdFlushAfterEachSection),
+            hints,
         }
     }
 

@@ -10,6 +10,7 @@ use super::input::Input;
 use super::output::Put;
 use super::stream::SectionName;
 use crate::error::{Error, Result};
+use crate::ram::presence::Hint;
 
 /// First word of a hello.
 pub const MAGIC: u32 = 0x564d_4947;
@@ -33,6 +34,8 @@ pub struct Hello {
     pub channels: u8,
     /// They meet at the end of every section, not at a mark.
     pub meet_each_section: bool,
+    /// Behind the welcome come hints: where the blocks have content.
+    pub hints: bool,
 }
 
 /// What the destination answers.
@@ -86,6 +89,7 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
         "devices": sections,
         "channels": hello.channels,
         "meet-each-section": hello.meet_each_section,
+        "hints": hello.hints,
     });
     put_frame(out, &json)
 }
@@ -113,6 +117,7 @@ fn parse(json: &Value) -> Option<Hello> {
             .collect::<Option<_>>()?,
         channels: json.get("channels").map_or(Some(0), |n| u8::try_from(n.as_u64()?).ok())?,
         meet_each_section: json.get("meet-each-section").is_some_and(|v| v == true),
+        hints: json.get("hints").is_some_and(|v| v == true),
     })
 }
 
@@ -137,6 +142,22 @@ pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
             errors.iter().take(ERRORS_MAX).filter_map(Error::from_json).map(|e| e.on_side("destination")).collect(),
         )),
     }
+}
+
+/// Writes a block's hint: a byte for each 2 MiB, half the number of its pages with content.
+pub fn put_hint(out: &mut Vec<u8>, hint: &Hint) {
+    out.extend(hint.counts().iter().map(|count| u8::try_from(count.div_ceil(2)).unwrap_or(u8::MAX)));
+}
+
+/// Reads the hint of a block of `pages` pages.
+pub fn read_hint(input: &mut dyn Input, pages: usize) -> Result<Hint> {
+    let mut hint = Hint::new(pages)?;
+    let len = hint.counts().len() as u64;
+    let bytes = input.blob("a hint about memory", len, len)?;
+    for (granule, half) in bytes.into_iter().enumerate() {
+        hint.set(granule, 2 * u16::from(half));
+    }
+    Ok(hint)
 }
 
 /// All differences in one error: the first one's place and errno, everybody's words.
@@ -168,6 +189,7 @@ mod tests {
             sections: vec![SectionName { name: "uart".into(), instance: 0, version: 2 }],
             channels: 3,
             meet_each_section: true,
+            hints: true,
         }
     }
 
@@ -196,6 +218,19 @@ mod tests {
             join(&errors).to_string(),
             "destination: 2 differences: destination: no RAM block 'x'; destination: section 'uart': missing"
         );
+    }
+
+    #[test]
+    fn hints_are_as_long_as_the_block() {
+        let mut hint = Hint::new(2 * 512 + 7).unwrap();
+        hint.add(0..512);
+        hint.add(600..601);
+        hint.add(1024..1031);
+        let mut out = Vec::new();
+        put_hint(&mut out, &hint);
+        assert_eq!(out, [255, 1, 4]);
+        assert_eq!(read_hint(&mut Slice::new(&out), 1031).unwrap().counts(), [510, 2, 7]);
+        assert!(read_hint(&mut Slice::new(&out), 2048).is_err());
     }
 
     #[test]
