@@ -1,7 +1,7 @@
 //! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
 
 use std::ffi::c_int;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::dirty::hub::Hub;
@@ -15,7 +15,7 @@ use crate::section::list::{Content, Entry, SectionList};
 use crate::status::{Side, State, Status};
 use crate::sys::eventfd::Wake;
 use crate::sys::kvm::Vm;
-use crate::thread::{Handle, Threads};
+use crate::thread::{Handle, Threads, lock};
 use crate::transport::uri::Uri;
 use crate::transport::{self, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
@@ -65,10 +65,6 @@ pub struct Machine {
     listening: Mutex<Option<String>>,
     /// Dropped last: the VMM is promised that its own `destroy` comes after all others.
     vmm: Arc<Vmm>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Machine {

@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+use crate::thread::lock;
 
 /// What an option holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -289,7 +290,7 @@ impl Options {
 
     /// The machine name.
     pub fn machine(&self) -> String {
-        self.machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        lock(&self.machine).clone()
     }
 
     /// Sets an option from text. `busy`: a migration runs, so only live options may change.
@@ -305,7 +306,7 @@ impl Options {
             if text.is_empty() || text.len() > 255 || !text.bytes().all(|b| b.is_ascii_graphic()) {
                 return Err(Error::invalid("option 'machine' takes 1 to 255 printable ASCII characters"));
             }
-            *self.machine.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = text.to_owned();
+            *lock(&self.machine) = text.to_owned();
             return Ok(());
         }
         let value = parse(row, text)?;

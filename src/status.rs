@@ -9,6 +9,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::error::{Error, Result};
 use crate::sys::eventfd::{EventFd, Wake};
+use crate::thread::lock;
 
 /// News kept for a reader who does not come; the oldest are dropped.
 const NEWS_MAX: usize = 256;
@@ -229,7 +230,7 @@ impl Status {
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared)
     }
 
     /// `EBUSY` while a migration runs.

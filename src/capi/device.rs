@@ -2,14 +2,11 @@
 //! compared with the other side's. The macros check each member's type where they are used.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::sync::Arc;
 
 use super::guest::vmig;
 use super::{enter, guest, string};
 use crate::section::cdevice::vmig_device;
-use crate::section::convert::Declared;
-use crate::section::device::Device;
-use crate::section::list::{Content, Entry};
+use crate::section::list::Entry;
 
 /// Adds a device: the state at `dev`, described by `kind`. `instance` tells apart devices of one name, the same on both
 /// sides. Every device says what it has: a table, none (`fields` NULL), or a reason not to migrate (vmig_block()).
@@ -24,22 +21,9 @@ pub unsafe extern "C" fn vmig_add_device(
     enter("vmig_add_device", || {
         // SAFETY: the C contract of handles.
         let machine = unsafe { guest(m) }?;
-        // SAFETY: the C contract of device tables.
-        let (declared, priority) = unsafe { vmig_device::declared(kind) }?;
-        let mut entry = match declared {
-            Declared::State(table) => {
-                let (name, version, oldest) = (table.name.clone(), table.version, table.oldest);
-                // SAFETY: the C contract: dev has the shape of the table until it is removed, and is only used with
-                // the big lock, under which sections are saved and loaded.
-                let device = unsafe { Device::new(table, instance, dev.cast()) }?;
-                Entry { oldest, ..Entry::new(name, instance, version, Content::State(Arc::new(device))) }
-            }
-            Declared::Stateless { name, version, oldest } => {
-                Entry { oldest, ..Entry::new(name, instance, version, Content::None) }
-            }
-        };
-        entry.priority = priority;
-        entry.key = dev as usize;
+        // SAFETY: the C contract of device tables; dev has the shape of the table until it is removed, and is only used
+        // with the big lock, under which sections are saved and loaded.
+        let entry = unsafe { Entry::of_device(kind, instance, dev) }?;
         machine.add_section(entry)?;
         Ok(0)
     })

@@ -2,13 +2,11 @@
 //! own, which the library frames, so that a body read too short or too long is an error with a name and an offset.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::sync::Arc;
 
 use super::guest::vmig;
 use super::{enter, guest, string};
 use crate::error::{Error, Result};
 use crate::section::custom::Custom;
-use crate::section::list::{Content, Entry};
 use crate::section::ops::vmig_section_ops;
 use crate::section::stream::{Reader, Writer, vmig_reader, vmig_writer};
 
@@ -32,13 +30,7 @@ pub unsafe extern "C" fn vmig_add_section(
         let name = unsafe { string("name", name) }?;
         // SAFETY: the C contract: the callbacks accept opaque on any thread until destroy.
         let custom = unsafe { Custom::new(name, version, ops, opaque, destroy) }?;
-        let ops = *custom.ops();
-        machine.add_section(Entry {
-            oldest: ops.oldest,
-            priority: ops.priority,
-            key: opaque as usize,
-            ..Entry::new(name, ops.instance, version, Content::State(Arc::new(custom)))
-        })?;
+        machine.add_section(custom.entry())?;
         Ok(0)
     })
 }

@@ -1,12 +1,13 @@
 //! The one harvester of a guest: asks the trackers and gives what they found to every reader.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Tracker;
 use super::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
+use crate::thread::lock;
 
 /// Trackers and readers of one guest.
 #[derive(Default)]
@@ -34,7 +35,7 @@ impl std::fmt::Debug for Hub {
 
 impl Hub {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Adds a tracker; refused while somebody reads.

@@ -5,12 +5,13 @@
 //! start all set make switching logging on cheap: nothing is protected until it is first cleared.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{Found, Tracker};
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE};
 use crate::sys::kvm::{DirtyLog, GROUP, LOG_DIRTY_PAGES, Slot, Vm};
+use crate::thread::lock;
 
 /// Pages cleared by one call into the kernel: 16 MiB, so that a vCPU never waits long for the lock it takes.
 const CHUNK: usize = 4096;
@@ -65,7 +66,7 @@ impl KvmLog {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Logged>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slots)
     }
 
     /// Registers a slot: `len` bytes of `block` from `offset` on, seen by the guest at `gpa`.

@@ -13,6 +13,7 @@ use crate::ram::{Block, PAGE};
 use crate::sys::eventfd::Wake;
 use crate::sys::io::Room;
 use crate::thread::Handle;
+use crate::thread::lock;
 use crate::transport::Channel;
 use crate::wire::packet::{self, Header, INIT_BYTES, Kind, PAGES_MAX};
 use crate::wire::ram::NAME;
@@ -51,7 +52,7 @@ pub(super) struct Lanes {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {

@@ -14,6 +14,7 @@ use crate::options::Opt;
 use crate::ram::Block;
 use crate::sys::io::Piece;
 use crate::thread::Handle;
+use crate::thread::lock;
 use crate::transport::Channel;
 use crate::transport::stream::StreamOutput;
 use crate::wire::packet::{self, Header, PAGES_MAX};
@@ -74,7 +75,7 @@ enum Next {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {

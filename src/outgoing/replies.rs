@@ -7,6 +7,7 @@ use super::Job;
 use crate::error::{Error, Result};
 use crate::status::Status;
 use crate::thread::Handle;
+use crate::thread::lock;
 use crate::transport::stream::StreamInput;
 use crate::wire::reply::{self, Reply};
 
@@ -46,7 +47,7 @@ pub(super) struct Replies {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.heard)
     }
 
     /// Waits until `done`, at most for `limit`.

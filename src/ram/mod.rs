@@ -12,12 +12,13 @@ pub mod survey;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::bitmap::Bitmap;
 use crate::error::{Error, Result};
 use crate::sys::io::{Piece, Room};
 use crate::sys::memory::{self, Advice};
+use crate::thread::lock;
 use crate::zero;
 
 /// Page size of the stream.
@@ -269,7 +270,7 @@ impl Default for Ram {
 
 impl Ram {
     fn lock(&self) -> std::sync::MutexGuard<'_, RamList> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.list)
     }
 
     /// The blocks now, in the order they were added.

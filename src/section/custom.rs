@@ -6,7 +6,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::check::{self, BODY_MAX};
 use super::errno::returned;
@@ -16,6 +16,7 @@ use super::stream::{Reader, Writer};
 use super::{Apply, Part, Pending, Section};
 use crate::error::{Error, Result};
 use crate::sys::sized::sized_copy;
+use crate::thread::lock;
 use crate::wire::input::Input;
 
 /// Frees what `opaque` leads to; called exactly once, after every other callback.
@@ -135,14 +136,14 @@ impl Custom {
         match self.call(callback, f, c_int::from(default)) {
             Ok(value) => value > 0,
             Err(error) => {
-                self.owed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                lock(&self.owed).get_or_insert(error);
                 true
             }
         }
     }
 
     fn settle(&self) -> Result<()> {
-        self.owed.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+        lock(&self.owed).take().map_or(Ok(()), Err)
     }
 
     fn amounts(&self, callback: &str, f: Amounts) -> Result<Pending> {

@@ -1,11 +1,12 @@
 //! The registered sections in their order, what blocks migration, and the ids a stream uses for sections.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Section;
 use super::check;
 use super::codec::version_fits;
 use crate::error::{Error, Result};
+use crate::thread::lock;
 
 /// Most sections of one guest, devices without state included.
 pub const SECTIONS_MAX: usize = 16384;
@@ -104,7 +105,7 @@ impl SectionList {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Adds an entry behind those of its priority and gives it an id, which is returned. `EEXIST`: name and instance

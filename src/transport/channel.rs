@@ -2,7 +2,7 @@
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
@@ -11,6 +11,7 @@ use super::Channel;
 use crate::error::{Error, Result};
 use crate::sys::eventfd::Wake;
 use crate::sys::io::{self, FdKind, Piece, Ready, Room};
+use crate::thread::lock;
 
 /// A descriptor that bytes go through. Never blocks in the kernel: it waits in poll(2), where a wake reaches it.
 #[derive(Debug)]
@@ -58,12 +59,12 @@ impl FdChannel {
     }
 
     fn fd(&self) -> Result<Arc<OwnedFd>> {
-        let fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let fd = lock(&self.fd).clone();
         fd.ok_or_else(|| Error::new(libc::ESHUTDOWN, "the connection was closed on this side"))
     }
 
     fn close(&self, how: Shutdown) {
-        let mut fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fd = lock(&self.fd);
         match (self.kind, &*fd) {
             (FdKind::Socket, Some(fd)) => drop(SockRef::from(&**fd).shutdown(how)),
             _ => *fd = None,
