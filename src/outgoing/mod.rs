@@ -17,9 +17,9 @@ use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::options::{Opt, Options};
 use crate::pacing::{self, Convergence, Rate};
-use crate::ram::presence::{Hint, Presence};
+use crate::ram::presence::{GRANULE, Hint, Presence};
 use crate::ram::survey::Survey;
-use crate::ram::{PAGE, RamList};
+use crate::ram::{Block, PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status, store_time};
 use crate::sys::eventfd::Wake;
@@ -113,6 +113,20 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
                 error = Error::new(error.errno(), text);
             }
             job.status.end(Err(error));
+        }
+    }
+}
+
+/// Touched memory may be all zeros, which the destination need not have: a few pages of each full granule tell. Others
+/// are not looked at, because looking at a page that does not exist may make it.
+fn forget_zeros(block: &Block, hint: &mut Hint) {
+    const SAMPLES: usize = 4;
+    for granule in 0..hint.counts().len() {
+        let pages = hint.granule_pages(granule);
+        let first = granule * GRANULE;
+        let full = usize::from(hint.counts()[granule]) == pages;
+        if full && (0..SAMPLES).all(|n| block.is_zero(first + n * pages / SAMPLES)) {
+            hint.set(granule, 0);
         }
     }
 }
@@ -248,7 +262,13 @@ impl<'a> Migration<'a> {
     fn hints(&self) -> Option<Vec<Hint>> {
         let survey = Survey::new().ok()?;
         let blocks = self.job.ram.iter().filter(|b| b.is_sent());
-        blocks.map(|block| Presence::new(block, &survey, None).hint().ok()).collect()
+        blocks
+            .map(|block| {
+                let mut hint = Presence::new(block, &survey, None).hint().ok()?;
+                forget_zeros(block, &mut hint);
+                Some(hint)
+            })
+            .collect()
     }
 
     fn hello(&self, hints: bool) -> hello::Hello {
