@@ -21,10 +21,23 @@ use crate::wire::ram::NAME;
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// Where a lane is between two meetings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Nothing came since the last meeting.
+    Quiet,
+    /// Packets came.
+    Busy,
+    /// It has read its packet for the present meeting.
+    Arrived,
+    /// The source closed it.
+    Ended,
+}
+
 #[derive(Debug, Default)]
 struct State {
-    /// Lanes that have read their packet for the present meeting.
-    arrived: usize,
+    /// Each lane, by the id of its channel.
+    standing: Vec<Standing>,
     /// Meetings that are over.
     met: u64,
     closing: bool,
@@ -50,6 +63,13 @@ pub(super) struct Lanes {
     wake: Arc<Wake>,
 }
 
+impl State {
+    /// Channels whose lane did not come to the present meeting yet.
+    fn absent(&self) -> impl Iterator<Item = usize> {
+        self.standing.iter().enumerate().filter(|(_, s)| **s != Standing::Arrived).map(|(id, _)| id)
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
@@ -66,11 +86,16 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    fn stands(&self, id: u8, standing: Standing) {
+        self.lock().standing[usize::from(id)] = standing;
+        self.changed.notify_all();
+    }
+
     /// A lane read its sync packet: waits for the others, and for the main stream. False: the migration ends.
-    fn meet(&self) -> bool {
+    fn meet(&self, id: u8) -> bool {
         let mut state = self.lock();
         let met = state.met;
-        state.arrived += 1;
+        state.standing[usize::from(id)] = Standing::Arrived;
         self.changed.notify_all();
         while !state.closing && state.met == met {
             state = self.wait(state);
@@ -88,7 +113,7 @@ impl Lanes {
         ahead: Option<&Ahead>,
     ) -> Result<Self> {
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
+            state: Mutex::new(State { standing: vec![Standing::Quiet; channels.len()], ..State::default() }),
             changed: Condvar::new(),
             received: AtomicU64::new(0),
             normal: AtomicU64::new(0),
@@ -100,7 +125,8 @@ impl Lanes {
         let mut lanes = Self { shared, lanes: Vec::new(), wake: Arc::clone(&job.wake) };
         let mut seen = [false; 256];
         for channel in channels {
-            let id = read_init(channel.as_ref(), count, lanes.shared.limit)?;
+            let id = read_init(channel.as_ref(), count, lanes.shared.limit)
+                .map_err(|e| e.context("the first packet of a channel"))?;
             if std::mem::replace(&mut seen[usize::from(id)], true) {
                 return Err(Error::invalid(format!("two channels have the id {id}")));
             }
@@ -112,7 +138,7 @@ impl Lanes {
     fn add(&mut self, job: &Job, id: u8, channel: Arc<dyn Channel>, scout: Option<Scout>) -> Result<()> {
         let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
         let body = move || {
-            let mut lane = Lane { shared: &shared, channel: wire.as_ref(), header: Header::default(), scout };
+            let mut lane = Lane { shared: &shared, id, channel: wire.as_ref(), header: Header::default(), scout };
             if let Err(error) = lane.work() {
                 shared.fail(error.in_section(NAME).context(format_args!("channel {id}")));
             }
@@ -128,21 +154,28 @@ impl Lanes {
         let deadline = Instant::now() + self.shared.limit;
         let mut progress = (self.shared.received.load(Ordering::Relaxed), deadline);
         let mut state = self.shared.lock();
-        while state.arrived < self.lanes.len() {
+        while state.absent().next().is_some() {
             self.wake.check()?;
             if let Some(error) = &state.error {
                 return Err(error.clone());
+            }
+            if let Some(id) = state.absent().find(|id| state.standing[*id] == Standing::Ended) {
+                let text = format!("channel {id}: it ended before the meeting point of the main stream");
+                return Err(Error::new(libc::EIO, text));
             }
             let received = self.shared.received.load(Ordering::Relaxed);
             if received != progress.0 {
                 progress = (received, Instant::now() + self.shared.limit);
             } else if Instant::now() >= progress.1 {
-                let text = "the channels did not all reach the meeting point of the main stream";
-                return Err(Error::new(libc::ETIMEDOUT, text).expected_got(self.lanes.len(), state.arrived));
+                let absent: Vec<String> = state.absent().map(|id| id.to_string()).collect();
+                let text =
+                    format!("channel {} did not reach the meeting point of the main stream", absent.join(", "));
+                let arrived = self.lanes.len() - absent.len();
+                return Err(Error::new(libc::ETIMEDOUT, text).expected_got(self.lanes.len(), arrived));
             }
             state = self.shared.wait(state);
         }
-        state.arrived = 0;
+        state.standing.fill(Standing::Quiet);
         state.met += 1;
         self.shared.changed.notify_all();
         Ok(())
@@ -151,6 +184,19 @@ impl Lanes {
     /// Fails if a lane failed.
     pub(super) fn check(&self) -> Result<()> {
         self.shared.lock().error.clone().map_or(Ok(()), Err)
+    }
+
+    /// The main stream is over. What comes after the last meeting would never be waited for: source and destination do
+    /// not agree on where they met, so that pages may be missing.
+    pub(super) fn finish(&self) -> Result<()> {
+        self.check()?;
+        let state = self.shared.lock();
+        match state.standing.iter().position(|s| matches!(s, Standing::Busy | Standing::Arrived)) {
+            Some(id) => {
+                Err(Error::invalid(format!("channel {id}: a packet after the last meeting")).in_section(NAME))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Bytes received, whole pages, zero pages.
@@ -188,6 +234,7 @@ fn read_init(channel: &dyn Channel, count: u8, limit: Duration) -> Result<u8> {
 
 struct Lane<'a> {
     shared: &'a Shared,
+    id: u8,
     channel: &'a dyn Channel,
     header: Header,
     scout: Option<Scout>,
@@ -198,13 +245,14 @@ impl Lane<'_> {
         while self.read_header()? {
             match self.header.kind()? {
                 Kind::Sync => {
-                    if !self.shared.meet() {
+                    if !self.shared.meet(self.id) {
                         return Ok(());
                     }
                 }
                 Kind::Pages { normal, zero } => self.pages(normal, zero)?,
             }
         }
+        self.shared.stands(self.id, Standing::Ended);
         Ok(())
     }
 
@@ -218,7 +266,12 @@ impl Lane<'_> {
             match self.channel.read(&mut bytes[filled..], limit) {
                 Ok(0) if filled == 0 => return Ok(false),
                 Ok(0) => return Err(Error::new(libc::EIO, "the channel ended within a packet's header")),
-                Ok(n) => filled += n,
+                Ok(n) => {
+                    if filled == 0 {
+                        self.shared.stands(self.id, Standing::Busy);
+                    }
+                    filled += n;
+                }
                 Err(_) if self.shared.lock().closing => return Ok(false),
                 Err(error) => return Err(error),
             }

@@ -121,6 +121,7 @@ impl<'a> Loader<'a> {
         }
         stream::read_description(input)?;
         self.check_complete()?;
+        self.lanes.as_ref().map_or(Ok(()), Lanes::finish)?;
         let extra = input.buffered();
         if extra > 0 {
             let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());

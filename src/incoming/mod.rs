@@ -162,13 +162,16 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            Some(Lanes::start(job, channels, &targets, memory.ahead.as_ref())?)
+            Some(Lanes::start(job, channels, &targets, memory.ahead.as_ref()).map_err(|e| e.in_phase("connect"))?)
         }
     };
     // Nobody else is expected: from here on the system refuses connections.
     drop(door);
-    stream::read_header(&mut input)?;
-    stream::read_configuration(&mut input, &job.options.machine())?;
+    let configuration = |input: &mut StreamInput| {
+        stream::read_header(input)?;
+        stream::read_configuration(input, &job.options.machine())
+    };
+    configuration(&mut input).map_err(|e| e.in_phase("load"))?;
     let scout = memory.ahead.as_ref().map(Ahead::scout);
     let mut loader = Loader::new(job, peer, &targets, scout, lanes, parallel.meet_each_section);
     let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;

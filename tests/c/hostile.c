@@ -3,8 +3,8 @@
  *   hostile [KEY=VALUE...]     low, high: pages; high-name; uart-name; uart, section: versions; fill: 0 for an empty guest
  *
  * Commands: in URI, out URI, set OPTION VALUE, get OPTION, wait MS, start, stop, resolve N, cancel, idle N, counts,
- * starts, hash, look, fds, save PATH, and sweep GOOD, which reads "cut N", "set N BYTE" or "file PATH" lines up to "end" and loads each
- * so damaged stream, and the good one after it, into the same guest. */
+ * starts, hash, look, left, fds, save PATH, and sweep GOOD, which reads "cut N", "set N BYTE" or "file PATH" lines up to
+ * "end" and loads each so damaged stream, and the good one after it, into the same guest. */
 #include "guest.h"
 
 #include <dirent.h>
@@ -221,6 +221,8 @@ static void command(char *line)
         printf("%016" PRIx64 " %016" PRIx64 "\n", guest_hash(&g), g.arrival_hash);
     else if (!strcmp(word, "save"))
         print_result(save(first));
+    else if (!strcmp(word, "left"))     /* open descriptors and threads */
+        printf("%u %u\n", entries("/proc/self/fd"), entries("/proc/self/task"));
     else if (!strcmp(word, "fds"))
         descriptors();
     else if (!strcmp(word, "sweep"))

@@ -4,11 +4,13 @@ use std::{
     collections::HashMap,
     fs,
     io::{BufRead, BufReader, Read},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
 };
 
 use serde_json::Value;
+
+use crate::common::Rng;
 
 /// A running peer; killed when it goes out of scope.
 pub struct Peer {
@@ -105,6 +107,23 @@ impl Peer {
             runs: facts["guest"] == "runs",
         }
     }
+}
+
+/// Memory with random pages, sparse pages and zero pages, all drawn from the seed; in a file.
+pub fn drawn_ram(dir: &Path, bytes: u64) -> PathBuf {
+    const PAGE: usize = 4096;
+    let mut rng = Rng::new("ram of a peer");
+    let mut ram = vec![0; usize::try_from(bytes).unwrap()];
+    for page in ram.chunks_mut(PAGE) {
+        match rng.below(4) {
+            0 => (),
+            1 => page[rng.below(PAGE)] = 1,
+            _ => page.chunks_mut(8).for_each(|word| word.copy_from_slice(&rng.next().to_le_bytes())),
+        }
+    }
+    let file = dir.join("ram.bin");
+    fs::write(&file, ram).unwrap();
+    file
 }
 
 /// A setting of the peer whose value is a path.
