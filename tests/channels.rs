@@ -57,6 +57,7 @@ fn a_busy_guest_moves_over_any_number_of_channels() {
             _ => format!("unix:{}", scratch("u").join("s").display()),
         };
         let settings = [
+            "multifd=on".to_string(),
             format!("multifd-channels={channels}"),
             format!("zero-page-detection={zeros}"),
             format!("multifd-flush-after-each-section={legacy}"),
@@ -82,6 +83,7 @@ fn a_lone_descriptor_has_only_the_plain_stream() {
 /// A large guest that takes its time, in pages that all travel whole.
 fn slow_source(channels: u8) -> Vmm {
     let mut source = Vmm::source(&["low=5000"]);
+    source.does("set multifd on");
     source.does(&format!("set multifd-channels {channels}"));
     for option in ["zero-page-detection none", "max-bandwidth 1M", "stall-timeout 1000", "connect-timeout 2000"] {
         source.does(&format!("set {option}"));
