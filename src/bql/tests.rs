@@ -143,6 +143,7 @@ fn a_wait_times_out_with_the_lock_in_hand_and_free_meanwhile() {
     let guard = bql.guard().unwrap();
     thread::scope(|scope| {
         let other = scope.spawn(|| drop(bql.guard().unwrap()));
+        until("in line", || in_line(&bql) == 2);
         let began = Instant::now();
         assert!(!guard.wait(Some(SHORT)).unwrap());
         assert!(began.elapsed() >= SHORT && bql.held());

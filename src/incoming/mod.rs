@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::options::{Opt, Options};
 use crate::ram::presence::Hint;
+use crate::ram::survey::Survey;
 use crate::ram::{PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status};
@@ -155,7 +156,7 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
         false => (Parallel::configured(&job.options), Vec::new()),
     };
     *touched = true;
-    let targets = target::prepare(job)?;
+    let targets = target::prepare(job, peer.is_vmig)?;
     memory.prepare(job, &targets, hints, usize::from(parallel.channels));
     let lanes = match parallel.channels {
         0 => None,
@@ -290,7 +291,17 @@ fn compare_ram(theirs: &Hello, ram: &RamList, found: &mut Vec<Error>) {
             Some(_) => (),
         }
     }
+    let survey = Survey::new();
     for block in ram.iter().filter(|b| b.is_sent()) {
+        let shared = |survey: &Survey| survey.identities(block).iter().any(|name| theirs.memory.contains(name));
+        if survey.as_ref().is_ok_and(shared) {
+            let text = format!(
+                "RAM block '{}' is the same memory on both sides: map another file at the destination, or set \
+                 VMIG_RAM_SHARED_STORAGE on both",
+                block.name()
+            );
+            found.push(Error::new(libc::EEXIST, text).in_section("ram"));
+        }
         if !theirs.blocks.iter().any(|(name, _)| name == block.name()) {
             let text = format!("the destination has a RAM block '{}', the source does not", block.name());
             found.push(Error::new(libc::ENOENT, text).in_section("ram"));

@@ -10,7 +10,7 @@ use crate::ram::Block;
 use crate::ram::fresh::{Care, freshen};
 use crate::ram::prepare::{self, Limits, Preparer};
 use crate::ram::presence::Hint;
-use crate::ram::survey::Survey;
+use crate::ram::survey::{Part, Survey};
 
 /// A block that pages arrive for.
 #[derive(Debug)]
@@ -54,14 +54,16 @@ impl Target {
 pub(super) type Targets = Arc<HashMap<String, Arc<Target>>>;
 
 /// Makes all blocks that pages will arrive for read as zero, by the way each kind of memory needs, where that can be
-/// proven.
-pub(super) fn prepare(job: &Job) -> Result<Targets> {
+/// proven. Shared memory is left alone unless the source said that it is not its own (`compared`): else its guest would
+/// lose its memory with ours.
+pub(super) fn prepare(job: &Job, compared: bool) -> Result<Targets> {
     let survey = Survey::new();
     let mut targets = HashMap::new();
     for block in job.ram.iter().filter(|b| b.is_sent()) {
         let mut written = None;
         if let Ok(survey) = &survey {
-            let fresh = freshen(block, survey, Care::default(), &|| job.status.check())?;
+            let keep = !compared && survey.parts(block, None).iter().any(Part::is_shared);
+            let fresh = freshen(block, survey, Care { keep, ..Care::default() }, &|| job.status.check())?;
             if fresh.is_proven() {
                 written = Some(Bitmap::new(block.pages())?);
             }

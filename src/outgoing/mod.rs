@@ -271,6 +271,10 @@ impl<'a> Migration<'a> {
             .collect()
     }
 
+    fn identities(&self, survey: &Survey) -> Vec<String> {
+        self.job.ram.iter().filter(|b| b.is_sent()).flat_map(|block| survey.identities(block)).collect()
+    }
+
     fn hello(&self, hints: bool) -> hello::Hello {
         hello::Hello {
             machine: self.job.options.machine(),
@@ -279,6 +283,7 @@ impl<'a> Migration<'a> {
             sections: self.sections.names(),
             channels: self.channels(),
             meet_each_section: self.job.options.on(Opt::MultifdFlushAfterEachSection),
+            memory: Survey::new().map_or_else(|_| Vec::new(), |survey| self.identities(&survey)),
             hints,
         }
     }

@@ -70,6 +70,14 @@ pub struct Survey {
 type Flags = Vec<(Range<u64>, String)>;
 
 impl Survey {
+    /// Names of the files a block is a shared mapping of, the same in every process of this host and on no other.
+    pub fn identities(&self, block: &Block) -> Vec<String> {
+        let Ok(boot) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") else { return Vec::new() };
+        let parts = self.parts(block, None);
+        let files = parts.iter().filter_map(|part| part.mapping.as_ref()).filter(|m| m.shared && m.inode != 0);
+        files.map(|m| format!("{}/{}:{}/{}", boot.trim(), m.device.0, m.device.1, m.inode)).collect()
+    }
+
     /// Reads /proc/self/maps.
     pub fn new() -> Result<Self> {
         Ok(Self {

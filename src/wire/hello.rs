@@ -34,6 +34,8 @@ pub struct Hello {
     pub channels: u8,
     /// They meet at the end of every section, not at a mark.
     pub meet_each_section: bool,
+    /// Files that guest RAM is a shared mapping of, by names that are the same on one host only.
+    pub memory: Vec<String>,
     /// Behind the welcome come hints: where the blocks have content.
     pub hints: bool,
 }
@@ -89,6 +91,7 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
         "devices": sections,
         "channels": hello.channels,
         "meet-each-section": hello.meet_each_section,
+        "memory": hello.memory,
         "hints": hello.hints,
     });
     put_frame(out, &json)
@@ -117,6 +120,10 @@ fn parse(json: &Value) -> Option<Hello> {
             .collect::<Option<_>>()?,
         channels: json.get("channels").map_or(Some(0), |n| u8::try_from(n.as_u64()?).ok())?,
         meet_each_section: json.get("meet-each-section").is_some_and(|v| v == true),
+        memory: match json.get("memory") {
+            None => Vec::new(),
+            Some(list) => list.as_array()?.iter().map(|v| Some(v.as_str()?.to_owned())).collect::<Option<_>>()?,
+        },
         hints: json.get("hints").is_some_and(|v| v == true),
     })
 }
@@ -189,6 +196,7 @@ mod tests {
             sections: vec![SectionName { name: "uart".into(), instance: 0, version: 2 }],
             channels: 3,
             meet_each_section: true,
+            memory: vec!["host/0:1/77".into()],
             hints: true,
         }
     }
