@@ -215,7 +215,9 @@ static void case_leaves_nothing(unsigned rounds)
     CHECK(after.tasks == 3 && before.tasks == 3, "a thread is left: . and .. and %u", after.tasks - 2);
     CHECK(after.fds == before.fds && before.fds == first_fd + 3, "%u fds before, %u after", before.fds, after.fds);
     CHECK(after.children == 0 && before.children == 0, "a child is left");
+#ifndef __SANITIZE_ADDRESS__            /* whose allocator keeps what was freed, in ever new mappings */
     CHECK(after.maps <= before.maps + rounds / 10, "%u mappings before, %u after", before.maps, after.maps);
+#endif
     CHECK(looked > rounds / 7, "looked at threads from inside");
     same_process(&process);
 }
