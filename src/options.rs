@@ -127,15 +127,18 @@ pub static TABLE: [Row; 19] = [
         "Stop the guest only after the destination agreed; needs return-path. A destination needs it only when the \
          source is a QEMU.",
     ),
-    row(
-        "multifd",
-        Type::Bool,
-        0,
-        BOOL,
-        false,
-        "Send pages over parallel connections (tcp and unix). Set at the source; between two vmigs the destination \
-         follows, with a QEMU both sides must be set alike before they connect.",
-    ),
+    Row {
+        qemu: 0,
+        ..row(
+            "multifd",
+            Type::Bool,
+            1,
+            BOOL,
+            false,
+            "Send pages over connections of their own (tcp and unix). Between two vmigs it is on and the destination \
+             follows the source; with a QEMU it is on only if set by name, alike on both sides and before they connect.",
+        )
+    },
     Row {
         qemu: 2,
         ..row(

@@ -298,6 +298,7 @@ fn unknown(dir: &Path, kill: bool) -> (Program, Program) {
     let (mut destination, address) = waiting(dir, SMALL, TCP);
     let (tell, told) = std::sync::mpsc::channel();
     let (done, go_on) = std::sync::mpsc::channel();
+    source.must("set multifd off"); // the proxy takes one connection
     let proxy = swallow_the_answer(&address, move || {
         tell.send(()).unwrap();
         go_on.recv().unwrap();
@@ -327,6 +328,7 @@ fn a_lost_answer_resolved_to_here() {
     let dir = scratch("here");
     let (mut source, _killed) = unknown(&dir, true);
     source.must("resolve here");
+    source.must("set multifd on");
     runs(SMALL, &source);
     good_move(&dir, SMALL, &mut source, TCP).quit();
     source.quit();
