@@ -7,13 +7,11 @@ use std::time::Duration;
 /// Length of the window in which bandwidth is measured and limited.
 pub const WINDOW: Duration = Duration::from_millis(100);
 
-/// Bytes allowed in the current window, and how fast the last ones went.
+/// How fast the last bytes went.
 #[derive(Debug)]
 pub struct Rate {
     window_start: Duration,
-    /// Given away in this window: what the limit counts.
-    spent: u64,
-    /// Written in this window: what the bandwidth is made of.
+    /// Written in this window.
     moved: u64,
     /// Bytes per second over the last whole window; before that, since the start.
     measured: u64,
@@ -22,43 +20,18 @@ pub struct Rate {
 impl Rate {
     /// Starts the first window at `now`.
     pub fn new(now: Duration) -> Self {
-        Self { window_start: now, spent: 0, moved: 0, measured: 0 }
-    }
-
-    /// Takes `bytes` out of the window's budget.
-    pub fn spend(&mut self, bytes: u64) {
-        self.spent = self.spent.saturating_add(bytes);
+        Self { window_start: now, moved: 0, measured: 0 }
     }
 
     /// Accounts `bytes` that just left, and closes the window if it is over.
     pub fn moved(&mut self, now: Duration, bytes: u64) {
         self.moved = self.moved.saturating_add(bytes);
-        self.roll(now);
-    }
-
-    /// Closes the window if it is over; true if it did.
-    pub fn roll(&mut self, now: Duration) -> bool {
         let age = now.saturating_sub(self.window_start);
-        if age < WINDOW {
-            return false;
+        if age >= WINDOW {
+            self.measured = per_second(self.moved, age);
+            self.window_start = now;
+            self.moved = 0;
         }
-        self.measured = per_second(self.moved, age);
-        self.window_start = now;
-        (self.spent, self.moved) = (0, 0);
-        true
-    }
-
-    /// Bytes that may still go out in this window under `limit` bytes per second (0 = no limit).
-    pub fn budget(&self, limit: u64) -> u64 {
-        match limit {
-            0 => u64::MAX,
-            _ => (limit / 10).max(1).saturating_sub(self.spent),
-        }
-    }
-
-    /// Time until the window ends.
-    pub fn left(&self, now: Duration) -> Duration {
-        (self.window_start + WINDOW).saturating_sub(now)
     }
 
     /// Bytes per second: the last whole window's, or the current one's while there is none.
@@ -67,6 +40,61 @@ impl Rate {
             0 => per_second(self.moved, now.saturating_sub(self.window_start)),
             measured => measured,
         }
+    }
+}
+
+/// The bandwidth limit: a bucket that fills at the limit and is emptied by what is written.
+///
+/// A write may go when the bucket is not in debt, so that what was written never exceeds what the limit allows by more
+/// than one write; that holds across changes of the limit, because time passed counts at the smaller of the two.
+#[derive(Debug, Default)]
+pub struct Bucket {
+    /// To the good, or owed: billionths of a byte, so that nothing is lost to rounding.
+    level: i128,
+    /// When the level was right, and the limit since.
+    at: Duration,
+    limit: u64,
+}
+
+impl Bucket {
+    /// Time a writer may be late and still catch up.
+    const CREDIT: Duration = Duration::from_millis(5);
+
+    /// Takes `bytes` under `limit` bytes per second (0 = no limit), or says how long to wait before asking again.
+    pub fn take(&mut self, now: Duration, limit: u64, bytes: u64) -> Option<Duration> {
+        let in_time = |limit: u64, time: Duration| i128::from(limit).saturating_mul(nanos(time));
+        let gained = in_time(self.limit.min(limit), now.saturating_sub(self.at));
+        (self.at, self.limit) = (now, limit);
+        if limit == 0 {
+            self.level = 0;
+            return None;
+        }
+        self.level = self.level.saturating_add(gained).min(in_time(limit, Self::CREDIT));
+        if self.level < 0 {
+            let wait = self.level.unsigned_abs().div_ceil(u128::from(limit));
+            return Some(Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX)));
+        }
+        self.charge(bytes);
+        None
+    }
+
+    /// Takes `bytes` that were written already.
+    pub fn charge(&mut self, bytes: u64) {
+        if self.limit > 0 {
+            self.level = self.level.saturating_sub(i128::from(bytes) * 1_000_000_000);
+        }
+    }
+}
+
+fn nanos(time: Duration) -> i128 {
+    i128::try_from(time.as_nanos()).unwrap_or(i128::MAX)
+}
+
+/// Bytes of one write under a limit: two milliseconds' worth, so that writes are even, at most `most`.
+pub fn at_once(limit: u64, most: u64) -> u64 {
+    match limit {
+        0 => most,
+        _ => (limit / 500).clamp(1, most),
     }
 }
 
@@ -132,20 +160,57 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_window_limits_and_measures() {
+    fn a_window_measures() {
         let mut rate = Rate::new(Duration::ZERO);
-        assert_eq!(rate.budget(0), u64::MAX);
-        assert_eq!(rate.budget(1000), 100);
-        rate.spend(60);
         rate.moved(10 * MS, 60);
-        assert_eq!((rate.budget(1000), rate.left(10 * MS)), (40, 90 * MS));
         assert_eq!(rate.bandwidth(10 * MS), 6000);
-        rate.spend(60);
-        rate.moved(20 * MS, 60);
-        assert_eq!(rate.budget(1000), 0);
-        assert_eq!(rate.budget(10_000), 880, "a raised limit counts at once");
-        assert!(rate.roll(100 * MS));
-        assert_eq!((rate.budget(1000), rate.bandwidth(101 * MS)), (100, 1200));
+        rate.moved(100 * MS, 60);
+        assert_eq!(rate.bandwidth(101 * MS), 1200);
+        rate.moved(150 * MS, 1000);
+        assert_eq!(rate.bandwidth(150 * MS), 1200, "the last whole window's");
+    }
+
+    /// Writes packets of the sizes given as fast as the bucket lets them go, for a second under each limit; the most
+    /// that was ever written beyond what the limits allow, and how much was written.
+    fn worst_excess(limits: &[u64], sizes: &[u64], late: Duration) -> (i64, u64) {
+        let (mut bucket, mut now) = (Bucket::default(), Duration::ZERO);
+        let (mut written, mut allowed, mut worst) = (0u64, 0u64, i64::MIN);
+        let mut sizes = sizes.iter().cycle();
+        for limit in limits {
+            let (begin, before) = (now, allowed);
+            bucket.take(now, *limit, 0);
+            while now < begin + Duration::from_secs(1) {
+                let size = *sizes.next().unwrap();
+                while let Some(wait) = bucket.take(now, *limit, size) {
+                    now += wait + late;
+                }
+                written += size;
+                allowed = before + threshold(*limit, now - begin);
+                worst = worst.max(i64::try_from(written).unwrap() - i64::try_from(allowed).unwrap());
+            }
+        }
+        (worst, written)
+    }
+
+    #[test]
+    fn the_limit_is_kept_to_one_packet() {
+        const PACKET: u64 = 525_632;
+        for late in [Duration::ZERO, MS / 10, 3 * MS] {
+            for limits in
+                [&[200_000_000][..], &[200_000_000, 10_000_000, 900_000_000], &[1_000_000, 5_000_000_000, 1]]
+            {
+                let (worst, _) = worst_excess(limits, &[PACKET, 4096, 1344], late);
+                assert!(
+                    worst <= i64::try_from(PACKET).unwrap(),
+                    "{worst} bytes too many: {limits:?}, late by {late:?}"
+                );
+            }
+        }
+        let (_, written) = worst_excess(&[200_000_000; 4], &[PACKET], MS);
+        assert!(written > 790_000_000, "being late by a millisecond costs nothing: {written}");
+        let mut free = Bucket::default();
+        assert!((0..1000).all(|_| free.take(MS, 0, u64::MAX).is_none()), "no limit");
+        assert_eq!([0, 100, 2_000_000, 1 << 40].map(|limit| at_once(limit, 524_288)), [524_288, 1, 4000, 524_288]);
     }
 
     #[test]

@@ -49,13 +49,14 @@ impl Migration<'_> {
     /// The last pages, then the devices, up to the last byte but one.
     fn send_rest(&mut self, devices: &[u8]) -> Result<()> {
         self.job.status.check()?;
+        self.toll.lift();
         self.sync()?;
         let Some(set) = self.set.clone() else { return Err(Error::invalid("no RAM was set up")) };
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::SwitchoverStart);
         self.write(&bytes)?;
         self.sender.begin_end(&mut self.out)?;
-        while self.sender.send_batch(&set, &self.job.dirty, &mut self.out, u64::MAX)? > 0 {
+        while self.send_batch(&set)? {
             self.job.status.check()?;
         }
         self.sender.end_section(&mut self.out, true)?;

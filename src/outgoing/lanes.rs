@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Job;
+use super::toll::Toll;
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::Block;
@@ -54,6 +55,7 @@ struct Shared {
     zero: AtomicU64,
     packets: AtomicU64,
     find_zeros: bool,
+    toll: Arc<Toll>,
     limit: Duration,
     #[cfg(feature = "fault-injection")]
     fault: std::sync::OnceLock<Arc<super::fault::LostPage>>,
@@ -119,7 +121,7 @@ impl Shared {
 
 impl Lanes {
     /// Connects `count` channels to the destination and starts their threads.
-    pub(super) fn connect(job: &Job, count: u8, find_zeros: bool) -> Result<Self> {
+    pub(super) fn connect(job: &Job, count: u8, find_zeros: bool, toll: &Arc<Toll>) -> Result<Self> {
         let limit = job.options.time(Opt::StallTimeout);
         let batches = BATCHES_PER_LANE * usize::from(count);
         let free = (0..batches)
@@ -137,6 +139,7 @@ impl Lanes {
             zero: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             find_zeros,
+            toll: Arc::clone(toll),
             limit,
             #[cfg(feature = "fault-injection")]
             fault: std::sync::OnceLock::new(),
@@ -298,6 +301,7 @@ impl Lane<'_> {
         for run in batch.pages.chunk_by(|a, b| a + 1 == *b) {
             pieces.push(block.piece(run[0], run.len()));
         }
+        self.shared.toll.pay(pieces.iter().map(|p| p.len() as u64).sum())?;
         self.out.write_pieces(&mut pieces)?;
         #[cfg(feature = "fault-injection")]
         if let Some(fault) = self.shared.fault.get() {

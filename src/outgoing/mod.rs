@@ -7,6 +7,7 @@ mod lanes;
 mod replies;
 mod sender;
 mod sections;
+mod toll;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,11 +35,14 @@ use lanes::Lanes;
 use replies::Replies;
 use sections::SectionSaver;
 use sender::{FindZeros, RamSender};
+use toll::Toll;
 
 /// Longest a section or the page loop works before the loop looks up (errors, limits, other sections).
 const SLICE: Duration = Duration::from_millis(50);
 /// Bytes the sections may send in one turn, so that none keeps RAM waiting, nor fills our memory.
 const SECTION_SLICE: u64 = 8 << 20;
+/// Fewer bytes of pages at once are not worth their packet, however low the bandwidth limit.
+const WRITE_MIN: u64 = 64 << 10;
 /// How often the loop looks for permission to switch over when nothing else is left to do.
 const NAP: Duration = Duration::from_millis(10);
 /// How long a failing source listens for the destination's reason.
@@ -144,7 +148,7 @@ fn resume(vmm: &Vmm) -> Result<()> {
 fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
     let limit = job.options.time(Opt::ConnectTimeout);
     let channel = job.target.connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-    let mut migration = Migration::new(job, Arc::clone(&channel))?;
+    let mut migration = Migration::new(job, Arc::clone(&channel));
     let result = migration.phases(stopped);
     migration.hang_up(result)
 }
@@ -159,16 +163,19 @@ struct Migration<'a> {
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
     rate: Rate,
+    toll: Arc<Toll>,
     accounted: u64,
+    /// Of the main stream, what was charged to the toll.
+    charged: u64,
     pings: u32,
     begun: Instant,
     last_sync: Instant,
 }
 
 impl<'a> Migration<'a> {
-    fn new(job: &'a Job, channel: Arc<dyn Channel>) -> Result<Self> {
+    fn new(job: &'a Job, channel: Arc<dyn Channel>) -> Self {
         let stall = job.options.time(Opt::StallTimeout);
-        Ok(Self {
+        Self {
             job,
             out: StreamOutput::new(Arc::clone(&channel), stall),
             channel,
@@ -184,11 +191,13 @@ impl<'a> Migration<'a> {
                 job.options.on(Opt::MultifdFlushAfterEachSection),
             ),
             rate: Rate::new(Duration::ZERO),
+            toll: Toll::new(job),
             accounted: 0,
+            charged: 0,
             pings: 0,
             begun: Instant::now(),
             last_sync: Instant::now(),
-        })
+        }
     }
 
     fn phases(&mut self, stopped: &mut bool) -> Result<Outcome> {
@@ -232,7 +241,7 @@ impl<'a> Migration<'a> {
         let channels = self.channels();
         if channels > 0 {
             let find_zeros = self.job.options.get(Opt::ZeroPageDetection) == 2;
-            self.sender.use_lanes(Lanes::connect(self.job, channels, find_zeros)?);
+            self.sender.use_lanes(Lanes::connect(self.job, channels, find_zeros, &self.toll)?);
         }
         let mut bytes = Vec::new();
         stream::put_header(&mut bytes, &self.job.options.machine())?;
@@ -315,9 +324,6 @@ impl<'a> Migration<'a> {
         let mut near = false;
         loop {
             self.job.status.check()?;
-            if !self.wait_for_budget()? {
-                continue;
-            }
             let sections_done = self.iterate_sections()?;
             if self.dirty_pages() > 0 {
                 self.send_part()?;
@@ -359,42 +365,34 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    /// Waits while the window's budget is used up. False: the window just ended, look again.
-    fn wait_for_budget(&mut self) -> Result<bool> {
-        self.rate.roll(self.now());
-        if self.rate.budget(self.job.live.get(Opt::MaxBandwidth)) > 0 {
-            return Ok(true);
-        }
-        io::sleep(&*self.job.wake, self.rate.left(self.now()))?;
-        Ok(false)
-    }
-
     fn iterate_sections(&mut self) -> Result<bool> {
-        let budget = self.rate.budget(self.job.live.get(Opt::MaxBandwidth)).min(SECTION_SLICE);
+        let budget = pacing::at_once(self.toll.limit(), SECTION_SLICE);
         let mut bytes = Vec::new();
         let done = self.sections.iterate(&mut bytes, budget)?;
         self.write(&bytes)?;
         Ok(done)
     }
 
-    /// One PART of RAM: until the budget, the slice or the dirty pages are used up.
+    /// One PART of RAM: until the slice or the dirty pages are used up.
     fn send_part(&mut self) -> Result<()> {
         let Some(set) = self.set.clone() else { return Ok(()) };
         let until = Instant::now() + SLICE;
         self.sender.begin_part(&mut self.out)?;
-        loop {
-            let budget = self.rate.budget(self.job.live.get(Opt::MaxBandwidth));
-            let sent = self.sender.send_batch(&set, &self.job.dirty, &mut self.out, budget)?;
-            self.rate.spend(sent);
-            self.account();
-            let over = self.rate.budget(self.job.live.get(Opt::MaxBandwidth)) == 0;
-            if sent == 0 || over || Instant::now() >= until {
-                break;
-            }
+        while self.send_batch(&set)? && Instant::now() < until {
             self.job.status.check()?;
         }
         // The last PART of a round: a page is under way at most once between two meetings.
         self.sender.end_section(&mut self.out, set.pages() == 0)
+    }
+
+    /// Sends some dirty pages, as many as the bandwidth limit lets go in one write. False: there were none.
+    fn send_batch(&mut self, set: &DirtySet) -> Result<bool> {
+        let most = pacing::at_once(self.toll.limit(), u64::MAX).max(WRITE_MIN) / PAGE;
+        // With lanes it is these that pay, when they know what is zero.
+        self.toll.pay(0)?;
+        let sent = self.sender.send_batch(set, &self.job.dirty, &mut self.out, most)?;
+        self.account();
+        Ok(sent)
     }
 
     /// Harvests the dirty log: a new round begins.
@@ -453,14 +451,16 @@ impl<'a> Migration<'a> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.toll.pay(0)?;
         self.out.write(bytes)?;
-        self.rate.spend(bytes.len() as u64);
         self.account();
         Ok(())
     }
 
     /// Takes note of what went out since the last call.
     fn account(&mut self) {
+        self.toll.charge(self.out.written() - self.charged);
+        self.charged = self.out.written();
         let written = self.out.written() + self.sender.counts().0;
         self.rate.moved(self.now(), written - self.accounted);
         self.accounted = written;

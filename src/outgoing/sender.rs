@@ -19,8 +19,6 @@ use super::lanes::Lanes;
 const RAM_ID: u32 = 1;
 /// Pages per vectored write of the plain stream: a record's head and its page are two pieces.
 const BATCH: usize = IOV_MAX / 2;
-/// Bytes of a page on the wire, roughly: what a budget is divided by.
-const PAGE_ON_WIRE: u64 = PAGE + 8;
 
 /// Who looks for pages of zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,15 +251,15 @@ impl RamSender {
         out.write(&bytes)
     }
 
-    /// Sends one batch of about `budget` bytes at most; how many bytes that is, 0: no page is dirty.
+    /// Sends one batch of at most about `most` pages, and at least one. False: no page is dirty.
     pub(super) fn send_batch(
         &mut self,
         set: &DirtySet,
         hub: &Hub,
         out: &mut StreamOutput,
-        budget: u64,
-    ) -> Result<u64> {
-        let most = usize::try_from(budget.div_ceil(PAGE_ON_WIRE)).unwrap_or(BATCH).clamp(1, BATCH);
+        most: u64,
+    ) -> Result<bool> {
+        let most = usize::try_from(most).unwrap_or(BATCH).clamp(1, BATCH);
         match self.lanes.is_some() {
             true => self.send_packet(set, hub, out, most.min(PAGES_MAX)),
             false => self.send_records(set, hub, out, most),
@@ -269,8 +267,8 @@ impl RamSender {
     }
 
     /// A packet's worth of pages, all of one block, to the lanes.
-    fn send_packet(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<u64> {
-        let Some(lanes) = &self.lanes else { return Ok(0) };
+    fn send_packet(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<bool> {
+        let Some(lanes) = &self.lanes else { return Ok(false) };
         let mut batch = lanes.empty_batch()?;
         self.heads.clear();
         let mut taken = 0;
@@ -293,16 +291,17 @@ impl RamSender {
             }
             batch.block = Some(Arc::clone(block));
             taken += run.pages;
-            next = if taken < most { self.cursor.take_run_here(set, hub, most - taken)? } else { None };
+            // Absent pages weigh nothing.
+            let room = most.saturating_sub(batch.pages.len()).min(PAGES_MAX - taken);
+            next = if room > 0 { self.cursor.take_run_here(set, hub, room)? } else { None };
         }
         lanes.send(batch);
         out.write(&self.heads)?;
-        Ok(taken as u64 * PAGE_ON_WIRE)
+        Ok(taken > 0)
     }
 
     /// Records of the plain stream in one vectored write.
-    fn send_records(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<u64> {
-        let before = out.written();
+    fn send_records(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<bool> {
         self.heads.clear();
         self.order.clear();
         let mut room = most;
@@ -319,7 +318,7 @@ impl RamSender {
         for (block, page) in self.order.iter().filter_map(Next::page) {
             self.fault.sent(set.block(block), &[page]);
         }
-        Ok(out.written() - before)
+        Ok(room < most)
     }
 
     /// Adds a page to the batch of records.

@@ -1,0 +1,68 @@
+//! The bandwidth limit at work: whoever writes while the guest runs pays here first, whatever connection it is.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::Job;
+use crate::error::Result;
+use crate::options::{Opt, Options};
+use crate::pacing::Bucket;
+use crate::sys::eventfd::Wake;
+use crate::sys::io;
+use crate::thread::lock;
+
+/// How long a payer sleeps at most before it looks whether the limit was changed.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// One bucket for all connections of a migration.
+#[derive(Debug)]
+pub(super) struct Toll {
+    bucket: Mutex<Bucket>,
+    began: Instant,
+    live: Arc<Options>,
+    wake: Arc<Wake>,
+    /// The guest is stopped: nothing may hold its last bytes up.
+    lifted: AtomicBool,
+}
+
+impl Toll {
+    pub(super) fn new(job: &Job) -> Arc<Self> {
+        Arc::new(Self {
+            bucket: Mutex::default(),
+            began: Instant::now(),
+            live: Arc::clone(&job.live),
+            wake: Arc::clone(&job.wake),
+            lifted: AtomicBool::new(false),
+        })
+    }
+
+    /// Bytes per second just now; 0 = no limit.
+    pub(super) fn limit(&self) -> u64 {
+        match self.lifted.load(Ordering::Relaxed) {
+            true => 0,
+            false => self.live.get(Opt::MaxBandwidth),
+        }
+    }
+
+    /// No limit from here on.
+    pub(super) fn lift(&self) {
+        self.lifted.store(true, Ordering::Relaxed);
+    }
+
+    /// Bytes written without paying first: whoever writes next waits the longer.
+    pub(super) fn charge(&self, bytes: u64) {
+        lock(&self.bucket).charge(bytes);
+    }
+
+    /// Waits until `bytes` may be written. Fails when the migration ends meanwhile.
+    pub(super) fn pay(&self, bytes: u64) -> Result<()> {
+        loop {
+            let wait = lock(&self.bucket).take(self.began.elapsed(), self.limit(), bytes);
+            let Some(wait) = wait else { return Ok(()) };
+            if io::sleep(&*self.wake, wait.min(LOOK))? {
+                self.wake.check()?;
+            }
+        }
+    }
+}
