@@ -665,6 +665,28 @@ typedef struct vmig_status {
     uint64_t eta;
 } vmig_status;
 
+/* How long a guest stands still at the switchover, in nanoseconds: the parts in their order, and all of it. */
+typedef struct vmig_downtime {
+    /* Size of the struct: VMIG_SIZED(vmig_downtime). */
+    size_t size;
+    /* The stop hook and the run-state handlers. */
+    uint64_t stop;
+    /* Saving device state, and sending it. */
+    uint64_t devices;
+    /* The last harvest of dirty pages. */
+    uint64_t sync;
+    /* Sending these pages. */
+    uint64_t ram;
+    /* From the last byte to the destination's word that it loaded everything. */
+    uint64_t load;
+    /* The destination's run-state handlers and start hook; 0 if it did not tell (a QEMU does not), or was not to start. */
+    uint64_t start;
+    /* Measured: from the stop hook's call to the destination's last word. Predicted: the sum of the parts. */
+    uint64_t total;
+    /* What of the total none of the parts accounts for. */
+    uint64_t unexplained;
+} vmig_downtime;
+
 /* Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. [any]
  *
  * `tcp:HOST:PORT` (an IPv6 address stands in brackets; no host is loopback), `unix:PATH`, or `fd:NUMBER` for a
@@ -705,6 +727,14 @@ int vmig_wait(vmig *m, int timeout_ms);
 
 /* Fills `*status`. [any][cb] */
 int vmig_get_status(vmig *m, vmig_status *status);
+
+/* Fills `*actual` with the last switchover of this guest as a source, and `*expected` with what was predicted just
+ * before: pages by the bandwidth, stop and start by what they took here the last time, devices by an earlier attempt; what
+ * was never measured counts as 0. Either may be NULL. Until a migration has stopped the guest, both are of an earlier one.
+ * [any][cb] */
+int vmig_get_downtime(vmig *m,
+                      vmig_downtime *expected,
+                      vmig_downtime *actual);
 
 /* Name of a state, such as "active"; "unknown" for numbers this library does not know. Stays the library's.
  * [any][cb] */

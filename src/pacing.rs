@@ -2,6 +2,8 @@
 //!
 //! Time is passed in. The model is QEMU's: windows of 100 ms, and a threshold of bandwidth x downtime limit.
 
+pub mod downtime;
+
 use std::time::Duration;
 
 /// Length of the window in which bandwidth is measured and limited.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 
 use crate::error::{Error, Result};
+use crate::pacing::downtime::Downtime;
 use crate::sys::eventfd::{EventFd, Wake};
 use crate::thread::lock;
 
@@ -195,6 +196,7 @@ struct Shared {
     committed: bool,
     started: Option<Instant>,
     ended: Option<Instant>,
+    downtime: Downtime,
     wake: Arc<Wake>,
 }
 
@@ -221,6 +223,7 @@ impl Status {
                 committed: false,
                 started: None,
                 ended: None,
+                downtime: Downtime::default(),
                 wake: Arc::new(Wake::new()?),
             }),
             changed: Condvar::new(),
@@ -379,6 +382,16 @@ impl Status {
         }
         self.become_locked(&mut shared, if here { State::Failed } else { State::Completed });
         Ok(())
+    }
+
+    /// What the guest's standstill was made of; of an earlier migration until this one stopped the guest.
+    pub fn downtime(&self) -> Downtime {
+        self.lock().downtime
+    }
+
+    /// Takes note of a switchover, as far as it got.
+    pub fn set_downtime(&self, downtime: Downtime) {
+        self.lock().downtime = downtime;
     }
 
     /// The present state.

@@ -65,6 +65,7 @@ fn layouts() -> BTreeMap<String, Layout> {
             eta
         }
     );
+    layout!(t, capi::migrate::vmig_downtime { size, stop, devices, sync, ram, load, start, total, unexplained });
     layout!(
         t,
         section::cdevice::vmig_field {

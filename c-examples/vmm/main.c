@@ -30,8 +30,8 @@ static const char usage[] =
     "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
     "  --serial FILE        the serial console (default: standard error)\n"
     "  --events-fd FD       heartbeats and generations, one line each\n"
-    "commands: migrate URI, incoming URI, cancel, resolve here|there, status, set OPTION VALUE, get OPTION, error,\n"
-    "          pause, resume, pauses N, info, hash FILE, hash-at-start FILE, corrupt ADDRESS, type TEXT, quit.\n"
+    "commands: migrate URI, incoming URI, cancel, resolve here|there, status, downtime, set OPTION VALUE, get OPTION,\n"
+    "          error, pause, resume, pauses N, info, hash FILE, hash-at-start FILE, corrupt ADDRESS, type TEXT, quit.\n"
     "          Every command is answered by one line.\n";
 
 enum { MAX_SETTINGS = 16 };

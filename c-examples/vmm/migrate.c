@@ -203,6 +203,27 @@ static void print_status(vmig *m)
            s.transferred, s.dirty_rate, s.bandwidth, s.elapsed, s.expected_downtime, s.downtime, s.eta);
 }
 
+static void print_parts(const char *which, const vmig_downtime *d)
+{
+    printf(" %s: stop=%" PRIu64 " devices=%" PRIu64 " sync=%" PRIu64 " ram=%" PRIu64 " load=%" PRIu64 " start=%" PRIu64
+           " total=%" PRIu64 " unexplained=%" PRIu64, which, d->stop, d->devices, d->sync, d->ram, d->load, d->start,
+           d->total, d->unexplained);
+}
+
+static void print_downtime(vmig *m)
+{
+    vmig_downtime expected = VMIG_SIZED(vmig_downtime), actual = VMIG_SIZED(vmig_downtime);
+
+    if (vmig_get_downtime(m, &expected, &actual) < 0) {
+        printf("error downtime: %s\n", vmig_errmsg());
+        return;
+    }
+    printf("downtime");
+    print_parts("expected", &expected);
+    print_parts("actual", &actual);
+    printf("\n");
+}
+
 static void print_string(const char *label, char *value)
 {
     printf("%s %s\n", label, value ? value : "none");
@@ -254,6 +275,8 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
         print_string("failure", vmig_get_error(m));
     else if (strcmp(verb, "status") == 0)
         print_status(m);
+    else if (strcmp(verb, "downtime") == 0)
+        print_downtime(m);
     else
         return -ENOENT;
     return 0;

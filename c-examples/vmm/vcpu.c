@@ -93,11 +93,12 @@ static bool vcpu_gate(struct vcpu *vcpu)
     bool go_on;
 
     pthread_mutex_lock(&vm->run_lock);
-    while (vm->paused && !vm->quit) {
+    if (vm->paused) {                                    /* said once: parked vCPUs must not wake each other */
         vcpu->parked = true;
         pthread_cond_broadcast(&vm->run_changed);
-        pthread_cond_wait(&vm->run_changed, &vm->run_lock);
     }
+    while (vm->paused && !vm->quit)
+        pthread_cond_wait(&vm->run_changed, &vm->run_lock);
     vcpu->parked = false;
     vcpu_ask_to_exit(vcpu, false);
     go_on = !vm->quit;

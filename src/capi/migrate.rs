@@ -2,11 +2,13 @@
 //! waiting. Destination first: vmig_incoming() listens; then vmig_outgoing() at the source.
 
 use std::ffi::{c_char, c_int};
+use std::time::Duration;
 
 use super::guest::vmig;
 use super::run::time;
 use super::{enter, enter_text, guest, string};
 use crate::error::Error;
+use crate::pacing::downtime::Parts;
 use crate::status::{STATES, Side, Snapshot, State};
 use crate::sys::sized::{SizedStruct, sized_fill};
 
@@ -102,6 +104,54 @@ pub struct vmig_status {
 unsafe impl SizedStruct for vmig_status {
     const NAME: &'static str = "vmig_status";
     const REQUIRED: usize = size_of::<usize>();
+}
+
+/// How long a guest stands still at the switchover, in nanoseconds: the parts in their order, and all of it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_downtime {
+    /// Size of the struct: VMIG_SIZED(vmig_downtime).
+    pub size: usize,
+    /// The stop hook and the run-state handlers.
+    pub stop: u64,
+    /// Saving device state, and sending it.
+    pub devices: u64,
+    /// The last harvest of dirty pages.
+    pub sync: u64,
+    /// Sending these pages.
+    pub ram: u64,
+    /// From the last byte to the destination's word that it loaded everything.
+    pub load: u64,
+    /// The destination's run-state handlers and start hook; 0 if it did not tell (a QEMU does not), or was not to start.
+    pub start: u64,
+    /// Measured: from the stop hook's call to the destination's last word. Predicted: the sum of the parts.
+    pub total: u64,
+    /// What of the total none of the parts accounts for.
+    pub unexplained: u64,
+}
+
+// SAFETY: repr(C), size first, integers of 8 bytes, no padding.
+unsafe impl SizedStruct for vmig_downtime {
+    const NAME: &'static str = "vmig_downtime";
+    const REQUIRED: usize = size_of::<usize>();
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn downtime_of(parts: &Parts, total: Duration) -> vmig_downtime {
+    vmig_downtime {
+        size: size_of::<vmig_downtime>(),
+        stop: nanos(parts.stop),
+        devices: nanos(parts.devices),
+        sync: nanos(parts.sync),
+        ram: nanos(parts.ram),
+        load: nanos(parts.load),
+        start: nanos(parts.start),
+        total: nanos(total),
+        unexplained: nanos(total.saturating_sub(parts.total())),
+    }
 }
 
 fn status_of(now: &Snapshot) -> vmig_status {
@@ -216,6 +266,31 @@ pub unsafe extern "C" fn vmig_get_status(m: *mut vmig, status: *mut vmig_status)
         let now = unsafe { guest(m) }?.status().snapshot();
         // SAFETY: the C contract: NULL or a sized struct that can be written.
         unsafe { sized_fill(status, &status_of(&now)) }.map(|()| 0)
+    })
+}
+
+/// Fills `*actual` with the last switchover of this guest as a source, and `*expected` with what was predicted just
+/// before: pages by the bandwidth, stop and start by what they took here the last time, devices by an earlier attempt; what
+/// was never measured counts as 0. Either may be NULL. Until a migration has stopped the guest, both are of an earlier one.
+/// \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_get_downtime(
+    m: *mut vmig,
+    expected: *mut vmig_downtime,
+    actual: *mut vmig_downtime,
+) -> c_int {
+    enter("vmig_get_downtime", || {
+        // SAFETY: the C contract of handles.
+        let last = unsafe { guest(m) }?.status().downtime();
+        let before = downtime_of(&last.expected, last.expected.total());
+        let after = downtime_of(&last.actual, last.total);
+        for (to, from) in [(expected, before), (actual, after)] {
+            if !to.is_null() {
+                // SAFETY: the C contract: NULL or a sized struct that can be written.
+                unsafe { sized_fill(to, &from) }?;
+            }
+        }
+        Ok(0)
     })
 }
 

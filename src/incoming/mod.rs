@@ -22,7 +22,7 @@ use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, Listener};
 use crate::vmm::run::Before;
-use crate::vmm::{StopReason, Vmm};
+use crate::vmm::{RunReport, StopReason, Vmm};
 use crate::wire::hello::{self, Answer, Hello};
 use crate::wire::input::Input;
 use crate::wire::packet;
@@ -81,8 +81,16 @@ fn attempt(job: &Job, listener: Listener, touched: &mut bool) -> Result<()> {
         peer.say_why(&error);
     }
     let running = result?;
+    let started = take_over(job, running);
+    // Only a report: the source has let go of the guest.
+    if let (Ok(took), true) = (&started, peer.is_vmig && peer.listens) {
+        let _ = peer.reply(&Reply::Started(took.hook_ns + took.handlers_ns));
+    }
+    if started.as_ref().is_ok_and(|report| report.changed) {
+        job.vmm.announce();
+    }
     peer.hang_up();
-    take_over(job, running)
+    started.map(drop)
 }
 
 /// The connection to the source, and how it may be answered.
@@ -341,18 +349,17 @@ fn compare_sections(theirs: &Hello, entries: &[Entry], found: &mut Vec<Error>) {
 }
 
 /// The guest is ours: runs it, unless it was paused or is to wait.
-fn take_over(job: &Job, running: bool) -> Result<()> {
+fn take_over(job: &Job, running: bool) -> Result<RunReport> {
     let vmm = &job.vmm;
     let started = (|| {
         // Ours first, and paused: should the start fail, it can be tried again with vmig_start.
         vmm.stop(StopReason::User)?;
         vmm.start(StopReason::Migration)?;
         vmm.start(StopReason::NotOwner)?;
-        if running && job.options.on(Opt::Autostart) {
-            vmm.start(StopReason::User)?;
-            vmm.announce();
+        match running && job.options.on(Opt::Autostart) {
+            true => vmm.start(StopReason::User),
+            false => Ok(RunReport::default()),
         }
-        Ok(())
     })();
     started.map_err(|e: Error| {
         e.context("the guest arrived, but could not be started; it is here, paused, for vmig_start to try again")

@@ -6,28 +6,61 @@
 //! final RAM. The very last byte is the handover: before it the guest is ours whatever happens, after it the
 //! destination may run it.
 
-use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::replies::{Replies, Verdict};
 use super::{Migration, Outcome};
 use crate::error::{Error, Result};
 use crate::options::Opt;
+use crate::pacing::downtime::{Downtime, Parts};
 use crate::status::store_time;
 use crate::sys::clock::monotonic_ns;
-use crate::vmm::{RunReport, StopReason};
+use crate::vmm::StopReason;
 use crate::wire::command::Command;
 use crate::wire::stream;
+
+/// How long a source that knows the guest is gone waits to hear how its start went: only to report it.
+const START_WAIT: Duration = Duration::from_secs(1);
+
+/// A stop watch.
+struct Lap(Instant);
+
+impl Lap {
+    /// Time since the last call.
+    fn time(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.0, now)
+    }
+}
 
 impl Migration<'_> {
     /// Stops the guest and hands it over.
     pub(super) fn complete(&mut self, stopped: &mut bool) -> Result<Outcome> {
+        let expected = self.known().predict(self.left).unwrap_or_default();
+        let mut took = Downtime { expected, ..Downtime::default() };
         let stop = self.job.vmm.stop(StopReason::Migration).map_err(|e| e.in_phase("stop"))?;
         *stopped = true;
-        let took = std::time::Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
-        store_time(&self.job.status.counters.stop, took);
+        took.actual.stop = Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
+        store_time(&self.job.status.counters.stop, took.actual.stop);
+        let result = self.stopped(&mut took.actual);
+        // A paused guest was not stopped by us.
+        if stop.changed {
+            took.total = Duration::from_nanos(monotonic_ns().saturating_sub(stop.began.monotonic_ns));
+            if matches!(result, Ok(Outcome::Completed)) {
+                store_time(&self.job.status.counters.downtime, took.total);
+            }
+        }
+        self.job.status.set_downtime(took);
+        result
+    }
+
+    /// The guest stands still.
+    fn stopped(&mut self, took: &mut Parts) -> Result<Outcome> {
+        let mut lap = Lap(Instant::now());
         let devices = self.save_devices().map_err(|e| e.in_phase("save"))?;
-        self.send_rest(&devices).map_err(|e| e.in_phase("complete"))?;
-        self.hand_over(&stop)
+        took.devices = lap.time();
+        self.send_rest(&devices, took, &mut lap).map_err(|e| e.in_phase("complete"))?;
+        self.hand_over(took, &mut lap)
     }
 
     /// END bodies, device bodies and the description, into one buffer. The big lock covers just this.
@@ -47,10 +80,11 @@ impl Migration<'_> {
     }
 
     /// The last pages, then the devices, up to the last byte but one.
-    fn send_rest(&mut self, devices: &[u8]) -> Result<()> {
+    fn send_rest(&mut self, devices: &[u8], took: &mut Parts, lap: &mut Lap) -> Result<()> {
         self.job.status.check()?;
         self.toll.lift();
         self.sync()?;
+        took.sync = lap.time();
         let Some(set) = self.set.clone() else { return Err(Error::invalid("no RAM was set up")) };
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::SwitchoverStart);
@@ -60,29 +94,32 @@ impl Migration<'_> {
             self.job.status.check()?;
         }
         self.sender.end_section(&mut self.out, true)?;
+        took.ram = lap.time();
         let (_, rest) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
         self.write(rest)?;
         // As late as it can still be undone: a write that is not seen here is one the destination never gets.
-        self.job.dirty.check_quiet(&set)
+        self.job.dirty.check_quiet(&set)?;
+        took.devices += lap.time();
+        Ok(())
     }
 
     /// The last byte, and what the destination makes of it.
-    fn hand_over(&mut self, stop: &RunReport) -> Result<Outcome> {
+    fn hand_over(&mut self, took: &mut Parts, lap: &mut Lap) -> Result<Outcome> {
         self.job.status.commit()?;
         // The byte that closes the description. A write that fails was not sent: the guest is still ours.
         self.out.write(b"}")?;
         self.publish();
-        let outcome = match &self.replies {
-            Some(replies) => self.await_verdict(replies)?,
-            None => {
-                self.channel.close_write();
-                Outcome::Completed
-            }
+        let Some(replies) = &self.replies else {
+            self.channel.close_write();
+            took.load = lap.time();
+            return Ok(Outcome::Completed);
         };
-        // A paused guest was not stopped by us.
-        if stop.changed {
-            let downtime = monotonic_ns().saturating_sub(stop.began.monotonic_ns);
-            self.job.status.counters.downtime.store(downtime, Ordering::Relaxed);
+        let outcome = self.await_verdict(replies)?;
+        took.load = lap.time();
+        if self.job.options.get(Opt::Peer) == 0
+            && let Outcome::Completed = outcome
+        {
+            took.start = replies.started(START_WAIT).unwrap_or_default();
         }
         Ok(outcome)
     }

@@ -17,6 +17,7 @@ use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::options::{Opt, Options};
+use crate::pacing::downtime::Known;
 use crate::pacing::{self, Convergence, Rate};
 use crate::ram::presence::{GRANULE, Hint, Presence};
 use crate::ram::survey::Survey;
@@ -170,6 +171,11 @@ struct Migration<'a> {
     pings: u32,
     begun: Instant,
     last_sync: Instant,
+    /// What the last harvest and the last PING took.
+    sync_took: Duration,
+    round_trip: Duration,
+    /// Bytes that were left when the guest was last thought of being stopped.
+    left: u64,
 }
 
 impl<'a> Migration<'a> {
@@ -197,6 +203,9 @@ impl<'a> Migration<'a> {
             pings: 0,
             begun: Instant::now(),
             last_sync: Instant::now(),
+            sync_took: Duration::ZERO,
+            round_trip: Duration::ZERO,
+            left: 0,
         }
     }
 
@@ -338,6 +347,7 @@ impl<'a> Migration<'a> {
             }
             self.sync()?;
             let pending = self.pending()?;
+            self.left = pending;
             let threshold = self.threshold();
             let allowed = self.may_switch_over()?;
             if policy.decide(self.now(), pending, threshold) && allowed && near {
@@ -358,10 +368,12 @@ impl<'a> Migration<'a> {
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::Ping(self.pings));
         self.out.write(&bytes)?;
-        let deadline = Instant::now() + self.job.options.time(Opt::StallTimeout);
+        let sent = Instant::now();
+        let deadline = sent + self.job.options.time(Opt::StallTimeout);
         while !replies.has_caught_up(self.pings, SLICE) && Instant::now() < deadline {
             self.job.status.check()?;
         }
+        self.round_trip = sent.elapsed();
         Ok(())
     }
 
@@ -397,7 +409,9 @@ impl<'a> Migration<'a> {
 
     /// Harvests the dirty log: a new round begins.
     fn sync(&mut self) -> Result<()> {
+        let begin = Instant::now();
         self.job.dirty.sync()?;
+        self.sync_took = begin.elapsed();
         #[cfg(feature = "fault-injection")]
         if let Some(set) = &self.set {
             self.sender.lose_a_page(set, &self.job.dirty)?;
@@ -420,7 +434,20 @@ impl<'a> Migration<'a> {
     }
 
     fn threshold(&self) -> u64 {
-        pacing::threshold(self.bandwidth(), self.job.live.time(Opt::DowntimeLimit))
+        self.known().threshold(self.job.live.time(Opt::DowntimeLimit))
+    }
+
+    /// What a prediction of the downtime is made of.
+    fn known(&self) -> Known {
+        let [stop, start] = self.job.vmm.took();
+        Known {
+            stop,
+            start,
+            devices: self.job.status.downtime().actual.devices,
+            sync: self.sync_took,
+            round_trip: self.round_trip,
+            bandwidth: self.bandwidth(),
+        }
     }
 
     /// Bytes per second to expect at the switchover.
@@ -471,15 +498,14 @@ impl<'a> Migration<'a> {
     fn publish(&self) {
         let counters = &self.job.status.counters;
         let left = self.dirty_pages() as u64 * PAGE;
-        let bandwidth = self.bandwidth();
         counters.remaining.store(left, Ordering::Relaxed);
         let (on_lanes, normal, zero) = self.sender.counts();
         counters.transferred.store(self.out.written() + on_lanes, Ordering::Relaxed);
         counters.normal_pages.store(normal, Ordering::Relaxed);
         counters.zero_pages.store(zero, Ordering::Relaxed);
         counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);
-        if let Some(time) = pacing::time_for(left, bandwidth) {
-            store_time(&counters.expected_downtime, time);
+        if let Some(parts) = self.known().predict(left) {
+            store_time(&counters.expected_downtime, parts.total());
         }
     }
 

@@ -28,6 +28,7 @@ struct Heard {
     /// The last ping that was answered.
     pong: u32,
     shut: Option<u32>,
+    started: Option<Duration>,
     error: Option<Error>,
     ended: Option<Error>,
 }
@@ -73,20 +74,21 @@ impl Shared {
                 Ok(Reply::SwitchoverAck) => heard.acknowledged = true,
                 Ok(Reply::Error(error)) => heard.error = Some(error),
                 Ok(Reply::Shut(code)) => heard.shut = Some(code),
+                Ok(Reply::Started(ns)) => heard.started = Some(Duration::from_nanos(ns)),
                 Err(error) => heard.ended = Some(error),
             }
             self.changed.notify_all();
-            let over = heard.shut.is_some() || heard.ended.is_some();
             let failed = heard.failure();
+            // A destination that has the guest says one more thing: how its start went.
+            let loaded = heard.shut == Some(0);
+            let over = heard.ended.is_some() || heard.started.is_some() || heard.shut.is_some_and(|code| code != 0);
             drop(heard);
             // After the handover it is the waiting main thread that decides what an answer means.
-            if over
-                && !status.is_committed()
-                && let Some(error) = failed
-            {
+            let early = (over || loaded) && !status.is_committed();
+            if early && let Some(error) = failed {
                 status.fail(error);
             }
-            if over {
+            if over || early {
                 return;
             }
         }
@@ -161,6 +163,11 @@ impl Replies {
                 Error::new(libc::ETIMEDOUT, format!("no answer within {} seconds", limit.as_secs_f32()))
             })),
         }
+    }
+
+    /// How long the guest's start took, if the destination says so within `limit`.
+    pub(super) fn started(&self, limit: Duration) -> Option<Duration> {
+        self.shared.wait(limit, |h| h.started.is_some() || h.ended.is_some()).started
     }
 
     /// Why the destination failed, if it says so within `limit`.

@@ -4,8 +4,9 @@
 //! run without the big lock, or a vCPU that waits for it could never park; the handlers run with it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use crate::bql::Bql;
 use crate::error::{Error, Result};
@@ -143,6 +144,8 @@ pub struct Vmm {
     fresh: AtomicBool,
     /// Whether the guest arrives paused is decided: the user's word comes too late.
     sealed: AtomicBool,
+    /// Nanoseconds the last stop and the last start took.
+    took: [AtomicU64; 2],
     clock: Mutex<Clock>,
     bql: Arc<Bql>,
     log: Arc<Log>,
@@ -162,6 +165,7 @@ impl Vmm {
             reasons: AtomicU8::new(reasons.0),
             fresh: AtomicBool::new(reasons.is_empty()),
             sealed: AtomicBool::new(false),
+            took: Default::default(),
             clock: Mutex::new(clock),
             bql,
             log,
@@ -299,6 +303,11 @@ impl Vmm {
         Ok(())
     }
 
+    /// What the last stop and the last start took, hooks and handlers; nothing if there was none. \[any\]
+    pub fn took(&self) -> [Duration; 2] {
+        [0, 1].map(|which: usize| Duration::from_nanos(self.took[which].load(Ordering::Relaxed)))
+    }
+
     /// Calls the announce hook, if any. A hook that panics is logged: the guest runs here all the same. \[free\]
     pub fn announce(&self) {
         let told = fence("the announce hook", || {
@@ -351,6 +360,7 @@ impl Vmm {
         }
         let ended_ns = monotonic_ns();
         let (hook_ns, handlers_ns) = (since(began.monotonic_ns, at.monotonic_ns), since(at.monotonic_ns, ended_ns));
+        self.took[0].store(hook_ns + handlers_ns, Ordering::Relaxed);
         Ok(RunReport { changed: true, began, at, hook_ns, handlers_ns, ended_ns })
     }
 
@@ -389,6 +399,7 @@ impl Vmm {
         self.fresh.store(false, Ordering::Relaxed);
         let ended_ns = monotonic_ns();
         let (hook_ns, handlers_ns) = (since(hook_at, ended_ns), since(at.monotonic_ns, hook_at));
+        self.took[1].store(hook_ns + handlers_ns, Ordering::Relaxed);
         Ok(RunReport { changed: true, began: at, at, hook_ns, handlers_ns, ended_ns })
     }
 

@@ -9,6 +9,8 @@ const PONG: u16 = 2;
 const SWITCHOVER_ACK: u16 = 7;
 /// Ours, between two vmigs only: be64 length and a JSON error follow.
 const ERROR: u16 = 0x5600;
+/// Ours, after a SHUT with 0: be64 nanoseconds that the handlers and the start hook took.
+const STARTED: u16 = 0x5601;
 /// Longest JSON error.
 const ERROR_MAX: u64 = 64 << 10;
 
@@ -21,6 +23,8 @@ pub enum Reply {
     Pong(u32),
     /// The destination is ready for the guest to stop.
     SwitchoverAck,
+    /// The guest runs, after its start took so many nanoseconds; 0 if it is left paused.
+    Started(u64),
     /// Why a SHUT with an error is about to follow.
     Error(Error),
 }
@@ -32,6 +36,7 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
     let len = input.u16()?;
     let want = match number {
         SHUT | PONG => 4,
+        STARTED => 8,
         SWITCHOVER_ACK | ERROR => 0,
         3 | 4 => return Err(Error::invalid(format!("reply byte {at:#x}: a page request outside of postcopy"))),
         _ => return Err(Error::invalid(format!("reply byte {at:#x}: unknown reply {number:#x}"))),
@@ -44,6 +49,7 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
         SHUT => Reply::Shut(input.u32()?),
         PONG => Reply::Pong(input.u32()?),
         SWITCHOVER_ACK => Reply::SwitchoverAck,
+        STARTED => Reply::Started(input.u64()?),
         _ => {
             let len = input.u64()?;
             let json = input.blob("the destination's error", len, ERROR_MAX)?;
@@ -71,6 +77,11 @@ pub fn put(out: &mut Vec<u8>, reply: &Reply) {
             out.u16(SWITCHOVER_ACK);
             out.u16(0);
         }
+        Reply::Started(ns) => {
+            out.u16(STARTED);
+            out.u16(8);
+            out.u64(*ns);
+        }
         Reply::Error(error) => {
             let json = error.to_json().to_string();
             out.u16(ERROR);
@@ -89,7 +100,7 @@ mod tests {
     #[test]
     fn round_trip_and_refusals() {
         let error = Error::invalid("no such block").in_section("ram").on_side("destination");
-        for reply in [Reply::Shut(3), Reply::Pong(1), Reply::SwitchoverAck, Reply::Error(error)] {
+        for reply in [Reply::Shut(3), Reply::Pong(1), Reply::SwitchoverAck, Reply::Started(7), Reply::Error(error)] {
             let mut out = Vec::new();
             put(&mut out, &reply);
             assert_eq!(read(&mut Slice::new(&out)).unwrap(), reply);
@@ -99,7 +110,7 @@ mod tests {
             out[3] ^= 1;
             assert_eq!(read(&mut Slice::new(&out)).unwrap_err().errno(), libc::EINVAL);
         }
-        for number in [0u16, 3, 4, 5, 8, 0x5601] {
+        for number in [0u16, 3, 4, 5, 8, 0x5602] {
             let bytes = [number.to_be_bytes(), [0, 0]].concat();
             assert_eq!(read(&mut Slice::new(&bytes)).unwrap_err().errno(), libc::EINVAL, "{number}");
         }
