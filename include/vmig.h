@@ -728,13 +728,15 @@ int vmig_wait(vmig *m, int timeout_ms);
 /* Fills `*status`. [any][cb] */
 int vmig_get_status(vmig *m, vmig_status *status);
 
-/* Fills `*actual` with the last switchover of this guest as a source, and `*expected` with what was predicted just
- * before: pages by the bandwidth, stop and start by what they took here the last time, devices by an earlier attempt; what
- * was never measured counts as 0. Either may be NULL. Until a migration has stopped the guest, both are of an earlier one.
- * [any][cb] */
+/* Fills `*downtime` with how long the guest stood still when it last left from here: of an earlier migration until the
+ * present one has stopped the guest. [any][cb] */
 int vmig_get_downtime(vmig *m,
-                      vmig_downtime *expected,
-                      vmig_downtime *actual);
+                      vmig_downtime *downtime);
+
+/* Fills `*downtime` with what was predicted just before that: pages by the bandwidth, stop and start by what they took
+ * here the last time, devices by an earlier attempt. What was never measured counts as 0. [any][cb] */
+int vmig_get_expected_downtime(vmig *m,
+                               vmig_downtime *downtime);
 
 /* Name of a state, such as "active"; "unknown" for numbers this library does not know. Stays the library's.
  * [any][cb] */

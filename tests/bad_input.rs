@@ -340,7 +340,7 @@ fn read_all(stream: &mut TcpStream) -> Vec<u8> {
     const PING: &[u8] = b"\x08\0\x02\0\x04";
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let (mut heard, mut some, mut answered) = (Vec::new(), [0; 65536], 0);
-    while !heard.ends_with(b"}}") {
+    while !heard.ends_with(b"{}") {
         match stream.read(&mut some).unwrap() {
             0 => break,
             n => heard.extend(&some[..n]),
@@ -436,7 +436,7 @@ fn an_answer_that_is_lost_is_left_to_the_operator() {
         source.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
         let (mut stream, _) = listener.accept().unwrap();
         stream.write_all(&welcome()).unwrap();
-        assert!(read_all(&mut stream).ends_with(b"}}"), "all of the stream came");
+        assert!(read_all(&mut stream).ends_with(b"{}"), "all of the stream came");
         drop(stream);
         let look = source.wait();
         assert_eq!((look.state.as_str(), look.reasons & 8), ("switchover-unknown", 8), "{}", look.error);

@@ -42,6 +42,7 @@ fn all_kinds_and_much_state_arrive() {
     let dir = scratch("kinds");
     let (mut source, mut destination, address) = pair(&dir, &[], &[]);
     assert_ne!(word(&source.command("digest"), "all"), word(&destination.command("digest"), "all"));
+    source.must("set convergence-time 60000"); // however slow the machine
     let (here, there) = moves(&mut source, &mut destination, &address);
     for key in ["all", "a", "b", "bulk0", "bulk1"] {
         assert_eq!(word(&here, key), word(&there, key), "{key} of\n{here}\n{there}");

@@ -214,7 +214,7 @@ static void print_downtime(vmig *m)
 {
     vmig_downtime expected = VMIG_SIZED(vmig_downtime), actual = VMIG_SIZED(vmig_downtime);
 
-    if (vmig_get_downtime(m, &expected, &actual) < 0) {
+    if (vmig_get_expected_downtime(m, &expected) < 0 || vmig_get_downtime(m, &actual) < 0) {
         printf("error downtime: %s\n", vmig_errmsg());
         return;
     }

@@ -269,28 +269,27 @@ pub unsafe extern "C" fn vmig_get_status(m: *mut vmig, status: *mut vmig_status)
     })
 }
 
-/// Fills `*actual` with the last switchover of this guest as a source, and `*expected` with what was predicted just
-/// before: pages by the bandwidth, stop and start by what they took here the last time, devices by an earlier attempt; what
-/// was never measured counts as 0. Either may be NULL. Until a migration has stopped the guest, both are of an earlier one.
-/// \[any\]\[cb\]
+/// Fills `*downtime` with how long the guest stood still when it last left from here: of an earlier migration until the
+/// present one has stopped the guest. \[any\]\[cb\]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn vmig_get_downtime(
-    m: *mut vmig,
-    expected: *mut vmig_downtime,
-    actual: *mut vmig_downtime,
-) -> c_int {
+pub unsafe extern "C" fn vmig_get_downtime(m: *mut vmig, downtime: *mut vmig_downtime) -> c_int {
     enter("vmig_get_downtime", || {
         // SAFETY: the C contract of handles.
         let last = unsafe { guest(m) }?.status().downtime();
-        let before = downtime_of(&last.expected, last.expected.total());
-        let after = downtime_of(&last.actual, last.total);
-        for (to, from) in [(expected, before), (actual, after)] {
-            if !to.is_null() {
-                // SAFETY: the C contract: NULL or a sized struct that can be written.
-                unsafe { sized_fill(to, &from) }?;
-            }
-        }
-        Ok(0)
+        // SAFETY: the C contract: NULL or a sized struct that can be written.
+        unsafe { sized_fill(downtime, &downtime_of(&last.actual, last.total)) }.map(|()| 0)
+    })
+}
+
+/// Fills `*downtime` with what was predicted just before that: pages by the bandwidth, stop and start by what they took
+/// here the last time, devices by an earlier attempt. What was never measured counts as 0. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_get_expected_downtime(m: *mut vmig, downtime: *mut vmig_downtime) -> c_int {
+    enter("vmig_get_expected_downtime", || {
+        // SAFETY: the C contract of handles.
+        let expected = unsafe { guest(m) }?.status().downtime().expected;
+        // SAFETY: the C contract: NULL or a sized struct that can be written.
+        unsafe { sized_fill(downtime, &downtime_of(&expected, expected.total())) }.map(|()| 0)
     })
 }
 

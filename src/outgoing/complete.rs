@@ -116,7 +116,7 @@ impl Migration<'_> {
         };
         let outcome = self.await_verdict(replies)?;
         took.load = lap.time();
-        if self.job.options.get(Opt::Peer) == 0
+        if self.to_vmig
             && let Outcome::Completed = outcome
         {
             took.start = replies.started(START_WAIT).unwrap_or_default();

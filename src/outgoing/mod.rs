@@ -160,6 +160,8 @@ struct Migration<'a> {
     channel: Arc<dyn Channel>,
     out: StreamOutput,
     replies: Option<Replies>,
+    /// The destination is a vmig and can answer: both say hello.
+    to_vmig: bool,
     sections: SectionSaver<'a>,
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
@@ -181,12 +183,14 @@ struct Migration<'a> {
 impl<'a> Migration<'a> {
     fn new(job: &'a Job, channel: Arc<dyn Channel>) -> Self {
         let stall = job.options.time(Opt::StallTimeout);
+        let to_vmig = channel.is_two_way() && job.options.get(Opt::Peer) == 0;
         Self {
             job,
             out: StreamOutput::new(Arc::clone(&channel), stall),
             channel,
             replies: None,
-            sections: SectionSaver::new(&job.sections),
+            to_vmig,
+            sections: SectionSaver::new(&job.sections, !to_vmig),
             set: None,
             sender: RamSender::new(
                 match job.options.get(Opt::ZeroPageDetection) {
@@ -233,7 +237,7 @@ impl<'a> Migration<'a> {
             return Err(Error::invalid(text));
         }
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
-        if two_way && self.job.options.get(Opt::Peer) == 0 {
+        if self.to_vmig {
             let hints = self.hints();
             let mut bytes = Vec::new();
             hello::put(&mut bytes, &self.hello(hints.is_some()))?;
@@ -361,19 +365,27 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Waits until the destination has loaded what was sent so far, where it can tell.
+    /// Waits until the destination has loaded what was sent so far, where it can tell; then measures how long an answer
+    /// takes when nothing else is under way.
     fn let_destination_catch_up(&mut self) -> Result<()> {
+        self.ping()?;
+        let begin = Instant::now();
+        self.ping()?;
+        self.round_trip = begin.elapsed();
+        Ok(())
+    }
+
+    /// A PING, and its PONG.
+    fn ping(&mut self) -> Result<()> {
         let Some(replies) = &self.replies else { return Ok(()) };
         self.pings = self.pings.wrapping_add(1);
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::Ping(self.pings));
         self.out.write(&bytes)?;
-        let sent = Instant::now();
-        let deadline = sent + self.job.options.time(Opt::StallTimeout);
+        let deadline = Instant::now() + self.job.options.time(Opt::StallTimeout);
         while !replies.has_caught_up(self.pings, SLICE) && Instant::now() < deadline {
             self.job.status.check()?;
         }
-        self.round_trip = sent.elapsed();
         Ok(())
     }
 

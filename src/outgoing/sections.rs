@@ -21,7 +21,8 @@ pub(super) struct SectionSaver<'a> {
     takes_part: Vec<bool>,
     /// How many `setup` calls were tried: those are the ones to clean up.
     set_up: usize,
-    devices: Vec<Value>,
+    /// Descriptions of what was sent; none are made for a vmig, which has compared the devices and would not read them.
+    devices: Option<Vec<Value>>,
 }
 
 fn name_of(entry: &Entry) -> SectionName {
@@ -29,8 +30,9 @@ fn name_of(entry: &Entry) -> SectionName {
 }
 
 impl<'a> SectionSaver<'a> {
-    pub(super) fn new(entries: &'a [Entry]) -> Self {
-        Self { entries, takes_part: vec![false; entries.len()], set_up: 0, devices: Vec::new() }
+    pub(super) fn new(entries: &'a [Entry], describe: bool) -> Self {
+        let devices = describe.then(Vec::new);
+        Self { entries, takes_part: vec![false; entries.len()], set_up: 0, devices }
     }
 
     /// Asks every section whether it takes part and is ready: the first refusal is the migration's. \[bql\]
@@ -80,16 +82,19 @@ impl<'a> SectionSaver<'a> {
         stream::put_full(out, id, &name_of(entry))?;
         let start = out.len();
         section.complete(out).map_err(|e| e.in_section(&entry.name))?;
-        let description = section.describe(&out[start..]);
+        let end = out.len();
         stream::put_footer(out, id);
-        self.describe(&entry.name, entry.instance, description);
+        self.describe(&entry.name, entry.instance, || section.describe(&out[start..end]));
         Ok(())
     }
 
-    fn describe(&mut self, name: &str, instance: u32, mut description: Value) {
-        description["name"] = name.into();
-        description["instance_id"] = instance.into();
-        self.devices.push(description);
+    fn describe(&mut self, name: &str, instance: u32, description: impl FnOnce() -> Value) {
+        if let Some(devices) = &mut self.devices {
+            let mut description = description();
+            description["name"] = name.into();
+            description["instance_id"] = instance.into();
+            devices.push(description);
+        }
     }
 
     /// One PART of every section that wants one. True: nothing left for now.
@@ -141,7 +146,7 @@ impl<'a> SectionSaver<'a> {
             section.complete(out).map_err(|e| e.in_section(&entry.name))?;
             stream::put_footer(out, id);
         }
-        self.builtin(out, TIMER_ID, builtin::TIMER, builtin::describe_timer(), |out| {
+        self.builtin(out, TIMER_ID, builtin::TIMER, builtin::describe_timer, |out| {
             builtin::put_timer(out, clock_ns);
         })?;
         let devices: Vec<_> = self.active().filter(|(_, s)| !s.is_iterative() && !s.is_early()).collect();
@@ -153,7 +158,7 @@ impl<'a> SectionSaver<'a> {
 
     /// Whether the guest runs: the last section.
     pub(super) fn global_state(&mut self, out: &mut Vec<u8>, runs: bool) -> Result<()> {
-        self.builtin(out, GLOBAL_STATE_ID, builtin::GLOBAL_STATE, builtin::describe_global_state(), |out| {
+        self.builtin(out, GLOBAL_STATE_ID, builtin::GLOBAL_STATE, builtin::describe_global_state, |out| {
             builtin::put_global_state(out, runs);
         })
     }
@@ -163,7 +168,7 @@ impl<'a> SectionSaver<'a> {
         out: &mut Vec<u8>,
         id: u32,
         (name, version): (&str, u32),
-        description: Value,
+        description: fn() -> Value,
         body: impl FnOnce(&mut Vec<u8>),
     ) -> Result<()> {
         stream::put_full(out, id, &SectionName { name: name.to_owned(), instance: 0, version })?;
@@ -173,13 +178,13 @@ impl<'a> SectionSaver<'a> {
         Ok(())
     }
 
-    /// The JSON that describes the stream.
+    /// The JSON that describes the stream. For a vmig it is empty but for its last byte, which is the handover.
     pub(super) fn description(&mut self, machine: &str) -> Vec<u8> {
+        let Some(devices) = self.devices.take() else { return b"{}".to_vec() };
         let configuration = json!({"vmsd_name": "configuration", "version": 1, "fields": [
             {"name": "len", "type": "uint32", "size": 4},
             {"name": "name", "type": "buffer", "size": machine.len()},
         ]});
-        let devices = std::mem::take(&mut self.devices);
         let json = json!({
             "configuration": configuration,
             "page_size": crate::ram::PAGE,

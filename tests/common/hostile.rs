@@ -44,6 +44,7 @@ impl Vmm {
     /// With its guest running.
     pub fn source(shape: &[&str]) -> Vmm {
         let mut vmm = Vmm::new(shape);
+        vmm.does("set multifd off"); // these destinations take one connection
         vmm.does("start");
         vmm
     }
