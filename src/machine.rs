@@ -353,6 +353,9 @@ impl Machine {
             // Handed over already: the last answer is on its way and has its own time limit.
             self.wait(None);
         }
+        if let Some(kvm) = &*lock(&self.kvm) {
+            kvm.kvm.rest();
+        }
         self.threads.join_all(None)
     }
 }

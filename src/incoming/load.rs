@@ -241,7 +241,11 @@ impl<'a> Loader<'a> {
             }
             Command::Ping(value) if self.peer.listens => self.peer.reply(&Reply::Pong(value)),
             Command::Ping(_) => Err(Error::invalid("a PING before the return path was opened")),
-            Command::SwitchoverStart => Ok(()),
+            Command::SwitchoverStart => {
+                let active = self.job.sections.iter().zip(&self.takes_part).filter(|(_, takes_part)| **takes_part);
+                active.filter_map(|(entry, _)| entry.section()).for_each(|section| section.about_to_switch());
+                Ok(())
+            }
         }
     }
 }

@@ -50,6 +50,11 @@ impl Kvm {
     }
 
     /// See x86-64.
+    pub fn rest(&self) {
+        match *self {}
+    }
+
+    /// See x86-64.
     pub fn clock_stop(&self) -> Result<()> {
         match *self {}
     }

@@ -38,6 +38,7 @@ impl Migration<'_> {
     pub(super) fn complete(&mut self, stopped: &mut bool) -> Result<Outcome> {
         let expected = self.known().predict(self.left).unwrap_or_default();
         let mut took = Downtime { expected, ..Downtime::default() };
+        self.sections.about_to_switch();
         let stop = self.job.vmm.stop(StopReason::Migration).map_err(|e| e.in_phase("stop"))?;
         *stopped = true;
         took.actual.stop = Duration::from_nanos(stop.hook_ns + stop.handlers_ns);

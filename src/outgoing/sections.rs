@@ -138,6 +138,11 @@ impl<'a> SectionSaver<'a> {
         Ok(sum)
     }
 
+    /// The guest is about to be stopped.
+    pub(super) fn about_to_switch(&self) {
+        self.active().for_each(|(_, section)| section.about_to_switch());
+    }
+
     /// Everything that is saved with the guest stopped: END of iterative sections, FULL of devices. \[bql\]
     pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64) -> Result<()> {
         for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {

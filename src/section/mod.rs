@@ -119,6 +119,10 @@ pub trait Section: Send + Sync {
         Ok(true)
     }
 
+    /// The guest is about to be stopped at the source: what can be prepared without touching the device need not be waited
+    /// for then. On either side, without the big lock; a switchover need not follow.
+    fn about_to_switch(&self) {}
+
     /// Body of END (iterative) or FULL, guest stopped (or running, if early). \[bql\]
     fn complete(&self, out: &mut Vec<u8>) -> Result<()>;
 

@@ -19,7 +19,8 @@ use kvm_bindings::kvm_clock_data;
 
 use self::section::{KvmSection, Transfer};
 use self::state::{ClockState, IrqchipState, PitState, VcpuState};
-use super::worker::Bench;
+use self::vcpu::Notes;
+use super::worker::{Bench, Job};
 use super::{Entry, Reentry};
 use crate::error::{Error, Result};
 use crate::sys::kvm::Vm;
@@ -44,8 +45,9 @@ const EXITS_MAX: u32 = 64;
 #[derive(Debug)]
 pub struct Kvm {
     machine: Machine,
-    threads: Arc<Threads>,
+    /// Dropped before `threads`, which waits for their threads.
     vcpus: Vec<Bench<Vcpu>>,
+    threads: Arc<Threads>,
     /// MSRs to read, in the order they are to be written.
     msrs: Vec<u32>,
     state: Arc<Mutex<Shared>>,
@@ -61,7 +63,12 @@ struct Shared {
     /// kvmclock, as read at the stop or as loaded; taken at the start.
     clock: Option<u64>,
     unreadable_msrs: BTreeSet<u32>,
+    /// States being read, by vCPU: the first section that is saved has all of them read at once.
+    captures: BTreeMap<usize, Job<Captured>>,
 }
+
+/// A vCPU's state, and the MSRs that could not be read.
+type Captured = (Box<VcpuState>, Vec<u32>);
 
 /// Duplicates the VMM's fds and takes stock. Makes no call that waits for a running vCPU.
 ///
@@ -82,6 +89,7 @@ pub fn attach(threads: Arc<Threads>, vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result
         unfinished: BTreeMap::new(),
         clock: None,
         unreadable_msrs: BTreeSet::new(),
+        captures: BTreeMap::new(),
     };
     Ok(Arc::new(Kvm { machine, threads, vcpus, msrs, state: Arc::new(Mutex::new(shared)) }))
 }
@@ -188,16 +196,27 @@ impl Kvm {
             let mut state = lock(&self.state);
             state.ready = false;
             state.unfinished.clear();
+            state.captures.clear();
             state.clock.take()
         };
-        let Some(clock) = clock else { return Ok(()) };
-        self.set_clock(clock)?;
         let all: Vec<usize> = (0..self.vcpus.len()).collect();
-        self.on_vcpus(&all, |_, vcpu| match vcpu.fd().kvmclock_ctrl() {
+        let told = clock.map_or(Ok(()), |clock| self.tell_clock(clock, &all));
+        self.rest();
+        told
+    }
+
+    fn tell_clock(&self, clock: u64, all: &[usize]) -> Result<()> {
+        self.set_clock(clock)?;
+        self.on_vcpus(all, |_, vcpu| match vcpu.fd().kvmclock_ctrl() {
             // EINVAL: this guest does not use kvmclock.
             Err(e) if e.errno() != libc::EINVAL => Err(failed("KVM_KVMCLOCK_CTRL", &e)),
             _ => Ok(()),
         })
+    }
+
+    /// Threads that wait for work on vCPUs may end.
+    pub fn rest(&self) {
+        self.vcpus.iter().for_each(Bench::rest);
     }
 
     fn set_clock(&self, clock: u64) -> Result<()> {
@@ -241,7 +260,35 @@ impl Kvm {
         work: impl FnOnce(&mut Vcpu) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let timeout = lock(&self.state).stop_timeout;
+        self.start_on(index, work)?.wait(Instant::now() + timeout, timeout)
+    }
+
+    fn start_on<T: Send + 'static>(
+        &self,
+        index: usize,
+        work: impl FnOnce(&mut Vcpu) -> Result<T> + Send + 'static,
+    ) -> Result<Job<T>> {
         let bench = self.vcpus.get(index).ok_or_else(|| Error::invalid(format!("there is no vCPU {index}")))?;
-        bench.start(&self.threads, Vcpu::probe, work)?.wait(Instant::now() + timeout, timeout)
+        bench.start(&self.threads, Vcpu::probe, work)
+    }
+
+    /// A vCPU's state. Whoever comes first has the states of all vCPUs read.
+    fn capture(&self, index: usize) -> Result<Captured> {
+        let mut state = lock(&self.state);
+        if !state.captures.contains_key(&index) {
+            state.captures.clear();
+            for vcpu in 0..self.vcpus.len() {
+                state.captures.insert(vcpu, self.start_capture(vcpu)?);
+            }
+        }
+        let (timeout, job) = (state.stop_timeout, state.captures.remove(&index));
+        drop(state);
+        let job = job.map_or_else(|| self.start_capture(index), Ok)?;
+        job.wait(Instant::now() + timeout, timeout)
+    }
+
+    fn start_capture(&self, index: usize) -> Result<Job<Captured>> {
+        let mut notes = Notes { msrs: self.msrs.clone(), unreadable: Vec::new() };
+        self.start_on(index, move |vcpu| Ok((vcpu::save(vcpu, &mut notes)?, notes.unreadable)))
     }
 }

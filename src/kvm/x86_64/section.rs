@@ -16,6 +16,8 @@ use crate::wire::input::Input;
 pub(super) trait Transfer: State {
     fn capture(kvm: &Kvm, index: usize) -> Result<Box<Self>>;
     fn apply(self: Box<Self>, kvm: &Kvm, index: usize) -> Result<()>;
+    /// Gets ready for either of them, soon.
+    fn warm(_kvm: &Kvm, _index: usize) {}
 }
 
 pub(super) struct KvmSection<S> {
@@ -36,6 +38,10 @@ impl<S: Transfer> KvmSection<S> {
 }
 
 impl<S: Transfer> Section for KvmSection<S> {
+    fn about_to_switch(&self) {
+        S::warm(&self.kvm, self.index);
+    }
+
     fn complete(&self, out: &mut Vec<u8>) -> Result<()> {
         let mut state = S::capture(&self.kvm, self.index).map_err(|error| error.in_section(self.name()))?;
         let base = (&raw mut *state).cast();

@@ -5,7 +5,7 @@ use kvm_bindings::{KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_pit_state2
 use super::Kvm;
 use super::section::Transfer;
 use super::state::{ClockState, IrqchipState, PitState, VcpuState};
-use super::vcpu::{self, Notes};
+use super::vcpu;
 use crate::error::{Error, Result};
 use crate::sys::kvm_x86::failed;
 use crate::thread::lock;
@@ -15,13 +15,16 @@ impl Transfer for VcpuState {
         if !lock(&kvm.state).ready {
             kvm.ready(None)?;
         }
-        let mut notes = Notes { msrs: kvm.msrs.clone(), unreadable: Vec::new() };
-        let (state, unreadable) = kvm.on_vcpu(index, move |vcpu| {
-            let state = vcpu::save(vcpu, &mut notes)?;
-            Ok((state, notes.unreadable))
-        })?;
+        let (state, unreadable) = kvm.capture(index)?;
         lock(&kvm.state).unreadable_msrs.extend(unreadable);
         Ok(state)
+    }
+
+    fn warm(kvm: &Kvm, index: usize) {
+        if let Some(bench) = kvm.vcpus.get(index) {
+            // Only a head start: a thread that cannot be had now is asked for again, and then it is an error.
+            let _ = bench.warm(&kvm.threads);
+        }
     }
 
     fn apply(self: Box<Self>, kvm: &Kvm, index: usize) -> Result<()> {
