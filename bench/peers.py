@@ -4,17 +4,32 @@ The guest says one byte per tick on port 0xe9; both VMMs pass it on at once, and
 measured begins when the command to migrate is given and ends when the source says it completed and the destination's
 guest has been heard.
 """
-import fcntl, json, os, selectors, socket, subprocess, time
+import ctypes, fcntl, json, os, selectors, signal, socket, subprocess, time
+from wire import Connections, Loopback, worst_excess
 
 START_LIMIT = 60                # seconds until the guest filled its memory and beats
-MOVE_LIMIT = 120
-STEADY = 0.5                    # seconds it runs before it moves
+MOVE_LIMIT = 60
+STEADY = 0.3                    # seconds it runs before it moves
+HOLD_MORE = 128                 # MiB held ready beyond the guest's size
+GUEST_CORE, OTHER_CORE = 0, 1   # of pinned runs
+SAMPLE = 0.01                   # seconds between two looks at the wire of throttled runs
+PR_SET_PDEATHSIG = 1
 QEMU_MACHINE = ('microvm,pit=off,pic=off,rtc=off,isa-serial=off,x-option-roms=off,acpi=off,auto-kernel-cmdline=off,'
                 'memory-backend=ram')
+libc = ctypes.CDLL(None)
 
 
 class Failed(Exception):
     pass
+
+
+def child(cores=None):
+    """What a child does before its program: it ends with us, whatever ends us, and runs where it should."""
+    def prepare():
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if cores:
+            os.sched_setaffinity(0, cores)
+    return prepare
 
 
 def tsc_khz():
@@ -31,12 +46,38 @@ def tsc_khz():
             os.close(fd)
 
 
+class Held:
+    """Memory that the kernel has at hand: populated by a process of its own, which lets go just before the move. On a
+    machine that gives free memory back to its host, whoever needs fresh memory would else wait for the host."""
+
+    def __init__(self, bare, mib):
+        self.process = subprocess.Popen([bare, 'hold', str(mib + HOLD_MORE)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, preexec_fn=child())
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def ready(self):
+        if self.process.poll() is not None:
+            raise Failed('bare hold: no memory')
+        return self.process.stdout.read() is not None
+
+    def release(self):
+        self.process.stdin.close()
+        self.process.wait(START_LIMIT)
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
 class Side:
     """A process with a guest: its heartbeats, its lines, its CPU time."""
 
     def __init__(self, name, argv, pass_fds, beat, talk_in, talk_out, log, **more):
         self.name, self.beat, self.talk_in, self.talk_out, self.log = name, beat, talk_in, talk_out, log
         self.beats, self.lines, self.partial = [], [], b''
+        self.wire = []          # bytes that had crossed the wire at each beat
         self.process = subprocess.Popen(argv, pass_fds=pass_fds, stderr=open(log, 'wb'), **more)
 
     def say(self, line):
@@ -46,20 +87,22 @@ class Side:
         *whole, self.partial = (self.partial + data).split(b'\n')
         self.lines += [line.decode() for line in whole]
 
-    def cpu_seconds(self):
-        """Of the whole process, threads that ended included, but for the guest's own: it spins between two ticks."""
-        base = f'/proc/{self.process.pid}'
-        with open(f'{base}/stat') as f:
-            fields = f.read().rsplit(') ', 1)[1].split()
-        total = (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
-        for task in os.listdir(f'{base}/task'):
+    def guest_threads(self):
+        base = f'/proc/{self.process.pid}/task'
+        for task in os.listdir(base):
             try:
-                with open(f'{base}/task/{task}/comm') as f:
-                    guest = f.read().startswith(('vcpu ', 'CPU '))
-                with open(f'{base}/task/{task}/schedstat') as f:
-                    total -= int(f.read().split()[0]) / 1e9 if guest else 0
+                with open(f'{base}/{task}/comm') as f:
+                    if f.read().startswith(('vcpu ', 'CPU ')):
+                        yield int(task)
             except FileNotFoundError:
                 pass            # a thread that just ended
+
+    def cpu_seconds(self):
+        """Of the whole process, threads that ended included, but for the guest's own: it spins between two ticks."""
+        total = time.clock_gettime(~self.process.pid << 3 | 2)      # the clock of another process's CPU time
+        for task in self.guest_threads():
+            with open(f'/proc/{self.process.pid}/task/{task}/schedstat') as f:
+                total -= int(f.read().split()[0]) / 1e9
         return total
 
     def die(self, what):
@@ -75,11 +118,15 @@ class Side:
 
 
 class Pair:
-    """Source and destination. Subclasses say how to launch, command and understand them."""
+    """Source and destination. Subclasses say how to launch, command and understand them.
 
-    def __init__(self, image, mib, folder):
-        self.image, self.mib, self.folder, self.sides = image, mib, folder, []
-        self.selector = selectors.DefaultSelector()
+    channels: None the program's own default, 0 the plain stream, else so many parallel connections."""
+
+    def __init__(self, program, bare, image, mib, folder, channels=None, pinned=False):
+        self.program, self.bare, self.image, self.mib, self.folder = program, bare, image, mib, folder
+        self.channels, self.pinned, self.sides = channels, pinned, []
+        self.selector, self.loopback = selectors.DefaultSelector(), Loopback()
+        self.cores = {OTHER_CORE} if pinned else None
 
     def launch(self, name, incoming):
         side = self.make(name, incoming)
@@ -88,24 +135,30 @@ class Pair:
         self.selector.register(side.talk_out, selectors.EVENT_READ, (side, False))
         return side
 
-    def watch(self, limit, until, what):
+    def watch(self, limit, until, what, sample=None):
         """Listens to both sides until the condition holds."""
         end = time.monotonic() + limit
+        next_sample = time.monotonic()
         while not until():
-            left = end - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if now >= end:
                 raise Failed(f'{self.kind}: {what}: not within {limit} seconds')
-            for key, _ in self.selector.select(left):
-                side, is_beat = key.data
-                data = os.read(key.fd, 65536)
-                now = time.monotonic()
-                if not data:
-                    side.process.wait()
-                    side.die(f'ended with status {side.process.returncode}: {what}')
-                if is_beat:
-                    self.on_beat(side, data, now)
-                else:
-                    side.hear(data)
+            if sample and now >= next_sample:
+                sample()
+                next_sample = max(next_sample + SAMPLE, now)
+            for key, _ in self.selector.select(min(end, next_sample if sample else end) - now):
+                self.on_data(*key.data, os.read(key.fd, 65536), what)
+
+    def on_data(self, side, is_beat, data, what):
+        now = time.monotonic()
+        if not data:
+            side.process.wait()
+            side.die(f'ended with status {side.process.returncode}: {what}')
+        if not is_beat:
+            side.hear(data)
+        elif self.is_beat(data):
+            side.beats.append(now)
+            side.wire.append(self.loopback.read())
 
     def answer(self, side, is_answer, what):
         """The first line the condition accepts; the lines before it are dropped."""
@@ -120,22 +173,50 @@ class Pair:
         self.watch(START_LIMIT, found, what)
         return answers[0]
 
-    def pass_time(self, seconds):
+    def pass_time(self, seconds, sample=None):
         end = time.monotonic() + seconds
-        self.watch(seconds + 1, lambda: time.monotonic() >= end, 'waiting')
+        self.watch(seconds + 1, lambda: time.monotonic() >= end, 'waiting', sample)
 
-    def on_beat(self, side, data, now):
-        side.beats.append(now)
+    def is_beat(self, data):
+        return True
 
-    def move(self):
-        """Moves the guest once; what it took."""
+    def ready(self):
+        """Both sides up, the guest running, memory at hand."""
+        held = Held(self.bare, self.mib)
         try:
             destination = self.launch('destination', True)
             uri = self.listen(destination)
             source = self.launch('source', False)
+            self.prepare(source)
             self.watch(START_LIMIT, lambda: source.beats, 'the guest did not say that it is ready')
+            if self.pinned:
+                for side in self.sides:
+                    for task in self.vcpus(side):
+                        os.sched_setaffinity(task, {GUEST_CORE})
+            self.watch(START_LIMIT, held.ready, 'memory to hold ready', sample=lambda: None)
             self.pass_time(STEADY)
-            self.prepare(source, destination)
+            held.release()
+        finally:
+            held.end()
+        return source, destination, uri
+
+    def vcpus(self, side):
+        return list(side.guest_threads())
+
+    def end(self):
+        for side in self.sides:
+            side.end()
+        self.selector.close()
+        self.loopback.close()
+        if self.pinned:
+            os.sched_setaffinity(0, set(range(os.cpu_count())))
+
+    def move(self):
+        """Moves the guest once; what it took."""
+        try:
+            if self.pinned:
+                os.sched_setaffinity(0, {GUEST_CORE})
+            source, destination, uri = self.ready()
             cpu = [side.cpu_seconds() for side in self.sides]
             begin = time.monotonic()
             self.start(source, uri)
@@ -149,46 +230,87 @@ class Pair:
                 'gb_per_s': self.mib * 2**20 / (done - begin) / 1e9,
                 'blackout_ms': (destination.beats[0] - source.beats[-1]) * 1e3,
                 'stall_ms': max((b - a for a, b in zip(during, during[1:])), default=0) * 1e3,
-                'cpu_s': cpu,
+                'cpu_s_per_gib': cpu * 1024 / self.mib,
+                'last_mb': (destination.wire[0] - source.wire[-1]) / 1e6,
             }
         finally:
-            for side in self.sides:
-                side.end()
-            self.selector.close()
+            self.end()
+
+    def throttled(self):
+        """Sends under a rate limit that is raised and lowered meanwhile; how far it went beyond, and what it reached."""
+        rate, connections = 200e6 * self.mib / 1024, Connections()
+        samples = []
+        sample = lambda: samples.append(connections.read())
+        try:
+            source, _, uri = self.ready()
+            self.set_rate(source, rate)
+            sample()
+            rates = [(time.monotonic(), rate)]
+            self.start(source, uri)
+            self.pass_time(2, sample)
+            steady = [(after, sent) for _, after, sent in samples if after > rates[0][0] + 0.5]
+            # A raised rate counts from the command on, a lowered one from its answer on.
+            rates.append((time.monotonic(), 2 * rate))
+            self.set_rate(source, 2 * rate)
+            self.pass_time(1, sample)
+            self.set_rate(source, rate / 2)
+            rates.append((time.monotonic(), rate / 2))
+            self.pass_time(1, sample)
+            if self.completed(source):
+                raise Failed(f'{self.kind}: the migration was over before the rate limit was measured')
+            (begin, first), (end, last) = steady[0], steady[-1]
+            return {'excess_bytes': worst_excess(samples, rates), 'steady_mb': (last - first) / (end - begin) / 1e6}
+        finally:
+            connections.close()
+            self.end()
 
 
 class Vmig(Pair):
     kind = 'vmig'
 
-    def __init__(self, vmm, *args):
-        super().__init__(*args)
-        self.vmm = vmm
+    def guest(self, incoming):
+        return ['--firmware', self.image]
+
+    def address(self):
+        return 'tcp:127.0.0.1:0'
 
     def make(self, name, incoming):
         beats, beats_in = os.pipe()
         commands_out, commands = os.pipe()
         lines, lines_in = os.pipe()
-        argv = [self.vmm, '--mem', str(self.mib), '--firmware', self.image, '--events-fd', str(beats_in)]
+        argv = [self.program, '--mem', str(self.mib), *self.guest(incoming), '--events-fd', str(beats_in)]
         if incoming:
-            argv += ['--incoming', 'tcp:127.0.0.1:0']
+            argv += ['--incoming', self.address()]
         side = Side(f'vmig {name}', argv, [beats_in], beats, commands, lines, f'{self.folder}/vmig-{name}.log',
-                    stdin=commands_out, stdout=lines_in)
+                    stdin=commands_out, stdout=lines_in, preexec_fn=child(self.cores))
         for fd in (beats_in, commands_out, lines_in):
             os.close(fd)
         return side
 
-    def on_beat(self, side, data, now):
-        if b'beat' in data:     # the same pipe tells of stops and starts
-            side.beats.append(now)
+    def is_beat(self, data):
+        return b'beat' in data          # the same pipe tells of stops and starts
 
     def listen(self, destination):
         said = lambda line: line.split()[1] if line.startswith('listening ') else None
         return self.answer(destination, said, 'waiting for its address')
 
-    def prepare(self, source, destination):
-        for option, value in (('downtime-limit', 300), ('max-bandwidth', 0)):
-            source.say(f'set {option} {value}')
-            self.answer(source, lambda line: line if line == 'ok' else None, f'set {option}')
+    def set(self, side, option, value):
+        def reply(line):
+            if line.startswith('error'):
+                side.die(line)
+            return line if line == 'ok' else None
+        side.say(f'set {option} {value}')
+        self.answer(side, reply, f'set {option}')
+
+    def prepare(self, source):
+        if self.channels is None:
+            return
+        self.set(source, 'multifd', 'on' if self.channels else 'off')
+        if self.channels:
+            self.set(source, 'multifd-channels', self.channels)
+
+    def set_rate(self, source, rate):
+        self.set(source, 'max-bandwidth', int(rate))
 
     def start(self, source, uri):
         source.say(f'migrate {uri}')
@@ -200,12 +322,43 @@ class Vmig(Pair):
         return 'event completed' in source.lines
 
 
+class HandOver(Vmig):
+    """One guest that goes from process to process on this host without its memory being copied."""
+    SETTINGS = ['--memfd', '--set', 'hand-over on', '--vcpus', '1']
+
+    def guest(self, incoming):
+        return self.SETTINGS + ([] if incoming else ['--fill', 'pattern', '--pages', '256', '--burst', '1'])
+
+    def address(self):
+        return f'unix:{self.folder}/hand-over-{len(self.sides)}'
+
+    def moves(self, rounds, each):
+        try:
+            source = self.launch('source', False)
+            self.watch(START_LIMIT * 2, lambda: source.beats, 'the guest did not say that it is ready')
+            for number in range(rounds):
+                destination = self.launch(f'destination-{number}', True)
+                uri = self.listen(destination)
+                self.pass_time(STEADY)
+                begin = time.monotonic()
+                self.start(source, uri)
+                self.watch(MOVE_LIMIT, lambda: self.completed(source), 'the hand-over did not complete')
+                done = time.monotonic()
+                self.watch(MOVE_LIMIT, lambda: destination.beats, 'the guest was not heard after the hand-over')
+                each({'total_ms': (done - begin) * 1e3,
+                      'blackout_ms': (destination.beats[0] - source.beats[-1]) * 1e3})
+                self.pass_time(STEADY)  # the guest checks its pages; a wrong one ends its process
+                for fd in (source.beat, source.talk_out):
+                    self.selector.unregister(fd)
+                self.sides.remove(source)
+                source.end()
+                source = destination
+        finally:
+            self.end()
+
+
 class Qemu(Pair):
     kind = 'QEMU'
-
-    def __init__(self, program, *args):
-        super().__init__(*args)
-        self.program = program
 
     def make(self, name, incoming):
         beats, beats_in = socket.socketpair()
@@ -220,7 +373,8 @@ class Qemu(Pair):
             argv += ['-incoming', 'defer']
         fd = control.detach()
         side = Side(f'QEMU {name}', argv, [beats_in.fileno(), control_in.fileno()], beats.detach(), fd, fd,
-                    f'{self.folder}/qemu-{name}.log', stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+                    f'{self.folder}/qemu-{name}.log', stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    preexec_fn=child(self.cores))
         beats_in.close(), control_in.close()
         return side
 
@@ -236,18 +390,25 @@ class Qemu(Pair):
     def launch(self, name, incoming):
         side = super().launch(name, incoming)
         self.qmp(side, 'qmp_capabilities')
+        capabilities = ['events'] + (['multifd'] if self.channels else [])
+        self.qmp(side, 'migrate-set-capabilities', capabilities=[{'capability': c, 'state': True} for c in capabilities])
+        if self.channels:
+            self.qmp(side, 'migrate-set-parameters', **{'multifd-channels': self.channels})
         return side
+
+    def vcpus(self, side):
+        return [cpu['thread-id'] for cpu in self.qmp(side, 'query-cpus-fast')]
 
     def listen(self, destination):
         self.qmp(destination, 'migrate-incoming', uri='tcp:127.0.0.1:0')
         info = self.qmp(destination, 'query-migrate')
         return f"tcp:127.0.0.1:{info['socket-address'][0]['port']}"
 
-    def prepare(self, source, destination):
-        events = [{'capability': 'events', 'state': True}]
-        self.qmp(source, 'migrate-set-capabilities', capabilities=events)
-        parameters = {'downtime-limit': 300, 'max-bandwidth': 0}
-        self.qmp(source, 'migrate-set-parameters', **parameters)
+    def prepare(self, source):
+        self.set_rate(source, 1 << 40)          # else QEMU keeps to 128 MiB/s
+
+    def set_rate(self, source, rate):
+        self.qmp(source, 'migrate-set-parameters', **{'max-bandwidth': int(rate)})
 
     def start(self, source, uri):
         source.say(json.dumps({'execute': 'migrate', 'arguments': {'uri': uri}}))

@@ -1,0 +1,319 @@
+"""What is measured, and the rows that come of it."""
+import collections, json, os, statistics, subprocess, time
+from peers import Failed, HandOver, Held, Qemu, Vmig, child, OTHER_CORE
+
+RANDOM, ZEROS, NOTHING = 2, 1, 0
+MIB_128 = 32768                         # pages
+PACKET = 525632                         # bytes of one packet of a parallel channel: 128 pages and its header
+SOCKETS = (1, 2, 4)
+KINDS = {'huge': 'huge pages populated ahead', 'ahead': 'pages of 4 KiB populated ahead'}
+HAND_OVER_GIB = (1, 8, 16)
+HAND_OVER_LIMIT_MS = 20
+
+# What memory holds, pages dirtied per millisecond, pages they go round in, words.
+Guest = collections.namedtuple('Guest', 'fill burst hot_pages words')
+IDLE = Guest(RANDOM, 1, 1, 'idle')
+GROUPS = {
+    'bulk': Guest(RANDOM, 1, 1, 'random RAM'),
+    'zeros': Guest(ZEROS, 1, 1, 'touched zeros'),
+    'untouched': Guest(NOTHING, 1, 1, 'untouched RAM'),
+    'idle': IDLE,
+    'busy-32': Guest(RANDOM, 8, MIB_128, '32 MB/s dirtied'),
+    'busy-260': Guest(RANDOM, 64, MIB_128, '260 MB/s dirtied'),
+    'busy-520': Guest(RANDOM, 128, MIB_128, '520 MB/s dirtied'),
+    'busy-520-wide': Guest(RANDOM, 128, 2 * MIB_128, '520 MB/s over 256 MiB'),
+    'rate': Guest(RANDOM, 1, 1, 'rate limit'),
+    'hand-over': None,
+}
+FELT = ['idle'] + [group for group in GROUPS if group.startswith('busy')]
+# Seconds a run takes, about, for the estimate.
+COST = {'vmig': 4.0, 'qemu': 5.5, 'push': 2.7, 'read': 0.8, 'rate': 8.0, 'hand-over': 90.0}
+
+Row = collections.namedtuple('Row', 'row unit better vmig qemu limit panel')
+
+
+class Bench:
+    """What all runs share."""
+
+    def __init__(self, vmm, qemu, bare, images, mib, folder, lanes):
+        self.vmm, self.qemu, self.bare, self.images, self.mib, self.folder = vmm, qemu, bare, images, mib, folder
+        self.lanes = lanes              # connections vmig uses by default
+
+    def pair(self, kind, group, **how):
+        program = self.vmm if kind is Vmig else self.qemu
+        return kind(program, self.bare, self.images[group], self.mib, self.folder, **how)
+
+    def push(self, sockets, kind, pinned=False):
+        """The bare program: as much, through so many sockets, into memory prepared in this way."""
+        cores = {OTHER_CORE} if pinned else None
+        held = Held(self.bare, self.mib)
+        argv = [self.bare, 'push', str(self.mib), str(sockets), kind]
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=child(cores))
+        try:
+            process.stdout.readline()   # its memory is filled
+            while not held.ready():
+                time.sleep(0.01)
+            held.release()
+            took = self.took(process)
+        finally:
+            held.end()
+            process.kill()
+            process.wait()
+        return {'total_ms': took['seconds'] * 1e3, 'gb_per_s': self.mib * 2**20 / took['seconds'] / 1e9,
+                'cpu_s_per_gib': took['cpu_s'] * 1024 / self.mib}
+
+    def read(self, threads):
+        argv = [self.bare, 'read', str(self.mib), str(threads)]
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=child())
+        took = self.took(process)
+        return {'total_ms': took['seconds'] * 1e3, 'gb_per_s': self.mib * 2**20 / took['seconds'] / 1e9}
+
+    @staticmethod
+    def took(process):
+        try:
+            out, _ = process.communicate(b'\n', timeout=60)
+            return json.loads(out.splitlines()[-1])
+        except (subprocess.TimeoutExpired, ValueError, IndexError):
+            process.kill()
+            process.wait()
+            raise Failed(f'bare: no result (status {process.returncode})') from None
+
+
+def bare_runs(b, pinned_too=True, sockets=SOCKETS):
+    runs = {}
+    for kind in KINDS:
+        for n in sockets:
+            runs[f'bare {n} {kind}'] = ('push', lambda n=n, kind=kind: b.push(n, kind))
+        if pinned_too:
+            runs[f'bare pinned {kind}'] = ('push', lambda kind=kind: b.push(1, kind, pinned=True))
+    return runs
+
+
+def runs_of(group, b):
+    """Name -> (what it costs, what to call), of everything that is measured in turn in a group."""
+    def vmig(**how):
+        return 'vmig', lambda: b.pair(Vmig, group, **how).move()
+
+    def qemu(**how):
+        return 'qemu', lambda: b.pair(Qemu, group, **how).move()
+    if group == 'bare':
+        runs = bare_runs(b, sockets=(1,))
+    elif group == 'bulk':
+        runs = {'vmig plain': vmig(channels=0), 'qemu 1': qemu(channels=0)}
+        runs |= {f'vmig {n}': vmig(channels=n) for n in SOCKETS}
+        runs |= {f'qemu {n}': qemu(channels=n) for n in SOCKETS[1:]}
+        runs |= bare_runs(b)
+    elif group in ('zeros', 'untouched'):
+        runs = {'vmig': vmig(), 'qemu': qemu()}
+        if group == 'zeros':
+            runs['read'] = ('read', lambda: b.read(b.lanes))
+    elif group == 'rate':
+        runs = {'vmig': ('rate', lambda: b.pair(Vmig, group).throttled()),
+                'qemu': ('rate', lambda: b.pair(Qemu, group).throttled())}
+    else:
+        runs = {'vmig': vmig(), 'qemu': qemu()}
+        if os.cpu_count() > 1:
+            runs |= {'vmig pinned': vmig(pinned=True), 'qemu pinned': qemu(pinned=True)}
+    return {name: run for name, run in runs.items() if b.qemu or not name.startswith('qemu')}
+
+
+def hand_overs(b, rounds, record, skip):
+    """The guest of each size is made once and handed on from process to process."""
+    usage = subprocess.run([b.vmm, '--help'], stdout=subprocess.PIPE, text=True).stdout
+    if '--memfd' not in usage:
+        skip('hand-over: this vmm has no --memfd')
+        return
+    for gib in HAND_OVER_GIB:
+        with open('/proc/meminfo') as f:
+            free = next(int(line.split()[1]) for line in f if line.startswith('MemAvailable')) >> 20
+        if free < gib + 2:
+            skip(f'hand-over of {gib} GiB: only {free} GiB of memory are free')
+            continue
+        HandOver(b.vmm, b.bare, None, gib << 10, b.folder).moves(rounds, lambda took: record(f'{gib} GiB', took))
+
+
+# ---- rows ----
+
+def values(samples, name, metric):
+    return [s[metric] for s in samples.get(name, []) if metric in s]
+
+
+def best_bare(samples, prefix):
+    """The samples of the better way to prepare memory."""
+    speed = {kind: values(samples, f'{prefix} {kind}', 'gb_per_s') for kind in KINDS}
+    speed = {kind: statistics.median(of) for kind, of in speed.items() if of}
+    return samples[f'{prefix} {max(speed, key=speed.get)}'] if speed else []
+
+
+def bulk_rows(found, _):
+    samples, rows = found['bulk'], []
+    names = {'plain': ('plain stream', 'qemu 1', 1), '1': ('one stream', 'qemu 1', 1),
+             '2': ('2 channels', 'qemu 2', 2), '4': ('4 channels', 'qemu 4', 4)}
+    metrics = [('gb_per_s', 'GB/s', 'higher', 'throughput', 'speed'), ('total_ms', 'ms', 'lower', 'total time', None),
+               ('cpu_s_per_gib', 's/GiB', 'lower', 'CPU, both sides', 'cpu')]
+    for metric, unit, better, words, panel in metrics:
+        for name, (shape, peer, sockets) in names.items():
+            bare = {'bare': best_bare(samples, f'bare {sockets}')}
+            rows.append(Row(f'random RAM, {shape}: {words}', unit, better, values(samples, f'vmig {name}', metric),
+                            values(samples, peer, metric), values(bare, 'bare', metric), panel))
+    for kind, words in KINDS.items():
+        rows += [Row(f'bare program, {n} socket{"s" * (n > 1)}, {words}: throughput', 'GB/s', 'higher', [], [],
+                     values(samples, f'bare {n} {kind}', 'gb_per_s'), None) for n in SOCKETS]
+    return rows
+
+
+def simple_rows(group, found, b):
+    samples, words, read = found[group], GROUPS[group].words, found[group].get('read', [])
+    rows = []
+    for metric, unit, better, what in [('gb_per_s', 'GB/s', 'higher', 'throughput'), ('total_ms', 'ms', 'lower', 'total time'),
+                                       ('blackout_ms', 'ms', 'lower', 'blackout'),
+                                       ('cpu_s_per_gib', 's/GiB', 'lower', 'CPU, both sides')]:
+        if metric == 'gb_per_s' and group == 'untouched':
+            continue
+        rows.append(Row(f'{words}: {what}', unit, better, values(samples, 'vmig', metric), values(samples, 'qemu', metric),
+                        values({'read': read}, 'read', metric), 'total' if metric == 'total_ms' else None))
+    return rows
+
+
+def felt_rows(group, found, pinned):
+    """Blackout and stall; the limit of a blackout follows from the bytes each run had left at the stop."""
+    samples, end = found[group], ' pinned' if pinned else ''
+    prefix = 'bare pinned' if pinned else 'bare 1'
+    bare = best_bare(found.get('bulk') or found.get('bare') or {}, prefix)
+    speed = statistics.median(s['gb_per_s'] for s in bare) if bare else None
+    ours, theirs = samples.get('vmig' + end, []), samples.get('qemu' + end, [])
+    if not ours and not theirs:
+        return []
+    limit = [3.0] if group == 'idle' else [2 * s['last_mb'] / speed + 2 for s in ours] if speed else []
+    words = f"{'pinned' if pinned else 'free'}, {GROUPS[group].words}"
+    def of(metric):
+        return [s[metric] for s in ours], [s[metric] for s in theirs]
+    panel = 'pinned' if pinned else 'free'
+    return [Row(f'{words}: blackout', 'ms', 'lower', *of('blackout_ms'), limit, f'blackout {panel}'),
+            Row(f'{words}: longest stall of the source', 'ms', 'lower', *of('stall_ms'), [], f'stall {panel}'),
+            Row(f'{words}: bytes left at the stop', 'MB', 'lower', *of('last_mb'), [], None),
+            Row(f'{words}: total time', 'ms', 'lower', *of('total_ms'), [], None)]
+
+
+def rate_rows(found, b):
+    samples = found['rate']
+    both = lambda metric: (values(samples, 'vmig', metric), values(samples, 'qemu', metric))
+    return [Row('rate limit: worst excess', 'bytes', 'lower', *both('excess_bytes'), [PACKET], None),
+            Row('rate limit: achieved in steady state', 'MB/s', 'higher', *both('steady_mb'), [200 * b.mib / 1024], None)]
+
+
+def hand_over_rows(found):
+    return [Row(f'hand-over of {gib} GiB: {words}', 'ms', 'lower', values(found['hand-over'], f'{gib} GiB', metric), [],
+                limit, None)
+            for gib in HAND_OVER_GIB if found['hand-over'].get(f'{gib} GiB')
+            for metric, words, limit in [('total_ms', 'total time', [HAND_OVER_LIMIT_MS]), ('blackout_ms', 'blackout', [])]]
+
+
+def rows_of(found, b):
+    """All rows, in the order of the tables."""
+    rows = bulk_rows(found, b) if 'bulk' in found else []
+    for group in ('zeros', 'untouched'):
+        rows += simple_rows(group, found, b) if group in found else []
+    for pinned in (True, False):
+        for group in FELT:
+            rows += felt_rows(group, found, pinned) if group in found else []
+    rows += rate_rows(found, b) if 'rate' in found else []
+    rows += hand_over_rows(found) if 'hand-over' in found else []
+    return [row for row in rows if row.vmig or row.qemu or row.limit]
+
+
+# ---- what was asked for ----
+
+def median(of):
+    return statistics.median(of) if of else None
+
+
+class Verdicts:
+    """The lines of the ratio table: asked, got, whether that is enough. Medians of this run."""
+
+    def __init__(self, rows):
+        self.rows, self.lines = {row.row: row for row in rows}, []
+
+    def line(self, what, asked, got, ok):
+        self.lines.append((what, asked, got, 'yes' if ok else 'no'))
+
+    def ratio(self, name, against, least=None, most=None, words=None):
+        """Compares vmig with a column: at least so many times as fast, or at most so much of it."""
+        row = self.rows.get(name)
+        ours, other = (median(row.vmig), median(getattr(row, against))) if row else (None, None)
+        if not ours or not other:
+            return
+        whom = 'QEMU' if against == 'qemu' else 'the limit'
+        if most:
+            self.line(words or name, f'at most {most:.2g} of {whom}', f'{ours / other:.3g}', ours <= most * other)
+            return
+        got = ours / other if row.better == 'higher' else other / ours
+        asked = f'{least:g}x as fast as QEMU' if against == 'qemu' else f'at least {least:g} of {whom}'
+        self.line(words or name, asked, f'{got:.3g}', got >= least)
+
+    def best(self):
+        """2 and 4 channels: the faster one of each program, vmig's beside the bare program with as many sockets."""
+        rows = [row for n in SOCKETS[1:] if (row := self.rows.get(f'random RAM, {n} channels: throughput')) and row.vmig]
+        if not rows:
+            return
+        ours = max(rows, key=lambda row: median(row.vmig))
+        got, limit = median(ours.vmig), median(ours.limit)
+        theirs = max((median(row.qemu) for row in rows if row.qemu), default=None)
+        name = f'random RAM, best of 2/4 channels (here {ours.row.split(", ")[1].split()[0]}): throughput'
+        if theirs:
+            self.line(name, "1.5x as fast as QEMU's best", f'{got / theirs:.3g}', got >= 1.5 * theirs)
+        if limit:
+            self.line(name, 'at least 0.8 of as many sockets', f'{got / limit:.3g}', got >= 0.8 * limit)
+
+    def bulk(self):
+        one = 'random RAM, one stream: throughput'
+        self.ratio(one, 'qemu', least=3)
+        self.ratio(one, 'limit', least=0.8)
+        self.best()
+
+    def felt(self, group, most, pinned):
+        name = f"{'pinned' if pinned else 'free'}, {GROUPS[group].words}: blackout"
+        self.ratio(name, 'qemu', most=most)
+        row = self.rows.get(name)
+        if not row or not row.vmig or not row.limit:
+            return
+        got, limit = median(row.vmig), median(row.limit)
+        asked = f'under {limit:.2f} ms' + ('' if group == 'idle' else ' = 2 x (bytes left / bare speed) + 2 ms')
+        limits = row.limit if len(row.limit) > 1 else row.limit * len(row.vmig)
+        under = sum(one < its for one, its in zip(row.vmig, limits))
+        self.line(name, asked, f'{got:.2f} ms, {under} of {len(row.vmig)} runs', got < limit)
+
+    def stalls(self, pinned):
+        end = ': longest stall of the source'
+        start = 'pinned, ' if pinned else 'free, '
+        shares = {row.row[len(start):-len(end)]: median(row.vmig) / median(row.qemu) for row in self.rows.values()
+                  if row.row.startswith(start) and row.row.endswith(end) and row.vmig and row.qemu and median(row.qemu)}
+        if shares:
+            got = ', '.join(f'{words} {share:.2f}' for words, share in shares.items())
+            self.line(f'{start}longest stall of the running source', 'at most 0.33 of QEMU', got,
+                      all(share <= 1 / 3 for share in shares.values()))
+
+    def cpu(self):
+        for shape in ('one stream', '2 channels', '4 channels'):
+            self.ratio(f'random RAM, {shape}: CPU, both sides', 'qemu', most=0.6)
+
+
+def verdicts(rows):
+    v = Verdicts(rows)
+    v.bulk()
+    v.ratio('touched zeros: total time', 'qemu', least=2)
+    v.ratio('touched zeros: throughput', 'limit', least=0.5)
+    v.ratio('untouched RAM: total time', 'qemu', least=10)
+    for pinned in (True, False):
+        v.felt('idle', 1 / 20, pinned)
+        v.felt('busy-260', 1 / 5, pinned)
+        v.stalls(pinned)
+    v.cpu()
+    excess = v.rows.get('rate limit: worst excess')
+    if excess and excess.vmig:
+        v.line(excess.row, f'at most one packet, {PACKET} bytes', f'{median(excess.vmig):.0f}', max(excess.vmig) <= PACKET)
+    for gib in HAND_OVER_GIB:
+        row = v.rows.get(f'hand-over of {gib} GiB: total time')
+        if row:
+            v.line(row.row, f'under {HAND_OVER_LIMIT_MS} ms', f'{median(row.vmig):.1f} ms', median(row.vmig) < HAND_OVER_LIMIT_MS)
+    return v.lines
