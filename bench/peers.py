@@ -46,9 +46,23 @@ def tsc_khz():
             os.close(fd)
 
 
+class Age:
+    """A virtual machine may give free memory back to its host, some seconds after it became free; who needs it then waits
+    for the host. So nobody begins before what the one before left behind has this age: memory is equally fresh for all."""
+    SECONDS = 3
+    began = 0
+
+    @classmethod
+    def begin(cls):
+        cls.began = time.monotonic()
+
+    @classmethod
+    def missing(cls):
+        return max(0, cls.began + cls.SECONDS - time.monotonic())
+
+
 class Held:
-    """Memory that the kernel has at hand: populated by a process of its own, which lets go just before the move. On a
-    machine that gives free memory back to its host, whoever needs fresh memory would else wait for the host."""
+    """The opposite: memory the kernel has at hand, populated by a process that lets go of it just before the move."""
 
     def __init__(self, bare, mib):
         self.process = subprocess.Popen([bare, 'hold', str(mib + HOLD_MORE)], stdin=subprocess.PIPE,
@@ -120,11 +134,12 @@ class Side:
 class Pair:
     """Source and destination. Subclasses say how to launch, command and understand them.
 
-    channels: None the program's own default, 0 the plain stream, else so many parallel connections."""
+    channels: None the program's own default, 0 the plain stream, else so many parallel connections. held: fresh memory
+    is at hand, else it has the age it has for all."""
 
-    def __init__(self, program, bare, image, mib, folder, channels=None, pinned=False):
+    def __init__(self, program, bare, image, mib, folder, channels=None, pinned=False, held=False):
         self.program, self.bare, self.image, self.mib, self.folder = program, bare, image, mib, folder
-        self.channels, self.pinned, self.sides = channels, pinned, []
+        self.channels, self.pinned, self.held, self.sides = channels, pinned, held, []
         self.selector, self.loopback = selectors.DefaultSelector(), Loopback()
         self.cores = {OTHER_CORE} if pinned else None
 
@@ -181,23 +196,26 @@ class Pair:
         return True
 
     def ready(self):
-        """Both sides up, the guest running, memory at hand."""
-        held = Held(self.bare, self.mib)
+        """Both sides up, the guest running."""
+        destination = self.launch('destination', True)
+        uri = self.listen(destination)
+        source = self.launch('source', False)
+        self.prepare(source)
+        held = Held(self.bare, self.mib) if self.held else None
         try:
-            destination = self.launch('destination', True)
-            uri = self.listen(destination)
-            source = self.launch('source', False)
-            self.prepare(source)
             self.watch(START_LIMIT, lambda: source.beats, 'the guest did not say that it is ready')
             if self.pinned:
                 for side in self.sides:
                     for task in self.vcpus(side):
                         os.sched_setaffinity(task, {GUEST_CORE})
-            self.watch(START_LIMIT, held.ready, 'memory to hold ready', sample=lambda: None)
-            self.pass_time(STEADY)
-            held.release()
+            if held:
+                self.watch(START_LIMIT, held.ready, 'memory to hold ready', sample=lambda: None)
+            self.pass_time(STEADY if held else max(STEADY, Age.missing()))
+            if held:
+                held.release()
         finally:
-            held.end()
+            if held:
+                held.end()
         return source, destination, uri
 
     def vcpus(self, side):
@@ -206,6 +224,7 @@ class Pair:
     def end(self):
         for side in self.sides:
             side.end()
+        Age.begin()
         self.selector.close()
         self.loopback.close()
         if self.pinned:

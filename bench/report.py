@@ -52,7 +52,7 @@ def medians(rows):
 
 # ---- the chart: one panel per kind of row, bars from the left, quartiles as whiskers ----
 
-PANELS = [('speed', 'Throughput, random RAM (GB/s, more is better)', False),
+PANELS = [('speed', 'Throughput (GB/s, more is better)', False),
           ('cpu', 'CPU seconds per GiB, both sides (less is better)', False),
           ('total', 'Total time without contents (ms, less is better)', True),
           ('blackout pinned', 'Blackout, pinned (ms, less is better, logarithmic)', True),

@@ -1,6 +1,6 @@
 """What is measured, and the rows that come of it."""
 import collections, json, os, statistics, subprocess, time
-from peers import Failed, HandOver, Held, Qemu, Vmig, child, OTHER_CORE
+from peers import Age, Failed, HandOver, Held, Qemu, Vmig, child, OTHER_CORE
 
 RANDOM, ZEROS, NOTHING = 2, 1, 0
 MIB_128 = 32768                         # pages
@@ -15,6 +15,7 @@ Guest = collections.namedtuple('Guest', 'fill burst hot_pages words')
 IDLE = Guest(RANDOM, 1, 1, 'idle')
 GROUPS = {
     'bulk': Guest(RANDOM, 1, 1, 'random RAM'),
+    'bulk-held': Guest(RANDOM, 1, 1, 'random RAM, memory at hand'),
     'zeros': Guest(ZEROS, 1, 1, 'touched zeros'),
     'untouched': Guest(NOTHING, 1, 1, 'untouched RAM'),
     'idle': IDLE,
@@ -43,22 +44,27 @@ class Bench:
         program = self.vmm if kind is Vmig else self.qemu
         return kind(program, self.bare, self.images[group], self.mib, self.folder, **how)
 
-    def push(self, sockets, kind, pinned=False):
+    def push(self, sockets, kind, pinned=False, held=False):
         """The bare program: as much, through so many sockets, into memory prepared in this way."""
-        cores = {OTHER_CORE} if pinned else None
-        held = Held(self.bare, self.mib)
         argv = [self.bare, 'push', str(self.mib), str(sockets), kind]
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=child(cores))
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   preexec_fn=child({OTHER_CORE} if pinned else None))
+        memory = Held(self.bare, self.mib) if held else None
         try:
             process.stdout.readline()   # its memory is filled
-            while not held.ready():
+            while memory and not memory.ready():
                 time.sleep(0.01)
-            held.release()
+            if memory:
+                memory.release()
+            else:
+                time.sleep(Age.missing())
             took = self.took(process)
         finally:
-            held.end()
+            if memory:
+                memory.end()
             process.kill()
             process.wait()
+            Age.begin()
         return {'total_ms': took['seconds'] * 1e3, 'gb_per_s': self.mib * 2**20 / took['seconds'] / 1e9,
                 'cpu_s_per_gib': took['cpu_s'] * 1024 / self.mib}
 
@@ -103,6 +109,11 @@ def runs_of(group, b):
         runs |= {f'vmig {n}': vmig(channels=n) for n in SOCKETS}
         runs |= {f'qemu {n}': qemu(channels=n) for n in SOCKETS[1:]}
         runs |= bare_runs(b)
+    elif group == 'bulk-held':
+        runs = {}
+        for n in SOCKETS[:2]:
+            runs |= {f'vmig {n}': vmig(channels=n, held=True), f'qemu {n}': qemu(channels=n if n > 1 else 0, held=True),
+                     f'bare {n} huge': ('push', lambda n=n: b.push(n, 'huge', held=True))}
     elif group in ('zeros', 'untouched'):
         runs = {'vmig': vmig(), 'qemu': qemu()}
         if group == 'zeros':
@@ -145,17 +156,21 @@ def best_bare(samples, prefix):
     return samples[f'{prefix} {max(speed, key=speed.get)}'] if speed else []
 
 
-def bulk_rows(found, _):
-    samples, rows = found['bulk'], []
+def bulk_rows(group, found):
+    samples, rows, start = found[group], [], GROUPS[group].words
     names = {'plain': ('plain stream', 'qemu 1', 1), '1': ('one stream', 'qemu 1', 1),
              '2': ('2 channels', 'qemu 2', 2), '4': ('4 channels', 'qemu 4', 4)}
     metrics = [('gb_per_s', 'GB/s', 'higher', 'throughput', 'speed'), ('total_ms', 'ms', 'lower', 'total time', None),
                ('cpu_s_per_gib', 's/GiB', 'lower', 'CPU, both sides', 'cpu')]
     for metric, unit, better, words, panel in metrics:
         for name, (shape, peer, sockets) in names.items():
+            if not samples.get(f'vmig {name}'):
+                continue
             bare = {'bare': best_bare(samples, f'bare {sockets}')}
-            rows.append(Row(f'random RAM, {shape}: {words}', unit, better, values(samples, f'vmig {name}', metric),
+            rows.append(Row(f'{start}, {shape}: {words}', unit, better, values(samples, f'vmig {name}', metric),
                             values(samples, peer, metric), values(bare, 'bare', metric), panel))
+    if group != 'bulk':
+        return rows
     for kind, words in KINDS.items():
         rows += [Row(f'bare program, {n} socket{"s" * (n > 1)}, {words}: throughput', 'GB/s', 'higher', [], [],
                      values(samples, f'bare {n} {kind}', 'gb_per_s'), None) for n in SOCKETS]
@@ -211,7 +226,9 @@ def hand_over_rows(found):
 
 def rows_of(found, b):
     """All rows, in the order of the tables."""
-    rows = bulk_rows(found, b) if 'bulk' in found else []
+    rows = []
+    for group in ('bulk', 'bulk-held'):
+        rows += bulk_rows(group, found) if group in found else []
     for group in ('zeros', 'untouched'):
         rows += simple_rows(group, found, b) if group in found else []
     for pinned in (True, False):
