@@ -96,7 +96,7 @@ check-all: c c-asan c-fault
 demo: $(if $(FAULT),c-fault,c)
 	$(if $(FAULT),VMIG_FAULT=$(FAULT) $(C_FAULT)/demo,$(C)/demo) $(DEMO_ARGS)
 
-## bench: throughput and blackout beside two stock QEMUs, run in turn
+## bench: speed, blackout and CPU time beside two stock QEMUs and the limit (ROWS=bulk,idle QUICK=1)
 bench: c
 	bench/run
 

@@ -49,7 +49,7 @@ def tsc_khz():
 class Age:
     """A virtual machine may give free memory back to its host, some seconds after it became free; who needs it then waits
     for the host. So nobody begins before what the one before left behind has this age: memory is equally fresh for all."""
-    SECONDS = 3
+    SECONDS = 2.5
     began = 0
 
     @classmethod
@@ -359,6 +359,7 @@ class HandOver(Vmig):
                 destination = self.launch(f'destination-{number}', True)
                 uri = self.listen(destination)
                 self.pass_time(STEADY)
+                source.lines.clear()    # it completed before, as a destination
                 begin = time.monotonic()
                 self.start(source, uri)
                 self.watch(MOVE_LIMIT, lambda: self.completed(source), 'the hand-over did not complete')

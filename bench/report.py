@@ -1,5 +1,5 @@
 """Tables for the terminal and in Markdown, the chart, the list of medians."""
-import math, statistics
+import math, statistics, textwrap
 from html import escape
 
 HEAD = ['what', 'unit', 'vmig', 'QEMU', 'vmig better by', 'limit']
@@ -54,7 +54,7 @@ def medians(rows):
 
 PANELS = [('speed', 'Throughput (GB/s, more is better)', False),
           ('cpu', 'CPU seconds per GiB, both sides (less is better)', False),
-          ('total', 'Total time without contents (ms, less is better)', True),
+          ('total', 'Total time without contents (ms, less is better)', False),
           ('blackout pinned', 'Blackout, pinned (ms, less is better, logarithmic)', True),
           ('blackout free', 'Blackout, not pinned (ms, less is better, logarithmic)', True),
           ('stall pinned', 'Longest stall of the source, pinned (ms, less is better, logarithmic)', True),
@@ -68,7 +68,7 @@ class Scale:
     def __init__(self, rows, logarithmic):
         all_values = [v for row in rows for of in (row.vmig, row.qemu, row.limit) for v in quartiles(of) if v > 0]
         self.log = logarithmic
-        self.low = 10 ** math.floor(math.log10(min(all_values))) if logarithmic else 0
+        self.low = 10 ** math.floor(math.log10(min(all_values) / 3)) if logarithmic else 0   # no bar without length
         self.high = max(all_values) * (1.15 if logarithmic else 1.05)
         if logarithmic and self.high <= self.low:
             self.high = self.low * 10
@@ -136,8 +136,11 @@ def chart(rows, words):
             out += lines
     if not out:
         return None
-    head = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 20}" viewBox="0 0 {WIDTH} {y + 20}" '
+    words = textwrap.wrap(words, 140)
+    height = y + 14 * len(words) + 8
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
             'font-family="DejaVu Sans, Verdana, sans-serif" font-size="11" fill="#222">',
             '<style>.t{font-size:13px;font-weight:bold}.n{font-size:10px;fill:#555}</style>',
-            f'<rect width="{WIDTH}" height="{y + 20}" fill="#fff"/>']
-    return '\n'.join([*head, *out, text(8, y + 8, words, 'class="n"'), '</svg>', ''])
+            f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>']
+    foot = [text(8, y + 8 + 14 * n, line, 'class="n"') for n, line in enumerate(words)]
+    return '\n'.join([*head, *out, *foot, '</svg>', ''])
