@@ -136,19 +136,17 @@ def runs_of(group, b):
     return {name: run for name, run in runs.items() if b.qemu or not name.startswith('qemu')}
 
 
-def hand_overs(b, rounds, record, skip):
-    """The guest of each size is made once and handed on from process to process."""
+def hand_over(b, gib, rounds, record):
+    """A guest is made once and handed on from process to process. Says why if it cannot be here."""
     usage = subprocess.run([b.vmm, '--help'], stdout=subprocess.PIPE, text=True).stdout
     if '--memfd' not in usage:
-        skip('hand-over: this vmm has no --memfd')
-        return
-    for gib in HAND_OVER_GIB:
-        with open('/proc/meminfo') as f:
-            free = next(int(line.split()[1]) for line in f if line.startswith('MemAvailable')) >> 20
-        if free < gib + 2:
-            skip(f'hand-over of {gib} GiB: only {free} GiB of memory are free')
-            continue
-        HandOver(b.vmm, b.bare, None, gib << 10, b.folder).moves(rounds, lambda took: record(f'{gib} GiB', took))
+        return 'this vmm has no --memfd'
+    with open('/proc/meminfo') as f:
+        free = next(int(line.split()[1]) for line in f if line.startswith('MemAvailable')) >> 20
+    if free < gib + 2:
+        return f'only {free} GiB of memory are free'
+    HandOver(b.vmm, b.bare, None, gib << 10, b.folder).moves(rounds, lambda took: record(f'{gib} GiB', took))
+    return None
 
 
 # ---- rows ----
