@@ -10,7 +10,7 @@
 //! | lays out bytes | [`wire`] |
 //! | makes a system call | [`sys`] |
 //! | decides *when* or *how fast* | [`pacing`], and the loops of [`outgoing`] and [`incoming`] |
-//! | decides *whether it is allowed* | [`status`], [`options`] |
+//! | decides *whether it is allowed* | [`status`], [`options`]; *who may run*: [`switchover`] |
 //! | touches guest bytes | [`ram`] |
 //! | knows which pages were written | [`dirty`] |
 //! | saves or loads a device | [`section`]; of KVM itself: [`kvm`] |
@@ -37,6 +37,7 @@ pub mod pacing;
 pub mod status;
 pub mod ram;
 pub mod wire;
+pub mod switchover;
 // Means: each varies with the world outside, so each is one trait and its kinds.
 pub mod transport;
 pub mod dirty;
