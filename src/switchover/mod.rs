@@ -185,7 +185,7 @@ pub enum Event {
     Heard(Message),
     /// There is a connection to the peer again.
     Linked,
-    /// The connection broke.
+    /// The connection broke, and was closed.
     LinkLost,
     /// The action that was waited for succeeded.
     Done,
@@ -317,8 +317,9 @@ impl Side {
                 Event::Heard(Message::Go { epoch, incarnation: whom }) => {
                     send(Message::Vote { epoch, incarnation, vote: self.vote(epoch, whom) })
                 }
+                // Refused, and what was voted on an attempt of this number was another guest's.
                 Event::Heard(Message::Prepare { epoch }) => {
-                    send(Message::Vote { epoch, incarnation, vote: self.vote(epoch, incarnation) })
+                    send(Message::Vote { epoch, incarnation, vote: Vote::Unknown })
                 }
                 _ => None,
             },

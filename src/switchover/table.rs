@@ -82,7 +82,7 @@ pub enum Do {
     SendAbort,
     /// Decides this vote, keeps it, and sends it.
     Vote(Vote),
-    /// Sends the vote that was kept about what was asked.
+    /// Sends the vote that was kept about what was asked; UNKNOWN of what never can be.
     Answer,
     /// Owns from here on, with this much higher an epoch.
     Own(u64),
@@ -132,8 +132,8 @@ const START: Do = Do::Plain(Action::Start);
 const ABORT: &[Do] = &[Do::SendAbort, CLOSE, ARM, Do::Reacquire(BACK)];
 /// The destination will certainly not run the guest.
 const TAKE_BACK: &[Do] = &[CLOSE, ARM, Do::Reacquire(BACK)];
-/// Before anything was released there is nothing to take back.
-const STAY: &[Do] = &[Do::SendAbort, CLOSE, RESUME];
+/// The same, when there is no connection any more.
+const TAKE_BACK_ALONE: &[Do] = &[ARM, Do::Reacquire(BACK)];
 /// The guest is at the destination.
 const LEAVE: &[Do] = &[CLOSE, FORGET];
 /// The vote comes first: from then on GO is refused, whatever the release hook says.
@@ -156,45 +156,47 @@ pub const ROWS: &[Row] = {
         row(Owner, Begin, Releasing, &[Do::Release(HERE)]),
         row(Owner, BeginWaiting, PreSwitchover, &[]),
         row(PreSwitchover, Continue, Releasing, &[Do::Release(HERE)]),
-        row(PreSwitchover, Cancel, Owner, STAY),
-        row(PreSwitchover, Failed, Owner, STAY),
-        row(PreSwitchover, LinkLost, Owner, STAY),
+        row(PreSwitchover, Cancel, Owner, &[CLOSE, RESUME]), // nothing was released yet
+        row(PreSwitchover, Failed, Owner, &[CLOSE, RESUME]),
+        row(PreSwitchover, LinkLost, Owner, &[RESUME]),
         row(Releasing, Done, Preparing, &[ARM, Do::SendPrepare]),
-        row(Releasing, Failed, TakingBack, ABORT), // half of it may have been released
+        row(Releasing, Failed, TakingBack, TAKE_BACK), // half of it may have been released
         row(Preparing, SaidReady, Deciding, &[Do::Plain(Action::Decide)]).when(If::Epoch),
         row(Preparing, Never, TakingBack, TAKE_BACK),
         row(Preparing, NotKnown, TakingBack, TAKE_BACK),
-        row(Preparing, Owned, TakingBack, TAKE_BACK), // of what it was not given
         row(Preparing, Cancel, TakingBack, ABORT),
         row(Preparing, Failed, TakingBack, ABORT),
-        row(Preparing, LinkLost, TakingBack, ABORT),
+        row(Preparing, LinkLost, TakingBack, TAKE_BACK_ALONE),
         row(Preparing, Deadline, TakingBack, ABORT),
         row(Deciding, Cancel, TakingBack, ABORT),
         row(Deciding, Won, Committed, &[ARM, Do::SendGo]),
         // Leaving, after GO: only the destination's word, a fence or an operator says where the guest is.
         row(Committed, Owned, Empty, LEAVE).when(If::Exact),
         row(Committed, Never, TakingBack, TAKE_BACK).when(If::Exact),
-        row(Committed, LinkLost, Asking, &[CLOSE, ARM, RECONNECT]),
+        row(Committed, LinkLost, Asking, &[ARM, RECONNECT]),
         row(Committed, Deadline, Asking, &[CLOSE, ARM, RECONNECT]),
         row(Asking, Linked, Asking, &[Do::SendGo]),
-        row(Asking, LinkLost, Asking, &[CLOSE, RECONNECT]),
+        row(Asking, LinkLost, Asking, &[RECONNECT]),
         row(Asking, Owned, Empty, LEAVE).when(If::Exact),
         row(Asking, Never, TakingBack, TAKE_BACK).when(If::Exact),
-        row(Asking, NotKnown, Asking, &[CLOSE, RECONNECT]), // a stranger; the one we know may come back
+        // A stranger at the old address, whatever it says; the one we know may come back.
+        row(Asking, Owned, Asking, &[CLOSE, RECONNECT]),
+        row(Asking, Never, Asking, &[CLOSE, RECONNECT]),
+        row(Asking, NotKnown, Asking, &[CLOSE, RECONNECT]),
         row(Asking, Deadline, Fencing, &[CLOSE, Do::Fence(THERE)]),
         row(Asking, Run, TakingBack, TAKE_BACK),
         row(Asking, Discard, Empty, LEAVE),
-        row(Fencing, Done, TakingBack, TAKE_BACK),
+        row(Fencing, Done, TakingBack, TAKE_BACK_ALONE),
         row(Fencing, Failed, Unknown, &[]),
-        row(Unknown, Run, TakingBack, TAKE_BACK),
-        row(Unknown, Discard, Empty, LEAVE),
+        row(Unknown, Run, TakingBack, TAKE_BACK_ALONE),
+        row(Unknown, Discard, Empty, &[FORGET]),
         // Taking back: no guest runs before its resources are here.
         row(TakingBack, Done, Owner, &[Do::Own(BACK), RESUME]),
         row(TakingBack, Failed, TakeBackLater, &[RETRY_LATER]),
         row(TakeBackLater, RetryDue, TakingBack, &[Do::Reacquire(BACK)]),
         row(TakeBackLater, Deadline, Held, &[]),
-        row(Held, Run, TakingBack, TAKE_BACK),
-        row(Held, Discard, Empty, LEAVE),
+        row(Held, Run, TakingBack, TAKE_BACK_ALONE),
+        row(Held, Discard, Empty, &[FORGET]),
         // Arriving, before READY: any failure is a NEVER.
         row(Empty, Prepare, Loading, &[Do::Plain(Action::Load)]).when(If::New),
         row(Loading, Done, Acquiring, &[Do::Reacquire(THERE)]),

@@ -3,8 +3,11 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 
-use super::moves::{Bounds, RULES, after, can_be_saved, is_at_rest, is_quiet, is_settled, moves};
-use super::world::{By, Move, World};
+use super::moves::{
+    Bounds, RULES, after, can_be_saved, is_at_rest, is_owned, is_quiet, is_settled, moves, needs_nobody,
+};
+use super::world::{ADA, By, Move, World};
+use vmig::switchover::Phase;
 use vmig::switchover::table::Row;
 
 /// More than the right rules reach: a broken table may run away.
@@ -30,11 +33,16 @@ pub struct Broken {
 struct Node {
     /// From where, by which move; the first has none.
     from: Option<(u32, Move)>,
-    /// Without bad luck, where it goes on to.
-    next: Vec<u32>,
-    settled: bool,
-    must_end_well: bool,
+    /// Where it goes on to without bad luck, and whether by itself.
+    next: Vec<(u32, bool)>,
+    is: [bool; 4],
 }
+
+// What is known of a node.
+const SETTLED: usize = 0;
+const OWNED: usize = 1;
+const CAN_BE_SAVED: usize = 2;
+const NEEDS_NOBODY: usize = 3;
 
 struct Search<'a> {
     rules: &'a [Row],
@@ -58,24 +66,29 @@ pub fn explore(start: &[World], rules: &[Row], bounds: Bounds) -> Result<Seen, B
         let (quiet, settled) = (is_quiet(&options), is_settled(&world));
         seen.quiet += usize::from(quiet);
         seen.settled += usize::from(quiet && settled);
-        search.nodes[at as usize].settled = quiet && settled;
-        if quiet && !world.all.iter().all(|p| !p.counts() || is_at_rest(p.phase())) {
+        search.nodes[at as usize].is[SETTLED] = quiet && settled;
+        if bounds.fair && options.is_empty() && world.all[ADA].phase() == Phase::Owner {
+            return Err(search.broken("on a fair day the guest arrives", at, world));
+        }
+        if quiet && !bounds.fair && !world.all.iter().all(|p| !p.counts() || is_at_rest(p.phase())) {
             return Err(search.broken("nobody waits for what will not come", at, world));
         }
         for what in &options {
             let next = search.reach(after(&world, rules, *what), Some((at, *what)))?;
             seen.steps += 1;
             if matches!(what.by(), By::Nature | By::Operator) {
-                search.nodes[at as usize].next.push(next);
+                search.nodes[at as usize].next.push((next, what.is_fair()));
             }
         }
     }
     seen.states = search.nodes.len();
-    match search.who_cannot_end_well() {
+    let lost = search.stuck(CAN_BE_SAVED, SETTLED, false).map(|at| ("from every state some resolve leads to one owner", at));
+    let alone = || search.stuck(NEEDS_NOBODY, OWNED, true).map(|at| ("who can still ask needs no operator", at));
+    match lost.or_else(alone).filter(|_| !bounds.fair) {
         None => Ok(seen),
-        Some(at) => {
+        Some((rule, at)) => {
             let end = search.replay(start, at);
-            Err(search.broken("from every state some resolve leads to one owner", at, end))
+            Err(search.broken(rule, at, end))
         }
     }
 }
@@ -88,7 +101,8 @@ impl Search<'_> {
         }
         let at = u32::try_from(self.nodes.len()).unwrap();
         self.index.insert(hash, at);
-        self.nodes.push(Node { from, next: Vec::new(), settled: false, must_end_well: can_be_saved(&world) });
+        let is = [false, is_owned(&world), can_be_saved(&world), needs_nobody(&world, self.bounds)];
+        self.nodes.push(Node { from, next: Vec::new(), is });
         if let Some((rule, _)) = RULES.iter().find(|(_, holds)| !holds(&world)) {
             let rule = world.wrong.unwrap_or(rule);
             return Err(self.broken(rule, at, world));
@@ -114,15 +128,15 @@ impl Search<'_> {
         Broken { rule, path: self.path(at), end: Box::new(end) }
     }
 
-    /// The first state that somebody could save the guest in, but from which no good luck leads to one owner.
-    fn who_cannot_end_well(&self) -> Option<u32> {
+    /// The first state of this kind from which no way leads to one of that kind; `fair`: no operator and no deadline.
+    fn stuck(&self, kind: usize, goal: usize, fair: bool) -> Option<u32> {
         let mut before = vec![Vec::new(); self.nodes.len()];
         for (at, node) in self.nodes.iter().enumerate() {
-            for next in &node.next {
+            for (next, _) in node.next.iter().filter(|(_, by_itself)| *by_itself || !fair) {
                 before[*next as usize].push(u32::try_from(at).unwrap());
             }
         }
-        let mut well: Vec<bool> = self.nodes.iter().map(|n| n.settled).collect();
+        let mut well: Vec<bool> = self.nodes.iter().map(|n| n.is[goal]).collect();
         let mut todo: Vec<usize> = (0..well.len()).filter(|at| well[*at]).collect();
         while let Some(at) = todo.pop() {
             for earlier in &before[at] {
@@ -131,7 +145,7 @@ impl Search<'_> {
                 }
             }
         }
-        let bad = (0..well.len()).find(|at| self.nodes[*at].must_end_well && !well[*at]);
+        let bad = (0..well.len()).find(|at| self.nodes[*at].is[kind] && !well[*at]);
         bad.map(|at| u32::try_from(at).unwrap())
     }
 
@@ -144,7 +158,6 @@ impl Search<'_> {
         for what in self.path(at) {
             world = after(&world, self.rules, what);
         }
-        let _ = self.bounds;
         world
     }
 }

@@ -10,12 +10,21 @@ pub struct Bounds {
     pub attempts: u8,
     pub reconnects: u8,
     pub crashes: bool,
+    /// Nothing goes wrong, nobody changes his mind, and everybody has time.
+    pub fair: bool,
 }
 
 /// More messages than this in one direction are a flood.
 const INBOX_MAX: usize = 6;
 
 pub fn moves(world: &World, bounds: Bounds, out: &mut Vec<Move>) {
+    possible(world, bounds, out);
+    if bounds.fair {
+        out.retain(|m| m.is_fair() || matches!(m, Move::Migrate { to: BOB, .. } | Move::Continue(_)));
+    }
+}
+
+fn possible(world: &World, bounds: Bounds, out: &mut Vec<Move>) {
     for who in 0..world.all.len() {
         process_moves(world, bounds, who, out);
     }
@@ -117,7 +126,10 @@ pub fn after(world: &World, rules: &[Row], what: Move) -> World {
         Move::Continue(who) => w.feed(rules, who, Event::Continue, None),
         Move::AskCancel(who) => w.all[who].cancel = true,
         Move::CancelArrival(who) | Move::HearCancel(who) => w.feed(rules, who, Event::Cancel, None),
-        Move::Resolve(who, what) => w.feed(rules, who, Event::Resolve(what), None),
+        Move::Resolve(who, what) => {
+            w.killed |= what == Resolution::Discard && w.all[who].phase() == Phase::Held; // his decision
+            w.feed(rules, who, Event::Resolve(what), None);
+        }
         Move::Hear { link, end } => {
             let message = w.links[link].inbox[end].remove(0);
             w.hear(rules, w.links[link].ends[end], message, Some((link, end)));
@@ -161,7 +173,7 @@ pub fn after(world: &World, rules: &[Row], what: Move) -> World {
 }
 
 /// The rules that hold in every state.
-pub const RULES: [(&str, fn(&World) -> bool); 9] = [
+pub const RULES: [(&str, fn(&World) -> bool); 12] = [
     ("never two owners", |w| runners(w).count() <= 1),
     ("an owner has the resources and the memory", |w| {
         runners(w).all(|who| w.all[who].lock == w.all[who].runs_with() && w.all[who].copy)
@@ -190,6 +202,31 @@ pub const RULES: [(&str, fn(&World) -> bool); 9] = [
         use Phase::*;
         let linked = |p| matches!(p, PreSwitchover | Releasing | Preparing | Deciding | Committed | Asking);
         (0..3).all(|who| w.link_of(who, 0).is_none() || linked(w.all[who].phase()))
+    }),
+    ("a task fits its phase", |w| {
+        use Phase::*;
+        w.all.iter().all(|p| match (p.phase(), p.task) {
+            (Releasing | Refusing, task) => matches!(task, Some(Action::Release(_))),
+            (TakingBack | Acquiring, task) => matches!(task, Some(Action::Reacquire(_))),
+            (Fencing, task) => matches!(task, Some(Action::Fence(_))),
+            (Loading, task) => matches!(task, Some(Action::Load)),
+            (Starting | Rescuing, task) => matches!(task, Some(Action::Start)),
+            (Deciding, task) => matches!(task, Some(Action::Decide)),
+            (TakeBackLater | RefuseLater, task) => task.is_none() && p.retry,
+            (_, task) => task.is_none(),
+        })
+    }),
+    ("who counts on a connection has one", |w| {
+        use Phase::*;
+        (0..3).filter(|who| w.all[*who].counts()).all(|who| match w.all[who].phase() {
+            PreSwitchover | Preparing | Committed => w.link_of(who, 0).is_some(),
+            Ready => w.link_of(who, 1).is_some(),
+            _ => true,
+        })
+    }),
+    ("nobody is in doubt before GO was decided", |w| {
+        use Phase::*;
+        w.all.iter().all(|p| p.committed || !matches!(p.phase(), Committed | Asking | Fencing | Unknown))
     }),
     ("nothing is said without end", |w| w.links.iter().all(|l| l.inbox.iter().all(|i| i.len() <= INBOX_MAX))),
     ("every step is right", |w| w.wrong.is_none()),
@@ -223,7 +260,22 @@ pub fn can_be_saved(w: &World) -> bool {
     })
 }
 
-/// Somebody leads the guest away.
-pub fn anybody_leaves(w: &World) -> bool {
-    w.all.iter().any(|p| p.counts() && is_leaving(p.phase()))
+/// The guest has an owner, and nobody else leads it anywhere. A destination may still wait for its deadline.
+pub fn is_owned(w: &World) -> bool {
+    let owners = w.all.iter().filter(|p| p.counts() && p.phase().owns()).count();
+    owners == 1 && !w.all.iter().any(|p| p.counts() && is_leaving(p.phase()) && !p.phase().owns())
+}
+
+/// Needs no operator and no deadline to end well, if luck turns now: nobody crashed, and who has lost the answer, or
+/// may lose it, can still ask for it.
+pub fn needs_nobody(w: &World, bounds: Bounds) -> bool {
+    use Phase::*;
+    let leaving = |p: &Phase| is_leaving(*p) && *p != PreSwitchover;
+    let phases = || w.all.iter().filter(|p| p.counts()).map(|p| p.phase()).filter(leaving);
+    let asking = phases().filter(|p| matches!(p, Deciding | Committed | Asking)).count();
+    !w.killed
+        && w.crashes == [false; 2]
+        && phases().next().is_some()
+        && phases().all(|p| !matches!(p, Fencing | Unknown | Held))
+        && asking + usize::from(w.reconnects) <= usize::from(bounds.reconnects)
 }

@@ -17,6 +17,8 @@ pub struct Process {
     pub alive: bool,
     /// Busy with another guest: what it owns is not ours.
     pub foreign: bool,
+    /// Answers whatever incarnation is asked.
+    pub careless: bool,
     /// Whom it migrates to.
     pub to: usize,
     /// What it is carrying out.
@@ -41,6 +43,7 @@ impl Process {
         Self {
             alive: true,
             foreign: false,
+            careless: false,
             to: BOB,
             task: None,
             armed: false,
@@ -103,7 +106,7 @@ pub struct World {
     pub owned: [u8; 3],
     /// Attempts a process promised never to own.
     pub refused: [u8; 3],
-    /// The guest died in a crash, as it would without any migration.
+    /// The guest died in a crash, as it would without any migration, or an operator gave up the side that held it.
     pub killed: bool,
     /// The first rule of conduct that was broken.
     pub wrong: Option<&'static str>,
@@ -147,6 +150,11 @@ pub enum By {
 }
 
 impl Move {
+    /// Goes its way without anybody's doing, and in time.
+    pub fn is_fair(self) -> bool {
+        self.by() == By::Nature && !matches!(self, Move::Deadline(_))
+    }
+
     pub fn by(self) -> By {
         match self {
             Move::Migrate { .. } | Move::Continue(_) | Move::AskCancel(_) | Move::CancelArrival(_) => By::User,
@@ -192,12 +200,12 @@ fn bit(epoch: Epoch) -> u8 {
 }
 
 impl World {
-    /// Ada has the guest. Eve is empty, or has to do with another guest of the same age.
-    pub fn new(eve: Side, foreign: bool) -> Self {
+    /// Ada has the guest.
+    pub fn new(eve: Side, foreign: bool, careless: bool) -> Self {
         let mut all = [
             Process::new(Side::owner(Incarnation(ADA as u64), 0)),
             Process::new(Side::empty(Incarnation(BOB as u64))),
-            Process { foreign, ..Process::new(eve) },
+            Process { foreign, careless, ..Process::new(eve) },
         ];
         (all[ADA].lock, all[ADA].copy) = (Some(0), true);
         Self {
@@ -228,7 +236,10 @@ impl World {
         if what == Resolution::Discard {
             // Not while the start hook runs: it may fail yet.
             let arrived = moved_on && self.all.iter().all(|o| !o.alive || o.phase().owns() || !o.phase().may_run());
-            return arrived || p.phase() == Phase::Stranded;
+            // Or to let the destination have it, which waits for the operator.
+            let wanted = |o: &Process| o.counts() && o.phase() == Phase::Stranded && o.side.epoch == self.highest;
+            let yielded = p.phase() == Phase::Held && self.all.iter().any(wanted);
+            return arrived || yielded || p.phase() == Phase::Stranded;
         }
         let mut others = (0..3).filter(|other| *other != who).map(|other| &self.all[other]).filter(|o| o.counts());
         !moved_on
@@ -293,6 +304,13 @@ impl World {
     fn act(&mut self, who: usize, action: Action, via: Option<usize>) {
         let p = &mut self.all[who];
         match action {
+            Action::Release(epoch) if p.lock != Some(epoch) => self.say("what was not acquired was released"),
+            Action::Fence(epoch) if epoch != p.side.epoch + 1 => self.say("the wrong epoch was fenced"),
+            _ => (),
+        }
+        let p = &mut self.all[who];
+        p.copy |= action == Action::Load;
+        match action {
             _ if action.is_task() => {
                 if p.task.replace(action).is_some() {
                     self.say("a task was begun while another was carried out");
@@ -321,7 +339,6 @@ impl World {
             Some(Action::Release(_)) if is_leaving(p.phase()) => p.lock = None, // the worst case: half of it is gone
             Some(Action::Release(_)) => p.leftover = true,
             Some(Action::Reacquire(epoch)) => p.lock = done.then_some(epoch),
-            Some(Action::Load) => p.copy = done,
             Some(Action::Decide) => p.committed = event == Event::Committed,
             _ => (),
         }
@@ -353,7 +370,39 @@ impl World {
         if now == Phase::Owner && was != now && !actions.contains(&wanted) {
             self.say("an owner was not told to run the guest, or to announce it");
         }
+        if is_arriving(was) && !is_arriving(now) {
+            let vote = if now == Phase::Owner { Vote::Owned } else { Vote::Never };
+            if self.all[who].side.vote(before.epoch, before.incarnation) != vote {
+                self.say("an attempt ended without a vote");
+            }
+        }
+        let link_was_up = was == Phase::Deciding || !matches!(event, Event::LinkLost | Event::Heard(_));
+        let aborted = actions.iter().any(|a| matches!(a, Action::Send(Message::Abort { .. })));
+        if matches!(was, Phase::Preparing | Phase::Deciding) && now == Phase::TakingBack && link_was_up && !aborted {
+            self.say("a destination was not told that the attempt is off");
+        }
+        self.watch_certainty(was, now, event);
         self.watch_obedience(before, now, event);
+    }
+
+    /// Named states mean what they say.
+    fn watch_certainty(&mut self, was: Phase, now: Phase, event: Event) {
+        use Phase::*;
+        let certain = |p| matches!(p, TakingBack | TakeBackLater | Held);
+        let doubtful = |p| matches!(p, Committed | Asking | Fencing | Unknown);
+        if certain(was) && doubtful(now) {
+            self.say("what was certain is in doubt");
+        }
+        if now == Held && was != Held && event != Event::Deadline {
+            self.say("held, though it was not tried to the last");
+        }
+        if now == Unknown && was != Unknown && was != Fencing {
+            self.say("unknown, though nobody was asked");
+        }
+        let go = matches!(event, Event::Heard(Message::Go { .. }));
+        if now == Starting && was != now && !go || now == Rescuing && was != now && go {
+            self.say("it is not known any more who said that the guest is to run");
+        }
     }
 
     /// Who begins and ends to run the guest, and with which epoch.
@@ -413,6 +462,7 @@ impl World {
                     _ => (),
                 }
             }
+            Event::Failed if matches!(now, PreSwitchover | Preparing | Deciding) => self.say("a failure was ignored"),
             Event::Resolve(_) if now == was => self.say("the operator's word was not obeyed"),
             Event::Continue if now == was => self.say("the user's continue was not obeyed"),
             Event::Linked if now == Stranded => self.say("a source that came back was not heard"),
@@ -421,7 +471,10 @@ impl World {
     }
 
     /// A message arrives, by a connection or, late, by none.
-    pub fn hear(&mut self, rules: &[Row], who: usize, message: Message, via: Option<(usize, usize)>) {
+    pub fn hear(&mut self, rules: &[Row], who: usize, mut message: Message, via: Option<(usize, usize)>) {
+        if let (true, Message::Go { incarnation, .. }) = (self.all[who].careless, &mut message) {
+            *incarnation = self.all[who].side.incarnation;
+        }
         let answers = |w: &Self| via.map_or(0, |(link, end)| w.links[link].inbox[1 - end].len());
         let (before, queued) = (self.all[who].side.clone(), answers(self));
         self.feed(rules, who, Event::Heard(message), via.map(|(link, _)| link));
@@ -440,8 +493,13 @@ impl World {
             }
             Message::Vote { epoch, incarnation, vote } => {
                 let meant = epoch == before.epoch && Some(incarnation) == before.peer;
-                if meant && matches!(now, Phase::Committed | Phase::Asking) && vote != Vote::Unknown {
-                    self.say("a source that was told is still in doubt");
+                let told = match vote {
+                    Vote::Owned => now == Phase::Empty,
+                    Vote::Never => now == Phase::TakingBack,
+                    Vote::Unknown => true,
+                };
+                if meant && matches!(before.phase, Phase::Committed | Phase::Asking) && !told {
+                    self.say("a source that was told does not act on it");
                 }
                 if now == Phase::Preparing && via.is_some() {
                     self.say("a source that was refused goes on");
