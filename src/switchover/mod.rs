@@ -355,11 +355,13 @@ pub fn step_by(rows: &[Row], side: &Side, event: Event) -> (Side, Vec<Action>) {
     let Some(row) = rows.iter().find(fits) else {
         return (next, Vec::new());
     };
-    if row.to.is_some() {
+    next.phase = row.to.unwrap_or(side.phase);
+    if next.phase != side.phase {
         next.learn(&event);
     }
-    next.phase = row.to.unwrap_or(side.phase);
     let actions = row.then.iter().filter_map(|what| next.perform(*what, &event)).collect();
     (next, actions)
 }
 
+#[cfg(test)]
+mod tests;

@@ -144,12 +144,12 @@ const TAKE_OVER: &[Do] = &[Do::Vote(Vote::Owned), Do::Own(THERE), Do::Plain(Acti
 /// The rules.
 pub const ROWS: &[Row] = {
     use On::{
-        Abort, Begin, BeginWaiting, Cancel, Committed as Won, Continue, Deadline, Discard, Done, Failed, Go, LinkLost,
-        Linked, Never, NotKnown, Owned, Prepare, Ready as SaidReady, RetryDue, Run,
+        Abort, Begin, BeginWaiting, Cancel, Committed as Won, Continue, Deadline, Discard, Done, Failed, Go,
+        LinkLost, Linked, Never, NotKnown, Owned, Prepare, Ready as SaidReady, RetryDue, Run,
     };
     use Phase::{
-        Acquiring, Asking, Committed, Deciding, Empty, Fencing, Held, Loading, Owner, PreSwitchover, Preparing, Ready,
-        RefuseLater, Refusing, Releasing, Rescuing, Starting, Stranded, TakeBackLater, TakingBack, Unknown,
+        Acquiring, Asking, Committed, Deciding, Empty, Fencing, Held, Loading, Owner, PreSwitchover, Preparing,
+        Ready, RefuseLater, Refusing, Releasing, Rescuing, Starting, Stranded, TakeBackLater, TakingBack, Unknown,
     };
     &[
         // Leaving, before GO: whatever goes wrong, the guest is taken back.
@@ -199,6 +199,7 @@ pub const ROWS: &[Row] = {
         row(Held, Discard, Empty, &[FORGET]),
         // Arriving, before READY: any failure is a NEVER.
         row(Empty, Prepare, Loading, &[Do::Plain(Action::Load)]).when(If::New),
+        row(Empty, Prepare, Empty, &[Do::Answer]), // another guest's attempt had this number: that vote stands
         row(Loading, Done, Acquiring, &[Do::Reacquire(THERE)]),
         row(Loading, Failed, Empty, &[Do::Vote(Vote::Never), FORGET]),
         row(Acquiring, Done, Ready, &[ARM, Do::SendReady]),
@@ -226,6 +227,5 @@ pub const ROWS: &[Row] = {
         row(RefuseLater, Deadline, Empty, &[FORGET]), // what is left goes with the process
         // Whoever is asked answers, in any phase and for as long as it lives.
         Row { at: None, on: Go, when: If::Always, to: None, then: &[Do::Answer] },
-        Row { at: None, on: Prepare, when: If::Always, to: None, then: &[Do::Answer] },
     ]
 };

@@ -70,7 +70,7 @@ pub fn explore(start: &[World], rules: &[Row], bounds: Bounds) -> Result<Seen, B
         if bounds.fair && options.is_empty() && world.all[ADA].phase() == Phase::Owner {
             return Err(search.broken("on a fair day the guest arrives", at, world));
         }
-        if quiet && !bounds.fair && !world.all.iter().all(|p| !p.counts() || is_at_rest(p.phase())) {
+        if quiet && search.heeds_ends() && !world.all.iter().all(|p| !p.counts() || is_at_rest(p.phase())) {
             return Err(search.broken("nobody waits for what will not come", at, world));
         }
         for what in &options {
@@ -82,9 +82,10 @@ pub fn explore(start: &[World], rules: &[Row], bounds: Bounds) -> Result<Seen, B
         }
     }
     seen.states = search.nodes.len();
-    let lost = search.stuck(CAN_BE_SAVED, SETTLED, false).map(|at| ("from every state some resolve leads to one owner", at));
+    let lost =
+        search.stuck(CAN_BE_SAVED, SETTLED, false).map(|at| ("from every state some resolve leads to one owner", at));
     let alone = || search.stuck(NEEDS_NOBODY, OWNED, true).map(|at| ("who can still ask needs no operator", at));
-    match lost.or_else(alone).filter(|_| !bounds.fair) {
+    match lost.or_else(alone).filter(|_| search.heeds_ends()) {
         None => Ok(seen),
         Some((rule, at)) => {
             let end = search.replay(start, at);
@@ -103,8 +104,8 @@ impl Search<'_> {
         self.index.insert(hash, at);
         let is = [false, is_owned(&world), can_be_saved(&world), needs_nobody(&world, self.bounds)];
         self.nodes.push(Node { from, next: Vec::new(), is });
-        if let Some((rule, _)) = RULES.iter().find(|(_, holds)| !holds(&world)) {
-            let rule = world.wrong.unwrap_or(rule);
+        if let Some((rule, _)) = RULES.iter().filter(|(rule, _)| self.heeds(rule)).find(|(_, holds)| !holds(&world)) {
+            let rule = world.wrong.filter(|_| self.bounds.only.is_none()).unwrap_or(rule);
             return Err(self.broken(rule, at, world));
         }
         if self.nodes.len() > STATES_MAX {
@@ -112,6 +113,15 @@ impl Search<'_> {
         }
         self.todo.push_back((at, world));
         Ok(at)
+    }
+
+    fn heeds(&self, rule: &str) -> bool {
+        self.bounds.only.is_none_or(|only| only == rule)
+    }
+
+    /// Whether every history must be able to end well: not on a fair day, which has no deadlines.
+    fn heeds_ends(&self) -> bool {
+        !self.bounds.fair && self.bounds.only.is_none()
     }
 
     fn path(&self, mut at: u32) -> Vec<Move> {

@@ -12,6 +12,17 @@ pub struct Bounds {
     pub crashes: bool,
     /// Nothing goes wrong, nobody changes his mind, and everybody has time.
     pub fair: bool,
+    /// The operator decides without having found out anything.
+    pub rash: bool,
+    /// Only this rule is looked at.
+    pub only: Option<&'static str>,
+}
+
+impl Bounds {
+    /// So many attempts and reconnects, and with `crashes` one crash of either side.
+    pub const fn new(attempts: u8, reconnects: u8, crashes: bool) -> Self {
+        Self { attempts, reconnects, crashes, fair: false, rash: false, only: None }
+    }
 }
 
 /// More messages than this in one direction are a flood.
@@ -92,10 +103,13 @@ fn process_moves(world: &World, bounds: Bounds, who: usize, out: &mut Vec<Move>)
         // The one it was, or whoever has its address now.
         let mut there = vec![p.to];
         there.extend((who == ADA && p.to == BOB).then_some(EVE));
-        out.extend(there.iter().filter(|to| world.all[**to].listens()).map(|to| Move::Reconnect { from: who, to: *to }));
+        out.extend(
+            there.iter().filter(|to| world.all[**to].listens()).map(|to| Move::Reconnect { from: who, to: *to }),
+        );
     }
     if phase.named().is_some() {
-        let legal = [Resolution::Run, Resolution::Discard].into_iter().filter(|r| world.may_resolve(who, *r));
+        let legal =
+            [Resolution::Run, Resolution::Discard].into_iter().filter(|r| bounds.rash || world.may_resolve(who, *r));
         out.extend(legal.map(|what| Move::Resolve(who, what)));
     }
 }
@@ -172,8 +186,11 @@ pub fn after(world: &World, rules: &[Row], what: Move) -> World {
     w
 }
 
+/// A rule in words, and whether it holds.
+pub type Rule = (&'static str, fn(&World) -> bool);
+
 /// The rules that hold in every state.
-pub const RULES: [(&str, fn(&World) -> bool); 12] = [
+pub const RULES: [Rule; 12] = [
     ("never two owners", |w| runners(w).count() <= 1),
     ("an owner has the resources and the memory", |w| {
         runners(w).all(|who| w.all[who].lock == w.all[who].runs_with() && w.all[who].copy)
@@ -216,11 +233,12 @@ pub const RULES: [(&str, fn(&World) -> bool); 12] = [
             (_, task) => task.is_none(),
         })
     }),
-    ("who counts on a connection has one", |w| {
+    ("who counts on a connection has one, and who has none knows it", |w| {
         use Phase::*;
         (0..3).filter(|who| w.all[*who].counts()).all(|who| match w.all[who].phase() {
             PreSwitchover | Preparing | Committed => w.link_of(who, 0).is_some(),
             Ready => w.link_of(who, 1).is_some(),
+            Stranded => !w.links.iter().any(|l| l.meant && l.ends[1] == who && l.open[1]),
             _ => true,
         })
     }),

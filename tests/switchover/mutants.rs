@@ -28,7 +28,9 @@ pub fn all() -> Vec<Mutant> {
         add(Damage::Gone);
         PHASES.iter().filter(|p| rule.to != Some(**p)).for_each(|p| add(Damage::LeadsTo(*p)));
         (0..rule.then.len()).for_each(|n| add(Damage::Leaves(n)));
-        (0..rule.then.len()).filter(|n| other_epoch(rule.then[*n]).is_some()).for_each(|n| add(Damage::OtherEpoch(n)));
+        (0..rule.then.len())
+            .filter(|n| other_epoch(rule.then[*n]).is_some())
+            .for_each(|n| add(Damage::OtherEpoch(n)));
         let weaker: &[If] = match rule.when {
             If::Always => &[],
             If::Exact => &[If::Epoch, If::Always],

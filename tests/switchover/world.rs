@@ -4,7 +4,7 @@
 //! the real [`Side`] and what a driver keeps beside it; every transition goes through the real `step_by`.
 
 use vmig::switchover::table::Row;
-use vmig::switchover::{Action, Epoch, Event, Incarnation, Message, Phase, Resolution, Side, Vote, step_by};
+use vmig::switchover::{Action, Epoch, Event, Incarnation, Message, Phase, Resolution, Side, step_by};
 
 pub const ADA: usize = 0;
 pub const BOB: usize = 1;
@@ -116,26 +116,45 @@ pub struct World {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Move {
     // The user's.
-    Migrate { from: usize, to: usize, wait: bool },
+    Migrate {
+        from: usize,
+        to: usize,
+        wait: bool,
+    },
     Continue(usize),
     AskCancel(usize),
     CancelArrival(usize),
     // The operator's.
     Resolve(usize, Resolution),
     // What goes its way.
-    Hear { link: usize, end: usize },
+    Hear {
+        link: usize,
+        end: usize,
+    },
     HearLate,
     HearCancel(usize),
-    Reconnect { from: usize, to: usize },
+    Reconnect {
+        from: usize,
+        to: usize,
+    },
     Finish(usize, Event),
     Deadline(usize),
     Retry(usize),
     /// An end finds that the other has closed.
-    Notice { link: usize, end: usize },
+    Notice {
+        link: usize,
+        end: usize,
+    },
     // Bad luck.
-    Cut { link: usize, end: usize },
+    Cut {
+        link: usize,
+        end: usize,
+    },
     /// The same, and what was under way comes later.
-    Delay { link: usize, end: usize },
+    Delay {
+        link: usize,
+        end: usize,
+    },
     Fail(usize),
     Crash(usize),
 }
@@ -195,7 +214,7 @@ fn stage(phase: Phase) -> u8 {
 }
 
 /// A set of epochs; only broken rules get beyond the last.
-fn bit(epoch: Epoch) -> u8 {
+pub fn bit(epoch: Epoch) -> u8 {
     1 << epoch.min(7)
 }
 
@@ -250,7 +269,7 @@ impl World {
             })
     }
 
-    fn say(&mut self, what: &'static str) {
+    pub fn say(&mut self, what: &'static str) {
         self.wrong.get_or_insert(what);
     }
 
@@ -302,25 +321,15 @@ impl World {
     }
 
     fn act(&mut self, who: usize, action: Action, via: Option<usize>) {
-        let p = &mut self.all[who];
-        match action {
-            Action::Release(epoch) if p.lock != Some(epoch) => self.say("what was not acquired was released"),
-            Action::Fence(epoch) if epoch != p.side.epoch + 1 => self.say("the wrong epoch was fenced"),
-            _ => (),
+        if action.is_task() {
+            return self.begin(who, action);
         }
         let p = &mut self.all[who];
-        p.copy |= action == Action::Load;
         match action {
-            _ if action.is_task() => {
-                if p.task.replace(action).is_some() {
-                    self.say("a task was begun while another was carried out");
-                }
-            }
             Action::Send(message) => self.post(who, message, via),
             Action::Close => {
-                if let Some(link) = self.link_of(who, 0) {
-                    self.shut(link, 0);
-                }
+                let link = self.link_of(who, 0);
+                link.into_iter().for_each(|link| self.shut(link, 0));
             }
             Action::Reconnect => p.reconnecting = true,
             Action::Arm => p.armed = true,
@@ -328,6 +337,19 @@ impl World {
             Action::Forget => (p.copy, p.cancel, p.committed) = (false, false, false),
             _ => (), // Resume and Announce: watched
         }
+    }
+
+    fn begin(&mut self, who: usize, task: Action) {
+        let p = &mut self.all[who];
+        let wrong = match task {
+            _ if p.task.is_some() => Some("a task was begun while another was carried out"),
+            Action::Release(epoch) if p.lock != Some(epoch) => Some("what was not acquired was released"),
+            Action::Fence(epoch) if epoch != p.side.epoch + 1 => Some("the wrong epoch was fenced"),
+            _ => None,
+        };
+        p.copy |= task == Action::Load;
+        p.task = Some(task);
+        wrong.into_iter().for_each(|wrong| self.say(wrong));
     }
 
     /// A task ends. What it did in the world happens whatever the rules say.
@@ -345,131 +367,6 @@ impl World {
         self.feed(rules, who, event, None);
     }
 
-    /// Rules of conduct that are about a step, not about a state.
-    fn watch(&mut self, who: usize, before: &Side, event: Event, actions: &[Action]) {
-        let (was, p) = (before.phase, &self.all[who]);
-        let now = p.phase();
-        if p.foreign {
-            if now != was {
-                self.say("another guest was moved");
-            }
-            return;
-        }
-        let undecided = p.cancel || !p.committed;
-        self.watch_running(who, before, event);
-        for action in actions {
-            match *action {
-                Action::Send(Message::Go { .. }) if undecided => self.say("GO without the decision for it"),
-                Action::Send(Message::Vote { epoch, vote, .. }) => self.note_vote(who, epoch, vote),
-                Action::Resume if now != Phase::Owner => self.say("a guest was resumed that is not owned"),
-                Action::Start if !now.may_run() => self.say("a guest was started that is not owned"),
-                _ => (),
-            }
-        }
-        let wanted = if is_leaving(was) { Action::Resume } else { Action::Announce };
-        if now == Phase::Owner && was != now && !actions.contains(&wanted) {
-            self.say("an owner was not told to run the guest, or to announce it");
-        }
-        if is_arriving(was) && !is_arriving(now) {
-            let vote = if now == Phase::Owner { Vote::Owned } else { Vote::Never };
-            if self.all[who].side.vote(before.epoch, before.incarnation) != vote {
-                self.say("an attempt ended without a vote");
-            }
-        }
-        let link_was_up = was == Phase::Deciding || !matches!(event, Event::LinkLost | Event::Heard(_));
-        let aborted = actions.iter().any(|a| matches!(a, Action::Send(Message::Abort { .. })));
-        if matches!(was, Phase::Preparing | Phase::Deciding) && now == Phase::TakingBack && link_was_up && !aborted {
-            self.say("a destination was not told that the attempt is off");
-        }
-        self.watch_certainty(was, now, event);
-        self.watch_obedience(before, now, event);
-    }
-
-    /// Named states mean what they say.
-    fn watch_certainty(&mut self, was: Phase, now: Phase, event: Event) {
-        use Phase::*;
-        let certain = |p| matches!(p, TakingBack | TakeBackLater | Held);
-        let doubtful = |p| matches!(p, Committed | Asking | Fencing | Unknown);
-        if certain(was) && doubtful(now) {
-            self.say("what was certain is in doubt");
-        }
-        if now == Held && was != Held && event != Event::Deadline {
-            self.say("held, though it was not tried to the last");
-        }
-        if now == Unknown && was != Unknown && was != Fencing {
-            self.say("unknown, though nobody was asked");
-        }
-        let go = matches!(event, Event::Heard(Message::Go { .. }));
-        if now == Starting && was != now && !go || now == Rescuing && was != now && go {
-            self.say("it is not known any more who said that the guest is to run");
-        }
-    }
-
-    /// Who begins and ends to run the guest, and with which epoch.
-    fn watch_running(&mut self, who: usize, before: &Side, event: Event) {
-        let was = before.phase;
-        let Some(epoch) = self.all[who].runs_with() else {
-            match (was, event) {
-                (Phase::Starting | Phase::Rescuing, Event::Failed) => {
-                    self.highest = before.epoch; // it did not run a single instruction
-                    self.owned[who] &= !bit(before.epoch + 1);
-                    // The source would have it now. If that crashed meanwhile, the guest died there.
-                    self.killed |= (0..3).any(|o| !self.all[o].alive && self.owned[o] & bit(before.epoch) != 0);
-                }
-                (Phase::Starting | Phase::Rescuing, _) => self.say("a guest that was started is not owned"),
-                _ => (),
-            }
-            return;
-        };
-        if !was.may_run() {
-            if before.epoch != self.highest {
-                self.say("an old copy of the guest came back to life");
-            }
-            if epoch <= self.highest {
-                self.say("an acquisition did not raise the epoch");
-            }
-            if !is_leaving(was) && self.refused[who] & bit(before.epoch) != 0 {
-                self.say("what was refused was taken over");
-            }
-            self.highest = epoch;
-            self.owned[who] |= bit(epoch);
-        } else if epoch != self.highest {
-            self.say("an owner's epoch is not that of its acquisition");
-        }
-    }
-
-    fn note_vote(&mut self, who: usize, epoch: Epoch, vote: Vote) {
-        let owned = self.owned[who] & bit(epoch + 1) != 0;
-        match vote {
-            Vote::Never if owned => self.say("voted NEVER for what it owned"),
-            Vote::Owned if !owned => self.say("voted OWNED for what it never owned"),
-            Vote::Never => self.refused[who] |= bit(epoch),
-            _ => (),
-        }
-    }
-
-    fn watch_obedience(&mut self, before: &Side, now: Phase, event: Event) {
-        use Phase::*;
-        let was = before.phase;
-        match event {
-            Event::Cancel if matches!(now, PreSwitchover | Preparing | Deciding | Committed | Ready | Stranded) => {
-                self.say("a cancel was not obeyed");
-            }
-            Event::Heard(Message::Abort { epoch }) if matches!(was, Ready | Stranded) => {
-                match (epoch == before.epoch, now == was) {
-                    (true, true) => self.say("an ABORT was not obeyed"),
-                    (false, false) => self.say("an ABORT of another attempt was obeyed"),
-                    _ => (),
-                }
-            }
-            Event::Failed if matches!(now, PreSwitchover | Preparing | Deciding) => self.say("a failure was ignored"),
-            Event::Resolve(_) if now == was => self.say("the operator's word was not obeyed"),
-            Event::Continue if now == was => self.say("the user's continue was not obeyed"),
-            Event::Linked if now == Stranded => self.say("a source that came back was not heard"),
-            _ => (),
-        }
-    }
-
     /// A message arrives, by a connection or, late, by none.
     pub fn hear(&mut self, rules: &[Row], who: usize, mut message: Message, via: Option<(usize, usize)>) {
         if let (true, Message::Go { incarnation, .. }) = (self.all[who].careless, &mut message) {
@@ -478,34 +375,10 @@ impl World {
         let answers = |w: &Self| via.map_or(0, |(link, end)| w.links[link].inbox[1 - end].len());
         let (before, queued) = (self.all[who].side.clone(), answers(self));
         self.feed(rules, who, Event::Heard(message), via.map(|(link, _)| link));
-        let now = self.all[who].phase();
-        match message {
-            _ if self.all[who].foreign => (),
-            Message::Go { epoch, incarnation } if incarnation == before.incarnation => {
-                let decided = self.refused[who] & bit(epoch) != 0 || self.owned[who] & bit(epoch + 1) != 0;
-                let open = via.is_some_and(|(link, _)| self.links[link].open == [true; 2]);
-                if open && decided && now != Phase::Starting && answers(self) == queued {
-                    self.say("a repeated GO got no answer");
-                }
-                if before.epoch == epoch && matches!(now, Phase::Ready | Phase::Stranded) {
-                    self.say("a GO was not obeyed");
-                }
-            }
-            Message::Vote { epoch, incarnation, vote } => {
-                let meant = epoch == before.epoch && Some(incarnation) == before.peer;
-                let told = match vote {
-                    Vote::Owned => now == Phase::Empty,
-                    Vote::Never => now == Phase::TakingBack,
-                    Vote::Unknown => true,
-                };
-                if meant && matches!(before.phase, Phase::Committed | Phase::Asking) && !told {
-                    self.say("a source that was told does not act on it");
-                }
-                if now == Phase::Preparing && via.is_some() {
-                    self.say("a source that was refused goes on");
-                }
-            }
-            _ => (),
+        let answered = answers(self) > queued;
+        let open = via.is_some_and(|(link, _)| self.links[link].open == [true; 2]);
+        if !self.all[who].foreign {
+            self.watch_hearing(who, &before, message, open.then_some(answered));
         }
     }
 
