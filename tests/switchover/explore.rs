@@ -67,7 +67,7 @@ pub fn explore(start: &[World], rules: &[Row], bounds: Bounds) -> Result<Seen, B
         seen.quiet += usize::from(quiet);
         seen.settled += usize::from(quiet && settled);
         search.nodes[at as usize].is[SETTLED] = quiet && settled;
-        if bounds.fair && options.is_empty() && world.all[ADA].phase() == Phase::Owner {
+        if bounds.fair && options.is_empty() && !(settled && world.all[ADA].phase() == Phase::Empty) {
             return Err(search.broken("on a fair day the guest arrives", at, world));
         }
         if quiet && search.heeds_ends() && !world.all.iter().all(|p| !p.counts() || is_at_rest(p.phase())) {
