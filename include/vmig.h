@@ -95,6 +95,15 @@ typedef struct vmig_ops {
     void (*log)(void *vm, int level, const char *line);
     /* The last call ever made with `vm`. Optional. Comes once if the guest was made, and never if that failed. */
     void (*destroy)(void *vm);
+    /* The RAM block `name`, `len` bytes at `host`, shows other memory from now on: `fd` from `offset` on. Tell vhost,
+     * vhost-user, VFIO and whoever else knows the memory by its file or its pages, and advise the kernel again (huge
+     * pages, core dumps, locking: nothing of it holds for the new mapping). Optional. Called at the destination of
+     * option `hand-over`, on a thread of the library, when the source's memory has taken the place of the block's own:
+     * all devices are loaded, the guest does not run yet. A failure fails the migration: the guest goes on at the
+     * source. The library then maps the block's own memory again and calls this once more for each block it was
+     * called for, with the file given at registration. `fd` is the library's and open until the call returns: keep a
+     * duplicate. Must not write to the memory, nor wait for the big lock's holder. */
+    int (*ram_replaced)(void *vm, const char *name, void *host, uint64_t len, int fd, uint64_t offset);
 } vmig_ops;
 
 /* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
@@ -255,6 +264,11 @@ int vmig_remove_on_run(vmig *m, int id);
 /* Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent. */
 #define VMIG_RAM_SHARED_STORAGE 2
 
+/* Flag of a block: `fd` and `fd_offset` say which file in memory (memfd, shm, tmpfs, hugetlb) the block is a shared,
+ * writable mapping of. With option `hand-over` on at both sides of a unix socket the file is handed over instead of the
+ * bytes. When a guest arrives that way, the library maps its file over the block (hook `ram_replaced`). */
+#define VMIG_RAM_FD 4
+
 /* A block of guest RAM. */
 typedef struct vmig_ram {
     /* Size of the struct: VMIG_SIZED(vmig_ram). */
@@ -269,8 +283,11 @@ typedef struct vmig_ram {
     uint64_t gpa;
     /* Sum of VMIG_RAM_... flags. */
     uint32_t flags;
-    /* Zero. */
-    uint32_t reserved;
+    /* With VMIG_RAM_FD the file behind the block, open for reading and writing; else 0. Duplicated; the caller keeps
+     * its own. */
+    int fd;
+    /* With VMIG_RAM_FD where in the file the block begins, in bytes; else 0. */
+    uint64_t fd_offset;
 } vmig_ram;
 
 /* A KVM memory slot: the part of a RAM block that it shows to the guest. */
@@ -292,7 +309,8 @@ typedef struct vmig_kvm_slot {
 } vmig_kvm_slot;
 
 /* Registers a block of guest RAM. -EEXIST if the name is taken or the memory overlaps another block's; -EBUSY while a
- * migration runs. [bql] */
+ * migration runs; -EINVAL, -EACCES or -EPERM if the block is not a mapping of the file it names by VMIG_RAM_FD, or of
+ * one that cannot be handed over; the text says what differs. [bql] */
 int vmig_add_ram(vmig *m, const vmig_ram *ram);
 
 /* Forgets a block and its KVM slots; the memory is not used any more once this returns. -ENOENT: there is no such
@@ -351,12 +369,24 @@ int vmig_remove_kvm_slot(vmig *m, uint32_t slot);
 /* Not a field: the rows after it exist since version `since` of the table. Use VMIG_SINCE. */
 #define VMIG_KIND_SINCE 14
 
+/* int; a file descriptor, -1 for none. It travels over a unix socket between two processes that use this library, and
+ * only there: another transport refuses a device that has one, before the guest is stopped. What arrives is a new
+ * descriptor of the same open file, close-on-exec, and the VMM's once the migration has succeeded; if it fails after the
+ * device was loaded the library closes the descriptor and sets the member to -1, so use it no earlier than in a
+ * run-state handler or the start hook. What the member held before is overwritten, not closed. The source's descriptor
+ * stays open and its own. Not behind a pointer. */
+#define VMIG_KIND_FD 15
+
 /* Flag of a field: the member is a pointer to the elements, not the elements. It must not be NULL when there are
  * elements to save or to load; `pre_load` is the place to allocate. */
 #define VMIG_FIELD_POINTER 1
 
 /* Flag of a device: its state is sent at setup, while the guest still runs, and loaded before RAM. */
 #define VMIG_DEVICE_EARLY 1
+
+/* Flag of a device: loading it writes guest RAM (a callback of it does). Memory that is handed over by its file is
+ * read-only until the guest has arrived, so such a device refuses option `hand-over`. */
+#define VMIG_DEVICE_WRITES_RAM 2
 
 /* One field of a device's state. Write it with the VMIG_... macros, which check the member's type and fill in every
  * member; a field written by hand must be zero where nothing is given. */
@@ -421,7 +451,7 @@ typedef struct vmig_device {
     /* After fields and parts were written; `version` is the one that arrived. Guest RAM is final, except for devices
      * with VMIG_DEVICE_EARLY. Destination. */
     int (*post_load)(void *dev, uint32_t version);
-    /* VMIG_DEVICE_EARLY or 0. Not of parts and nested tables. */
+    /* Sum of VMIG_DEVICE_... flags. Not of parts and nested tables. */
     uint32_t flags;
     /* Devices are saved in descending priority, then in the order they were added. Not of parts and nested tables. */
     int32_t priority;
@@ -444,6 +474,9 @@ typedef struct vmig_device {
  * with a table of their own take their type and table after the member: VMIG_STRUCT(type, member, stype, table), and
  * so for VMIG_STRUCT_ARRAY, VMIG_STRUCT_VARRAY, VMIG_PTR_STRUCT, VMIG_PTR_STRUCT_VARRAY. Raw bytes (uint8_t arrays):
  * VMIG_BYTES(type, member), VMIG_BYTES_VARRAY(type, member, number), VMIG_PTR_BYTES(type, member, number, room).
+ *
+ * File descriptors (int, -1: none) stand in the struct itself: VMIG_FD(type, member), VMIG_FD_ARRAY(type, member),
+ * VMIG_FD_VARRAY(type, member, number).
  *
  *     VMIG_UNUSED(bytes)       bytes on the wire without a meaning, where an old version had something
  *     VMIG_SINCE(version)      the rows below exist since this version of the table
@@ -580,6 +613,10 @@ template <class A> struct vmig_same_<A, A> { char same; };
 #define VMIG_BYTES_VARRAY(type, member, number) VMIG_VARRAY_(VMIG_KIND_BYTES, uint8_t, type, member, NULL, number)
 #define VMIG_PTR_BYTES(type, member, number, room) \
     VMIG_PTR_VARRAY_(VMIG_KIND_BYTES, uint8_t, type, member, NULL, number, room)
+
+#define VMIG_FD(type, member) VMIG_ONE_(VMIG_KIND_FD, int, type, member, NULL)
+#define VMIG_FD_ARRAY(type, member) VMIG_ARRAY_(VMIG_KIND_FD, int, type, member, NULL)
+#define VMIG_FD_VARRAY(type, member, number) VMIG_VARRAY_(VMIG_KIND_FD, int, type, member, NULL, number)
 
 #define VMIG_UNUSED(bytes) VMIG_ROW_(NULL, VMIG_KIND_UNUSED, 0, 0, bytes, 1, NULL, NULL, 0)
 #define VMIG_SINCE(version) VMIG_ROW_(NULL, VMIG_KIND_SINCE, version, 0, 0, 0, NULL, NULL, 0)
@@ -776,6 +813,10 @@ char *vmig_get(vmig *m, const char *option);
 /* Flag of a section that is not iterative: it is sent at setup, while the guest still runs, and loaded before RAM. */
 #define VMIG_SECTION_EARLY 1
 
+/* Flag of a section: its `load` writes guest RAM. Memory that is handed over by its file is read-only until the guest
+ * has arrived, so such a section refuses option `hand-over`. */
+#define VMIG_SECTION_WRITES_RAM 2
+
 /* Where a section's callback gets its bytes from. Valid only during the callback that got it. */
 typedef struct vmig_reader vmig_reader;
 
@@ -803,7 +844,7 @@ typedef struct vmig_section_ops {
     uint32_t oldest;
     /* Sections are walked in descending priority, then in the order they were added. */
     int32_t priority;
-    /* VMIG_SECTION_EARLY or 0. */
+    /* Sum of VMIG_SECTION_... flags. */
     uint32_t flags;
     /* Positive: takes part in this migration, 0: not. NULL: always. Source. `[bql]` or `[free]` */
     int (*is_active)(void *opaque);

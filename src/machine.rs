@@ -241,6 +241,9 @@ impl Machine {
         if self.options.on(Opt::SwitchoverAck) && !self.options.on(Opt::ReturnPath) {
             return Err(Error::invalid("option 'switchover-ack' needs option 'return-path'"));
         }
+        if self.options.on(Opt::HandOver) && !self.options.on(Opt::ReturnPath) {
+            return Err(Error::invalid("option 'hand-over' needs option 'return-path'"));
+        }
         self.tell_kvm();
         let wake = Arc::new(Wake::new()?);
         let job = outgoing::Job {

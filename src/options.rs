@@ -59,6 +59,7 @@ pub enum Opt {
     ZeroPageDetection,
     Autostart,
     Peer,
+    HandOver,
     ConnectTimeout,
     StallTimeout,
     StopTimeout,
@@ -77,7 +78,7 @@ const fn row(name: &'static str, kind: Type, default: u64, range: (u64, u64), li
 }
 
 /// Every option, in the order of [`Opt`].
-pub static TABLE: [Row; 19] = [
+pub static TABLE: [Row; 20] = [
     Row {
         qemu: 128 << 20,
         ..row(
@@ -184,6 +185,15 @@ pub static TABLE: [Row; 19] = [
         false,
         "Who listens at the destination of an outgoing migration. vmig: both sides compare what they have before the \
          guest is touched; qemu: QEMU's own rules.",
+    ),
+    row(
+        "hand-over",
+        Type::Bool,
+        0,
+        BOOL,
+        false,
+        "Hand guest memory over to another process of this host instead of copying it: RAM blocks registered with \
+         VMIG_RAM_FD go by their file, over a unix socket. On at both sides or at neither; needs return-path.",
     ),
     row("connect-timeout", Type::Millis, 10_000, (1, HOUR), false, "Milliseconds to wait for a connection."),
     row(

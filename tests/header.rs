@@ -35,13 +35,16 @@ macro_rules! layout {
 fn layouts() -> BTreeMap<String, Layout> {
     use vmig::{capi, section, vmm};
     let mut t = BTreeMap::new();
-    layout!(t, vmm::ops::vmig_ops { size, stop, start, lock, unlock, held, log_dirty, announce, log, destroy });
+    layout!(
+        t,
+        vmm::ops::vmig_ops { size, stop, start, lock, unlock, held, log_dirty, announce, log, destroy, ram_replaced }
+    );
     layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
     layout!(
         t,
         capi::run::vmig_bql_stats { size, acquisitions, contended, wait_ns, wait_max_ns, hold_ns, hold_max_ns }
     );
-    layout!(t, capi::ram::vmig_ram { size, name, host, len, gpa, flags, reserved });
+    layout!(t, capi::ram::vmig_ram { size, name, host, len, gpa, flags, fd, fd_offset });
     layout!(t, capi::ram::vmig_kvm_slot { size, slot, flags, ram, offset, len, gpa });
     layout!(
         t,

@@ -39,7 +39,7 @@ uint8_t *machine_host(struct machine *vm, uint64_t gpa)
 
 /* ---- making the VM ---- */
 
-static int ram_map(struct machine *vm, struct ram_block *ram, bool shared)
+static int ram_map(struct machine *vm, struct ram_block *ram, bool shared, bool huge)
 {
     struct kvm_userspace_memory_region slot = { .slot = ram->slot, .guest_phys_addr = ram->gpa,
                                                 .memory_size = ram->len };
@@ -47,7 +47,7 @@ static int ram_map(struct machine *vm, struct ram_block *ram, bool shared)
     void *host;
 
     if (shared) {
-        ram->fd = memfd_create(ram->name, MFD_CLOEXEC);
+        ram->fd = memfd_create(ram->name, MFD_CLOEXEC | (huge ? MFD_HUGETLB : 0));
         if (ram->fd < 0 || ftruncate(ram->fd, (off_t)ram->len) < 0)
             return -errno;
     }
@@ -77,7 +77,7 @@ static int ram_create(struct machine *vm, const struct machine_config *config)
     else
         ram_blocks(vm, config);
     for (size_t i = 0; i < RAM_BLOCKS; i++)
-        if ((err = ram_map(vm, &vm->ram[i], config->shared)) < 0)
+        if ((err = ram_map(vm, &vm->ram[i], config->shared, config->huge)) < 0)
             return err;
     return 0;
 }

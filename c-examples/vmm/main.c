@@ -17,7 +17,9 @@ static const char usage[] =
     "usage: vmm [options], then one command per line on standard input\n"
     "  --mem MIB            guest memory, half of it above 4 GiB (default 256)\n"
     "  --vcpus N            1 to 16 (default 2)\n"
-    "  --shared             memory from a memfd instead of anonymous memory\n"
+    "  --memfd, --shared    memory from a memfd instead of anonymous memory; with --set 'hand-over on' at both sides it\n"
+    "                       is handed over, not copied, to a VMM at unix:PATH on the same host\n"
+    "  --huge               with --memfd: huge pages (2 MiB), which must have been reserved\n"
     "  --fill KIND          what memory holds at boot: random, zero, untouched, pattern (default)\n"
     "  --pages N            working set of the guest in pages (default 16384)\n"
     "  --burst N            pages the guest writes per tick, 0: as fast as it can (default 64)\n"
@@ -77,6 +79,7 @@ static void parse(int argc, char **argv, struct options *o)
 {
     static const struct option names[] = {
         { "mem", 1, NULL, 'm' },      { "vcpus", 1, NULL, 'c' },      { "shared", 0, NULL, 's' },
+        { "memfd", 0, NULL, 's' },    { "huge", 0, NULL, 'u' },
         { "fill", 1, NULL, 'f' },     { "pages", 1, NULL, 'p' },      { "burst", 1, NULL, 'b' },
         { "tick", 1, NULL, 't' },     { "spin", 0, NULL, 'S' },       { "incoming", 1, NULL, 'i' },
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
@@ -93,6 +96,7 @@ static void parse(int argc, char **argv, struct options *o)
         case 'm': o->machine.mem_bytes = number(name, optarg, 16, 65536) / 4 * 4 << 20; break;
         case 'c': o->machine.vcpus = (unsigned)number(name, optarg, 1, GUEST_MAX_VCPUS); break;
         case 's': o->machine.shared = true; break;
+        case 'u': o->machine.huge = true; break;
         case 'f': o->fill = fill_kind(optarg); break;
         case 'p': o->boot.hot_pages = (uint32_t)number(name, optarg, 1, UINT32_MAX); break;
         case 'b': o->boot.burst = (uint32_t)number(name, optarg, 0, UINT32_MAX); break;

@@ -2,11 +2,14 @@
  *
  * The VMM brings a way to pause and resume itself, a lock around its devices, and its state. It tells the library
  * once where all of that is (migrate_setup); then every move is one call. */
+#define _GNU_SOURCE
 #include "vmm.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 #include <vmig.h>
 
 /* ---- the hooks: called by the library's threads, big lock not held ---- */
@@ -46,6 +49,26 @@ static void lock(void *opaque)
 static void unlock(void *opaque)
 {
     pthread_mutex_unlock(&((struct machine *)opaque)->lock);
+}
+
+/* The guest came with its memory: keep that file instead of our own. Devices that know the memory by its file, such as
+ * vhost-user's, would be told here. */
+static int ram_replaced(void *opaque, const char *name, void *host, uint64_t len, int fd, uint64_t offset)
+{
+    struct machine *vm = opaque;
+    int kept = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+
+    (void)host, (void)len, (void)offset;
+    if (kept < 0)
+        return -errno;
+    for (size_t i = 0; i < RAM_BLOCKS; i++)
+        if (strcmp(vm->ram[i].name, name) == 0) {
+            close(vm->ram[i].fd);
+            vm->ram[i].fd = kept;
+            return 0;
+        }
+    close(kept);
+    return -ENOENT;
 }
 
 /* ---- the devices: one table each, for both directions ---- */
@@ -109,6 +132,8 @@ static int add_ram(vmig *m, const struct ram_block *block)
     int err;
 
     ram.name = block->name, ram.host = block->host, ram.len = block->len, ram.gpa = block->gpa;
+    if (block->fd >= 0)
+        ram.flags = VMIG_RAM_FD, ram.fd = block->fd;    /* may be handed over, if the option says so */
     slot.slot = block->slot, slot.ram = block->name, slot.len = block->len, slot.gpa = block->gpa;
     if ((err = vmig_add_ram(m, &ram)) < 0)
         return err;
@@ -140,6 +165,7 @@ int migrate_setup(struct machine *vm)
     int err;
 
     ops.stop = stop, ops.start = start, ops.lock = lock, ops.unlock = unlock;
+    ops.ram_replaced = ram_replaced;
     if ((err = vmig_new(&ops, vm, &vm->migration)) >= 0) {
         vmig_bql_lock(vm->migration);
         err = add_everything(vm->migration, vm);

@@ -87,7 +87,7 @@ struct firmware {
 struct machine_config {
     uint64_t mem_bytes;
     unsigned vcpus;
-    bool shared;
+    bool shared, huge;
     const struct firmware *firmware;                    /* NULL: a machine for the built-in guest */
 };
 

@@ -3,18 +3,25 @@
 //! an emulator, by vmig_dirty() on its store path; a device's by vmig_dirty().
 
 use std::ffi::{c_char, c_int, c_void};
+use std::sync::Arc;
 
 use super::guest::vmig;
 use super::{enter, guest, string};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::machine::KvmSlot;
 use crate::ram::BlockSpec;
+use crate::ram::handed::MemoryFile;
+use crate::sys::io;
 use crate::sys::sized::{SizedStruct, sized_copy};
 
 /// Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed.
 pub const VMIG_RAM_MARKED: u32 = 1;
 /// Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent.
 pub const VMIG_RAM_SHARED_STORAGE: u32 = 2;
+/// Flag of a block: `fd` and `fd_offset` say which file in memory (memfd, shm, tmpfs, hugetlb) the block is a shared,
+/// writable mapping of. With option `hand-over` on at both sides of a unix socket the file is handed over instead of the
+/// bytes. When a guest arrives that way, the library maps its file over the block (hook `ram_replaced`).
+pub const VMIG_RAM_FD: u32 = 4;
 
 /// A block of guest RAM.
 #[repr(C)]
@@ -32,8 +39,11 @@ pub struct vmig_ram {
     pub gpa: u64,
     /// Sum of VMIG_RAM_... flags.
     pub flags: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// With VMIG_RAM_FD the file behind the block, open for reading and writing; else 0. Duplicated; the caller keeps
+    /// its own.
+    pub fd: c_int,
+    /// With VMIG_RAM_FD where in the file the block begins, in bytes; else 0.
+    pub fd_offset: u64,
 }
 
 // SAFETY: repr(C), size first, integers and raw pointers, no padding.
@@ -43,7 +53,8 @@ unsafe impl SizedStruct for vmig_ram {
 }
 
 /// Registers a block of guest RAM. -EEXIST if the name is taken or the memory overlaps another block's; -EBUSY while a
-/// migration runs. \[bql\]
+/// migration runs; -EINVAL, -EACCES or -EPERM if the block is not a mapping of the file it names by VMIG_RAM_FD, or of
+/// one that cannot be handed over; the text says what differs. \[bql\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_add_ram(m: *mut vmig, ram: *const vmig_ram) -> c_int {
     enter("vmig_add_ram", || {
@@ -51,8 +62,8 @@ pub unsafe extern "C" fn vmig_add_ram(m: *mut vmig, ram: *const vmig_ram) -> c_i
         let machine = unsafe { guest(m) }?;
         // SAFETY: the C contract of sized structs.
         let ram = unsafe { sized_copy(ram) }?;
-        let known = VMIG_RAM_MARKED | VMIG_RAM_SHARED_STORAGE;
-        if ram.flags & !known != 0 || ram.reserved != 0 {
+        let known = VMIG_RAM_MARKED | VMIG_RAM_SHARED_STORAGE | VMIG_RAM_FD;
+        if ram.flags & !known != 0 {
             return Err(Error::invalid(format!("vmig_ram.flags {:#x} has unknown bits", ram.flags)));
         }
         // SAFETY: the C contract of strings.
@@ -64,9 +75,25 @@ pub unsafe extern "C" fn vmig_add_ram(m: *mut vmig, ram: *const vmig_ram) -> c_i
             gpa: ram.gpa,
             marked: ram.flags & VMIG_RAM_MARKED != 0,
             shared_storage: ram.flags & VMIG_RAM_SHARED_STORAGE != 0,
+            file: file_of(&ram)?.map(Arc::new),
         })?;
         Ok(0)
     })
+}
+
+/// The file that a block names.
+fn file_of(ram: &vmig_ram) -> Result<Option<MemoryFile>> {
+    if ram.flags & VMIG_RAM_FD == 0 {
+        return match (ram.fd, ram.fd_offset) {
+            (0, 0) => Ok(None),
+            _ => Err(Error::invalid("vmig_ram.fd and fd_offset need the flag VMIG_RAM_FD")),
+        };
+    }
+    if ram.flags & VMIG_RAM_SHARED_STORAGE != 0 {
+        return Err(Error::invalid("VMIG_RAM_SHARED_STORAGE excludes VMIG_RAM_FD: the bytes do not migrate at all"));
+    }
+    let fd = io::duplicate(ram.fd).map_err(|e| e.context("vmig_ram.fd"))?;
+    Ok(Some(MemoryFile::new(fd, ram.fd_offset)))
 }
 
 /// Forgets a block and its KVM slots; the memory is not used any more once this returns. -ENOENT: there is no such

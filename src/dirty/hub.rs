@@ -48,14 +48,21 @@ impl Hub {
         Ok(())
     }
 
-    /// Starts reading: every page of `list` is dirty at first. The first reader starts the trackers.
+    /// Starts reading: every page of `list` is dirty at first. The first reader starts the trackers, for its blocks:
+    /// later ones cannot have more.
     pub fn subscribe(&self, list: &RamList) -> Result<Arc<DirtySet>> {
         let mut inner = self.lock();
         check_covered(&inner.trackers, list)?;
+        if let Some(first) = inner.readers.first()
+            && let Some(block) = list.iter().find(|b| !first.list.iter().any(|other| Arc::ptr_eq(b, other)))
+        {
+            let text = format!("RAM block '{}' is not tracked by the migration that runs", block.name());
+            return Err(Error::new(libc::EBUSY, text));
+        }
         let set = Arc::new(DirtySet::all(list)?);
         if inner.readers.is_empty() {
             for (i, tracker) in inner.trackers.iter().enumerate() {
-                if let Err(error) = tracker.start() {
+                if let Err(error) = tracker.start(list) {
                     inner.trackers[..i].iter().for_each(|t| t.stop());
                     return Err(error.context("switching dirty logging on"));
                 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{Found, Tracker};
 use crate::error::{Error, Result};
-use crate::ram::{Block, PAGE};
+use crate::ram::{Block, PAGE, RamList};
 use crate::sys::kvm::{DirtyLog, GROUP, LOG_DIRTY_PAGES, Slot, Vm};
 use crate::thread::lock;
 
@@ -29,6 +29,8 @@ struct Logged {
     /// The block's page that the slot starts at.
     first: usize,
     log: DirtyLog,
+    /// Logging is on: the block migrates page by page.
+    on: bool,
     /// What the last read found and nobody cleared since; empty without manual protection.
     uncleared: Vec<u64>,
 }
@@ -99,7 +101,7 @@ impl KvmLog {
         let slot = Slot { slot: number, flags: flags & !LOG_DIRTY_PAGES, gpa, len, host: block.host_address(offset) };
         let log = DirtyLog::new(len / PAGE)?;
         let first = usize::try_from(offset / PAGE).map_err(|_| Error::no_memory("a dirty log", len))?;
-        slots.push(Logged { slot, block: Arc::clone(block), first, log, uncleared: Vec::new() });
+        slots.push(Logged { slot, block: Arc::clone(block), first, log, on: false, uncleared: Vec::new() });
         Ok(())
     }
 
@@ -138,14 +140,18 @@ fn named(error: Error, slot: &Logged) -> Error {
 }
 
 impl Tracker for KvmLog {
-    fn start(&self) -> Result<()> {
+    fn start(&self, list: &RamList) -> Result<()> {
         let mut slots = self.lock();
         for index in 0..slots.len() {
             let logged = &mut slots[index];
             logged.uncleared.clear();
+            logged.on = list.iter().any(|block| Arc::ptr_eq(block, &logged.block));
+            if !logged.on {
+                continue;
+            }
             if let Err(error) = self.set_logging(&logged.slot, true) {
                 let error = named(error, logged);
-                for logged in &slots[..index] {
+                for logged in slots[..index].iter().filter(|logged| logged.on) {
                     // The error that matters is the first; what was switched on is harmless but slow.
                     let _ = self.set_logging(&logged.slot, false);
                 }
@@ -156,8 +162,9 @@ impl Tracker for KvmLog {
     }
 
     fn stop(&self) {
-        for logged in self.lock().iter_mut() {
+        for logged in self.lock().iter_mut().filter(|logged| logged.on) {
             logged.uncleared.clear();
+            logged.on = false;
             // Setting a slot makes it, so one that the VMM deleted or changed meanwhile must be left alone. Whatever
             // fails here, the guest runs on.
             if self.switch.is_some() || self.vm.get_dirty_log(logged.slot.slot, &mut logged.log).is_ok() {
@@ -167,7 +174,7 @@ impl Tracker for KvmLog {
     }
 
     fn sync(&self, found: &mut Found<'_>) -> Result<()> {
-        for logged in self.lock().iter_mut() {
+        for logged in self.lock().iter_mut().filter(|logged| logged.on) {
             let number = logged.slot.slot;
             self.vm.get_dirty_log(number, &mut logged.log).map_err(|e| named(e, logged))?;
             let words = logged.log.words();

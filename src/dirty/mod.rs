@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::ram::Block;
+use crate::ram::{Block, RamList};
 
 /// Takes what a tracker found: in `block`, from page `first` on, the pages whose bits are set.
 pub type Found<'a> = dyn FnMut(&Arc<Block>, usize, &[u64]) + 'a;
@@ -21,8 +21,8 @@ pub type Found<'a> = dyn FnMut(&Arc<Block>, usize, &[u64]) + 'a;
 ///
 /// All calls come from one thread at a time, without the big lock.
 pub trait Tracker: Send + Sync {
-    /// Starts tracking. What was written before may or may not be reported.
-    fn start(&self) -> Result<()>;
+    /// Starts tracking the blocks of `list`. What was written before may or may not be reported.
+    fn start(&self, list: &RamList) -> Result<()>;
 
     /// Stops tracking; called once for each `start` that succeeded.
     fn stop(&self);

@@ -165,7 +165,8 @@ mod tests {
         let host = memory.as_ptr().cast_mut();
         let host = host.wrapping_add(host.align_offset(PAGE_BYTES));
         let len = pages as u64 * PAGE;
-        let spec = BlockSpec { name: "ram".into(), host, len, gpa: 0, marked: true, shared_storage: false };
+        let spec =
+            BlockSpec { name: "ram".into(), host, len, gpa: 0, marked: true, shared_storage: false, file: None };
         (memory, Ram::default().add(spec).unwrap())
     }
 

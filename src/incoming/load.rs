@@ -1,6 +1,7 @@
 //! The load loop: reads element after element and gives each body to whom it belongs.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::ahead::Scout;
@@ -10,6 +11,7 @@ use super::target::Targets;
 use super::{Job, Peer};
 use crate::error::{Error, Result};
 use crate::section::builtin;
+use crate::section::fds::Inbox;
 use crate::section::list::Bindings;
 use crate::section::{Apply, Part};
 use crate::transport::stream::StreamInput;
@@ -47,6 +49,8 @@ pub(super) struct Loader<'a> {
     takes_part: Vec<bool>,
     /// How many sections were told to prepare: those are told the end.
     set_up: usize,
+    /// Descriptors of devices.
+    fds: Arc<Inbox>,
 }
 
 impl<'a> Loader<'a> {
@@ -57,6 +61,7 @@ impl<'a> Loader<'a> {
         scout: Option<Scout>,
         lanes: Option<Lanes>,
         meet_each_section: bool,
+        fds: Arc<Inbox>,
     ) -> Self {
         Self {
             job,
@@ -71,6 +76,7 @@ impl<'a> Loader<'a> {
             running: true,
             takes_part: vec![false; job.sections.len()],
             set_up: 0,
+            fds,
         }
     }
 
@@ -127,6 +133,8 @@ impl<'a> Loader<'a> {
             let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());
             return Err(Error::invalid(text));
         }
+        self.peer.check_no_fds()?;
+        self.fds.check_empty()?;
         self.publish(input.position());
         if let Some(clock_ns) = self.clock_ns {
             self.job.vmm.set_clock_ns(clock_ns)?;
@@ -209,7 +217,7 @@ impl<'a> Loader<'a> {
 
     fn device(&mut self, input: &mut StreamInput, id: u32, name: &SectionName, part: Part) -> Result<()> {
         let (_, section) = self.bindings.bind(id, &name.name, name.instance, name.version)?;
-        let apply = section.parse(part, name.version, input)?;
+        let apply = section.parse_with_fds(part, name.version, input, &self.fds)?;
         apply_locked(self.job, apply)
     }
 
@@ -221,7 +229,8 @@ impl<'a> Loader<'a> {
             return stream::read_footer(input, id, ram::NAME);
         }
         let (entry, section, version) = self.bindings.find(id)?;
-        let apply = section.parse(part, version, input).map_err(|e| at_byte(e, &entry.name, at))?;
+        let apply =
+            section.parse_with_fds(part, version, input, &self.fds).map_err(|e| at_byte(e, &entry.name, at))?;
         apply_locked(self.job, apply).map_err(|e| at_byte(e, &entry.name, at))?;
         if part == Part::End {
             self.ended.insert(id);
@@ -246,6 +255,7 @@ impl<'a> Loader<'a> {
                 active.filter_map(|(entry, _)| entry.section()).for_each(|section| section.about_to_switch());
                 Ok(())
             }
+            Command::Fds(count) => self.fds.add(self.peer.take_fds(count)?),
         }
     }
 }

@@ -2,11 +2,13 @@
 
 mod ahead;
 mod door;
+mod hand;
 mod lanes;
 mod load;
 mod receiver;
 mod target;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +32,7 @@ use crate::wire::reply::{self, Reply};
 use crate::wire::stream;
 use ahead::Ahead;
 use door::Door;
+use hand::Hand;
 use lanes::Lanes;
 use load::Loader;
 use target::Targets;
@@ -149,6 +152,19 @@ impl Peer {
         self.reply(&Reply::Shut(1))
     }
 
+    /// Descriptors that came with bytes of the stream.
+    pub(crate) fn take_fds(&self, count: u32) -> Result<Vec<OwnedFd>> {
+        self.channel.take_fds(usize::try_from(count).unwrap_or(usize::MAX))
+    }
+
+    /// Fails if descriptors came that the stream says nothing of.
+    pub(crate) fn check_no_fds(&self) -> Result<()> {
+        match self.channel.fds_left() {
+            0 => Ok(()),
+            n => Err(Error::new(libc::EPROTO, format!("{n} file descriptors came that were not announced"))),
+        }
+    }
+
     fn hang_up(&self) {
         self.channel.shutdown();
     }
@@ -158,13 +174,17 @@ impl Peer {
 fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, touched: &mut bool) -> Result<bool> {
     let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
+    let mut hand = Hand::new(job);
     let (parallel, hints) = match first == hello::MAGIC.to_be_bytes() {
-        true => greet(job, peer, &mut input).map_err(|e| e.in_phase("hello"))?,
+        true => greet(job, peer, &mut input, &mut hand).map_err(|e| e.in_phase("hello"))?,
         // A QEMU says nothing of its channels: both sides must have been told the same.
-        false => (Parallel::configured(&job.options), Vec::new()),
+        false => {
+            hand.check_plain()?;
+            (Parallel::configured(&job.options), Vec::new())
+        }
     };
     *touched = true;
-    let targets = target::prepare(job, peer.is_vmig)?;
+    let targets = target::prepare(job, hand.rest(), peer.is_vmig)?;
     memory.prepare(job, &targets, hints, usize::from(parallel.channels));
     let lanes = match parallel.channels {
         0 => None,
@@ -182,13 +202,15 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
     };
     configuration(&mut input).map_err(|e| e.in_phase("load"))?;
     let scout = memory.ahead.as_ref().map(Ahead::scout);
-    let mut loader = Loader::new(job, peer, &targets, scout, lanes, parallel.meet_each_section);
+    let mut loader = Loader::new(job, peer, &targets, scout, lanes, parallel.meet_each_section, hand.inbox());
     let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
+    hand.open().map_err(|e| e.in_phase("hand over"))?;
     // From here on the source may learn that we have the guest: no way back.
     job.status.commit()?;
     if peer.listens {
         peer.reply(&Reply::Shut(0)).map_err(|e| e.context("telling the source that the guest arrived"))?;
     }
+    hand.keep();
     Ok(running)
 }
 
@@ -208,19 +230,25 @@ impl Parallel {
 }
 
 /// Compares the source's hello with what is here and answers it.
-fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<(Parallel, Vec<(String, Hint)>)> {
+fn greet(
+    job: &Job,
+    peer: &mut Peer,
+    input: &mut StreamInput,
+    hand: &mut Hand<'_>,
+) -> Result<(Parallel, Vec<(String, Hint)>)> {
     let theirs = hello::read(input)?;
     peer.is_vmig = true;
-    let differences = compare(&theirs, job);
+    let differences = compare(&theirs, job, peer, hand);
     let answer = match differences.is_empty() {
-        true => Answer::Welcome,
+        true => Answer::Welcome(hand.welcome(&theirs, &*peer.channel)),
         false => Answer::Refused(differences),
     };
     let mut bytes = Vec::new();
     hello::put_answer(&mut bytes, &answer)?;
     peer.out.write(&bytes)?;
     match answer {
-        Answer::Welcome => {
+        Answer::Welcome(_) => {
+            hand.receive(input, &*peer.channel)?;
             let hints = if theirs.hints { read_hints(job, &theirs, input)? } else { Vec::new() };
             Ok((Parallel { channels: theirs.channels, meet_each_section: theirs.meet_each_section }, hints))
         }
@@ -228,11 +256,12 @@ fn greet(job: &Job, peer: &mut Peer, input: &mut StreamInput) -> Result<(Paralle
     }
 }
 
-/// The hints behind a welcome, one for each block of the hello; their lengths follow from our own blocks, which were
+/// The hints behind a welcome, one for each block of the hello that was not offered by its file; their lengths follow from our own blocks, which were
 /// found to be the same.
 fn read_hints(job: &Job, theirs: &Hello, input: &mut StreamInput) -> Result<Vec<(String, Hint)>> {
     let mut hints = Vec::new();
-    for (name, _) in &theirs.blocks {
+    let offered = |name: &str| theirs.hand_over.iter().flatten().any(|offer| offer.name == name);
+    for (name, _) in theirs.blocks.iter().filter(|(name, _)| !offered(name)) {
         if let Some(block) = job.ram.iter().find(|b| b.is_sent() && b.name() == name) {
             hints.push((name.clone(), hello::read_hint(input, block.pages())?));
         }
@@ -253,6 +282,9 @@ impl Memory {
     fn prepare(&mut self, job: &Job, targets: &Targets, hints: Vec<(String, Hint)>, channels: usize) {
         /// Populating is faster than one connection, and not much faster with more threads than this.
         const THREADS_MAX: usize = 2;
+        if targets.is_empty() {
+            return;
+        }
         if hints.is_empty() {
             self.ahead = Ahead::start(job);
             return;
@@ -265,8 +297,9 @@ impl Memory {
 }
 
 /// Everything that differs between the two sides.
-fn compare(theirs: &Hello, job: &Job) -> Vec<Error> {
+fn compare(theirs: &Hello, job: &Job, peer: &Peer, hand: &mut Hand<'_>) -> Vec<Error> {
     let mut found = Vec::new();
+    hand.compare(theirs, &*peer.channel, &mut found);
     let machine = job.options.machine();
     if theirs.machine != machine {
         let text = "option 'machine' differs between source and destination";
@@ -279,12 +312,12 @@ fn compare(theirs: &Hello, job: &Job) -> Vec<Error> {
         let text = "the source wants more channels than the destination allows";
         found.push(Error::invalid(text).expected_got(format!("at most {}", packet::CHANNELS_MAX), theirs.channels));
     }
-    compare_ram(theirs, &job.ram, &mut found);
+    compare_ram(theirs, &job.ram, hand, &mut found);
     compare_sections(theirs, &job.sections, &mut found);
     found.into_iter().map(|e| e.on_side("destination").in_phase("hello")).collect()
 }
 
-fn compare_ram(theirs: &Hello, ram: &RamList, found: &mut Vec<Error>) {
+fn compare_ram(theirs: &Hello, ram: &RamList, hand: &Hand<'_>, found: &mut Vec<Error>) {
     for (name, len) in &theirs.blocks {
         match ram.iter().find(|b| b.is_sent() && b.name() == name) {
             None => found.push(
@@ -302,7 +335,8 @@ fn compare_ram(theirs: &Hello, ram: &RamList, found: &mut Vec<Error>) {
     let survey = Survey::new();
     for block in ram.iter().filter(|b| b.is_sent()) {
         let shared = |survey: &Survey| survey.identities(block).iter().any(|name| theirs.memory.contains(name));
-        if survey.as_ref().is_ok_and(shared) {
+        // Memory that changes hands may well have been here before.
+        if !hand.takes(block) && survey.as_ref().is_ok_and(shared) {
             let text = format!(
                 "RAM block '{}' is the same memory on both sides: map another file at the destination, or set \
                  VMIG_RAM_SHARED_STORAGE on both",
@@ -320,6 +354,7 @@ fn compare_ram(theirs: &Hello, ram: &RamList, found: &mut Vec<Error>) {
 fn compare_sections(theirs: &Hello, entries: &[Entry], found: &mut Vec<Error>) {
     let ours = || entries.iter().filter(|e| e.section().is_some_and(|s| s.is_active()));
     for section in &theirs.sections {
+        let (section, fds) = (&section.name, &section.fds);
         let (name, instance) = (&section.name, section.instance);
         match ours().find(|e| e.name == *name && e.instance == instance) {
             None => found.push(
@@ -334,17 +369,35 @@ fn compare_sections(theirs: &Hello, entries: &[Entry], found: &mut Vec<Error>) {
                     .in_section(name.clone())
                     .expected_got(format!("{} to {}", entry.oldest, entry.version), section.version),
             ),
-            Some(_) => (),
+            Some(entry) => compare_fds(entry, section.version, fds, found),
         }
     }
     for entry in ours() {
-        if !theirs.sections.iter().any(|s| s.name == entry.name && s.instance == entry.instance) {
+        if !theirs.sections.iter().any(|s| s.name.name == entry.name && s.name.instance == entry.instance) {
             let text = format!(
                 "the destination has a device '{}' (instance {}), the source does not",
                 entry.name, entry.instance
             );
             found.push(Error::new(libc::ENOENT, text).in_section(entry.name.clone()));
         }
+    }
+}
+
+/// A descriptor on one side and a number on the other have the same size on the wire, and nothing else in common.
+fn compare_fds(entry: &Entry, version: u32, theirs: &[String], found: &mut Vec<Error>) {
+    let ours = entry.section().map_or_else(Vec::new, |section| section.fd_fields(version));
+    if ours != theirs {
+        let field = ours.iter().find(|f| !theirs.contains(f)).or(theirs.iter().find(|f| !ours.contains(f)));
+        let list = |fields: &[String]| if fields.is_empty() { "none".to_owned() } else { fields.join(", ") };
+        let text = format!(
+            "device '{}' (instance {}) has other fields that are file descriptors at the source",
+            entry.name, entry.instance
+        );
+        let error = Error::invalid(text).in_section(entry.name.clone()).expected_got(list(&ours), list(theirs));
+        found.push(match field {
+            Some(field) => error.in_field(field),
+            None => error,
+        });
     }
 }
 

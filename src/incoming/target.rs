@@ -6,11 +6,11 @@ use std::sync::{Arc, OnceLock};
 use super::Job;
 use crate::bitmap::Bitmap;
 use crate::error::Result;
-use crate::ram::Block;
 use crate::ram::fresh::{Care, freshen};
 use crate::ram::prepare::{self, Limits, Preparer};
 use crate::ram::presence::Hint;
 use crate::ram::survey::{Part, Survey};
+use crate::ram::{Block, RamList};
 
 /// A block that pages arrive for.
 #[derive(Debug)]
@@ -56,10 +56,10 @@ pub(super) type Targets = Arc<HashMap<String, Arc<Target>>>;
 /// Makes all blocks that pages will arrive for read as zero, by the way each kind of memory needs, where that can be
 /// proven. Shared memory is left alone unless the source said that it is not its own (`compared`): else its guest would
 /// lose its memory with ours.
-pub(super) fn prepare(job: &Job, compared: bool) -> Result<Targets> {
+pub(super) fn prepare(job: &Job, ram: &RamList, compared: bool) -> Result<Targets> {
     let survey = Survey::new();
     let mut targets = HashMap::new();
-    for block in job.ram.iter().filter(|b| b.is_sent()) {
+    for block in ram.iter().filter(|b| b.is_sent()) {
         let mut written = None;
         if let Ok(survey) = &survey {
             let keep = !compared && survey.parts(block, None).iter().any(Part::is_shared);

@@ -53,7 +53,7 @@ pub(super) use rows;
 
 /// A table of version 1 without parts or hooks.
 pub(super) fn table(name: &str, fields: Vec<Field>) -> Table {
-    Table { name: name.to_owned(), version: 1, oldest: 1, fields, parts: Vec::new(), hooks: None, early: false }
+    Table { fields, ..Table::new(name, 1) }
 }
 
 /// Makes array `name` as long as the earlier field `len` says.

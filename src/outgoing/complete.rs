@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use super::replies::{Replies, Verdict};
-use super::{Migration, Outcome};
+use super::{Migration, Outcome, hand};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::pacing::downtime::{Downtime, Parts};
@@ -97,6 +97,7 @@ impl Migration<'_> {
         self.sender.end_section(&mut self.out, true)?;
         took.ram = lap.time();
         let (_, rest) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
+        hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
         self.write(rest)?;
         // As late as it can still be undone: a write that is not seen here is one the destination never gets.
         self.job.dirty.check_quiet(&set)?;

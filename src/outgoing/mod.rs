@@ -3,6 +3,7 @@
 mod complete;
 #[cfg(feature = "fault-injection")]
 mod fault;
+mod hand;
 mod lanes;
 mod replies;
 mod sender;
@@ -32,6 +33,7 @@ use crate::transport::{Channel, Target};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::command::Command;
 use crate::wire::{hello, stream};
+use hand::HandOver;
 use lanes::Lanes;
 use replies::Replies;
 use sections::SectionSaver;
@@ -165,6 +167,7 @@ struct Migration<'a> {
     sections: SectionSaver<'a>,
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
+    hand: HandOver,
     rate: Rate,
     toll: Arc<Toll>,
     accounted: u64,
@@ -200,6 +203,7 @@ impl<'a> Migration<'a> {
                 },
                 job.options.on(Opt::MultifdFlushAfterEachSection),
             ),
+            hand: HandOver::nothing(job),
             rate: Rate::new(Duration::ZERO),
             toll: Toll::new(job),
             accounted: 0,
@@ -236,6 +240,8 @@ impl<'a> Migration<'a> {
             let text = "switchover-ack needs a destination that can answer; a pipe or a file cannot";
             return Err(Error::invalid(text));
         }
+        hand::check_devices(self.job, &*self.channel, self.sections.fd_fields())?;
+        self.hand = HandOver::new(self.job, &*self.channel)?;
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
         if self.to_vmig {
             let hints = self.hints();
@@ -244,7 +250,11 @@ impl<'a> Migration<'a> {
             self.out.write(&bytes)?;
             answers.set_limit(Some(self.job.options.time(Opt::StallTimeout)));
             match hello::read_answer(&mut answers)? {
-                hello::Answer::Welcome => answers.set_limit(None),
+                hello::Answer::Welcome(welcome) => {
+                    answers.set_limit(None);
+                    hand::check_welcome(&welcome, self.sections.fd_fields())?;
+                    self.hand.pass(&welcome, &mut self.out)?;
+                }
                 hello::Answer::Refused(errors) => return Err(hello::join(&errors)),
             }
             let mut bytes = Vec::new();
@@ -280,10 +290,10 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Where the blocks that travel have content; none if that cannot be found out.
+    /// Where the blocks that certainly travel have content; none if that cannot be found out.
     fn hints(&self) -> Option<Vec<Hint>> {
         let survey = Survey::new().ok()?;
-        let blocks = self.job.ram.iter().filter(|b| b.is_sent());
+        let blocks = self.job.ram.iter().filter(|b| b.is_sent() && !self.hand.is_offered(b));
         blocks
             .map(|block| {
                 let mut hint = Presence::new(block, &survey, None).hint().ok()?;
@@ -302,17 +312,18 @@ impl<'a> Migration<'a> {
             machine: self.job.options.machine(),
             page_size: PAGE,
             blocks: self.job.ram.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), b.len())).collect(),
-            sections: self.sections.names(),
+            sections: self.sections.devices(),
             channels: self.channels(),
             meet_each_section: self.job.options.on(Opt::MultifdFlushAfterEachSection),
             memory: Survey::new().map_or_else(|_| Vec::new(), |survey| self.identities(&survey)),
             hints,
+            hand_over: self.hand.offers(),
         }
     }
 
     /// Dirty logging on, START of every iterative section.
     fn setup(&mut self) -> Result<()> {
-        let set = self.job.dirty.subscribe(&self.job.ram)?;
+        let set = self.job.dirty.subscribe(self.hand.rest())?;
         self.set = Some(Arc::clone(&set));
         let total: u64 = set.blocks().map(|b| b.len()).sum();
         self.job.status.counters.total.store(total, Ordering::Relaxed);
@@ -322,6 +333,7 @@ impl<'a> Migration<'a> {
             let _bql = self.job.vmm.bql().guard()?;
             self.sections.setup(&mut bytes)?;
         }
+        hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
         self.write(&bytes)?;
         self.last_sync = Instant::now();
         self.job.status.counters.iteration.store(1, Ordering::Relaxed);

@@ -1,11 +1,15 @@
 //! Saving sections: what is sent when, in which order, and what describes it.
 
+use std::os::fd::OwnedFd;
+
 use serde_json::{Value, json};
 
 use crate::error::Result;
 use crate::section::builtin;
+use crate::section::fds::Outbox;
 use crate::section::list::Entry;
 use crate::section::{Pending, Section};
+use crate::wire::hello::Device;
 use crate::wire::stream::{self, SectionName};
 
 /// Ids below this are the library's own; the ids of the list are shifted by it.
@@ -23,6 +27,9 @@ pub(super) struct SectionSaver<'a> {
     set_up: usize,
     /// Descriptions of what was sent; none are made for a vmig, which has compared the devices and would not read them.
     devices: Option<Vec<Value>>,
+    /// Fields that are descriptors: device, instance, path.
+    fd_fields: Vec<(String, u32, String)>,
+    fds: Outbox,
 }
 
 fn name_of(entry: &Entry) -> SectionName {
@@ -31,8 +38,14 @@ fn name_of(entry: &Entry) -> SectionName {
 
 impl<'a> SectionSaver<'a> {
     pub(super) fn new(entries: &'a [Entry], describe: bool) -> Self {
-        let devices = describe.then(Vec::new);
-        Self { entries, takes_part: vec![false; entries.len()], set_up: 0, devices }
+        Self {
+            entries,
+            takes_part: vec![false; entries.len()],
+            set_up: 0,
+            devices: describe.then(Vec::new),
+            fd_fields: Vec::new(),
+            fds: Outbox::default(),
+        }
     }
 
     /// Asks every section whether it takes part and is ready: the first refusal is the migration's. \[bql\]
@@ -43,6 +56,8 @@ impl<'a> SectionSaver<'a> {
             {
                 *takes_part = true;
                 section.prepare().map_err(|e| e.in_section(&entry.name))?;
+                let fields = section.fds_to_send()?.into_iter();
+                self.fd_fields.extend(fields.map(|field| (entry.name.clone(), entry.instance, field)));
             }
         }
         Ok(())
@@ -55,8 +70,22 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// What the destination must know.
-    pub(super) fn names(&self) -> Vec<SectionName> {
-        self.active().map(|(entry, _)| name_of(entry)).collect()
+    pub(super) fn devices(&self) -> Vec<Device> {
+        let device = |(entry, section): (&Entry, &dyn Section)| Device {
+            name: name_of(entry),
+            fds: section.fd_fields(entry.version),
+        };
+        self.active().map(device).collect()
+    }
+
+    /// Fields that are file descriptors, by device and instance, as `prepare` found them.
+    pub(super) fn fd_fields(&self) -> &[(String, u32, String)] {
+        &self.fd_fields
+    }
+
+    /// The descriptors of bodies that were written since the last call.
+    pub(super) fn take_fds(&mut self) -> Vec<OwnedFd> {
+        self.fds.take()
     }
 
     /// START of iterative sections, FULL of early ones. \[bql\]
@@ -81,7 +110,7 @@ impl<'a> SectionSaver<'a> {
         let id = FIRST_ID + entry.id;
         stream::put_full(out, id, &name_of(entry))?;
         let start = out.len();
-        section.complete(out).map_err(|e| e.in_section(&entry.name))?;
+        section.complete_with_fds(out, &mut self.fds).map_err(|e| e.in_section(&entry.name))?;
         let end = out.len();
         stream::put_footer(out, id);
         self.describe(&entry.name, entry.instance, || section.describe(&out[start..end]));

@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "guest bytes are touched here and nowhere else")]
 
 pub mod fresh;
+pub mod handed;
 pub mod prepare;
 pub mod presence;
 pub mod survey;
@@ -20,6 +21,8 @@ use crate::sys::io::{Piece, Room};
 use crate::sys::memory::{self, Advice};
 use crate::thread::lock;
 use crate::zero;
+use handed::MemoryFile;
+use survey::Survey;
 
 /// Page size of the stream.
 pub const PAGE: u64 = 4096;
@@ -41,6 +44,8 @@ pub struct Block {
     shared_storage: bool,
     /// Pages written by devices (or the emulator) since the last harvest.
     marks: Bitmap,
+    /// The file behind it, if the VMM said so; another one once a guest arrived with its memory.
+    file: Mutex<Option<Arc<MemoryFile>>>,
     live: AtomicBool,
 }
 
@@ -65,11 +70,13 @@ pub struct BlockSpec {
     pub marked: bool,
     /// See [`Block`].
     pub shared_storage: bool,
+    /// The file it is a shared mapping of; checked.
+    pub file: Option<Arc<MemoryFile>>,
 }
 
 impl Block {
     fn new(spec: BlockSpec) -> Result<Self> {
-        let BlockSpec { name, host, len, gpa, marked, shared_storage } = spec;
+        let BlockSpec { name, host, len, gpa, marked, shared_storage, file } = spec;
         if name.is_empty() || name.len() > 255 || name.bytes().any(|b| b.is_ascii_control()) {
             return Err(Error::invalid(format!(
                 "a RAM block's name has 1 to 255 printable bytes, '{}' does not",
@@ -97,7 +104,12 @@ impl Block {
         }
         let marks =
             Bitmap::new(usize::try_from(len / PAGE).map_err(|_| Error::no_memory("a dirty bitmap", len / 8))?)?;
-        Ok(Self { name, host, len, gpa, marked, shared_storage, marks, live: AtomicBool::new(true) })
+        let (live, named) = (AtomicBool::new(true), file.clone());
+        let block = Self { name, host, len, gpa, marked, shared_storage, marks, file: Mutex::new(file), live };
+        if let Some(file) = named {
+            block.check_file(&file, &Survey::new()?)?;
+        }
+        Ok(block)
     }
 
     /// Name.
@@ -319,6 +331,8 @@ impl Ram {
             return Err(Error::new(libc::ENOENT, format!("there is no RAM block '{}'", name.escape_default())));
         };
         block.live.store(false, Ordering::Release);
+        // The block's place is never freed, but its file is the VMM's to close.
+        *lock(&block.file) = None;
         *list = list.iter().filter(|b| b.name != name).cloned().collect();
         Ok(())
     }
@@ -358,6 +372,7 @@ mod tests {
             gpa: 0,
             marked: true,
             shared_storage: false,
+            file: None,
         }
     }
 

@@ -35,6 +35,13 @@ pub const VMIG_KIND_STRUCT: u32 = 12;
 pub const VMIG_KIND_UNUSED: u32 = 13;
 /// Not a field: the rows after it exist since version `since` of the table. Use VMIG_SINCE.
 pub const VMIG_KIND_SINCE: u32 = 14;
+/// int; a file descriptor, -1 for none. It travels over a unix socket between two processes that use this library, and
+/// only there: another transport refuses a device that has one, before the guest is stopped. What arrives is a new
+/// descriptor of the same open file, close-on-exec, and the VMM's once the migration has succeeded; if it fails after the
+/// device was loaded the library closes the descriptor and sets the member to -1, so use it no earlier than in a
+/// run-state handler or the start hook. What the member held before is overwritten, not closed. The source's descriptor
+/// stays open and its own. Not behind a pointer.
+pub const VMIG_KIND_FD: u32 = 15;
 
 /// Flag of a field: the member is a pointer to the elements, not the elements. It must not be NULL when there are
 /// elements to save or to load; `pre_load` is the place to allocate.
@@ -42,6 +49,10 @@ pub const VMIG_FIELD_POINTER: u32 = 1;
 
 /// Flag of a device: its state is sent at setup, while the guest still runs, and loaded before RAM.
 pub const VMIG_DEVICE_EARLY: u32 = 1;
+
+/// Flag of a device: loading it writes guest RAM (a callback of it does). Memory that is handed over by its file is
+/// read-only until the guest has arrived, so such a device refuses option `hand-over`.
+pub const VMIG_DEVICE_WRITES_RAM: u32 = 2;
 
 /// One field of a device's state. Write it with the VMIG_... macros, which check the member's type and fill in every
 /// member; a field written by hand must be zero where nothing is given.
@@ -110,7 +121,7 @@ pub struct vmig_device {
     /// After fields and parts were written; `version` is the one that arrived. Guest RAM is final, except for devices
     /// with VMIG_DEVICE_EARLY. Destination.
     pub post_load: Option<unsafe extern "C" fn(dev: *mut c_void, version: u32) -> c_int>,
-    /// VMIG_DEVICE_EARLY or 0. Not of parts and nested tables.
+    /// Sum of VMIG_DEVICE_... flags. Not of parts and nested tables.
     pub flags: u32,
     /// Devices are saved in descending priority, then in the order they were added. Not of parts and nested tables.
     pub priority: i32,

@@ -159,6 +159,8 @@ fn row(table: &Table, index: usize, field: &Field) -> Result<()> {
         Kind::Bytes(0) | Kind::Unused(0) | Kind::Struct(_, 0) => {
             return Err(Error::invalid("an element of zero bytes cannot be migrated"));
         }
+        Kind::Fd if field.pointer => return Err(behind_pointer()),
+        Kind::Struct(ref inner, _) if field.pointer && inner.has_fds() => return Err(behind_pointer()),
         Kind::Unused(_) if field.pointer || !matches!(field.count, Count::One) => {
             return Err(Error::invalid("unused space is a single run of bytes, without memory behind it"));
         }
@@ -174,6 +176,11 @@ fn row(table: &Table, index: usize, field: &Field) -> Result<()> {
         Count::Field { index: at, .. } => count_field(table, index, at),
         _ => Ok(()),
     }
+}
+
+/// After a migration that failed the member must be found again, to be set to -1.
+fn behind_pointer() -> Error {
+    Error::invalid("a file descriptor cannot stand behind a pointer; put it into the device's own struct")
 }
 
 fn count_field(table: &Table, index: usize, at: usize) -> Result<()> {

@@ -4,7 +4,11 @@
 //! returns, a [`Staged`] body, is then applied to the device or described, and cannot fail for lack of bytes.
 #![allow(unsafe_code, reason = "device state lives behind the pointers a VMM registered")]
 
-use super::memory::{copy_in, pointer_at};
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+
+use super::fds::{Inbox, Outbox};
+use super::memory::{copy_in, int_at, pointer_at};
 use super::staged::Staged;
 use super::table::{Checked, Count, Field, Kind, Table};
 use crate::error::{Error, Result};
@@ -20,8 +24,23 @@ pub(super) const PART_MARK: u8 = 5;
 /// The memory at `base` has the shape the table describes (pointers included: each is NULL or leads to as many
 /// elements as the table says) and nobody else writes it during the call.
 pub unsafe fn save(table: &Checked, base: *mut u8, out: &mut Vec<u8>) -> Result<()> {
+    let (mut fds, start) = (Outbox::default(), out.len());
+    // SAFETY: the caller vouches for the memory at `base`.
+    unsafe { save_with_fds(table, base, out, &mut fds) }?;
+    if !fds.is_empty() {
+        out.truncate(start);
+        return Err(Error::new(libc::EPROTO, "file descriptors cannot travel here").in_section(&table.name));
+    }
+    Ok(())
+}
+
+/// The same, with the descriptors it names into `fds`. \[bql\]
+///
+/// # Safety
+/// As for [`save`].
+pub unsafe fn save_with_fds(table: &Checked, base: *mut u8, out: &mut Vec<u8>, fds: &mut Outbox) -> Result<()> {
     let start = out.len();
-    let mut saver = Saver { out, path: Path::default(), seams: Vec::new() };
+    let mut saver = Saver { out, fds, path: Path::default(), seams: Vec::new() };
     // SAFETY: the caller vouches for the memory at `base`.
     let saved = unsafe { saver.table(table, base) }.and_then(|()| saver.seams_hold());
     if saved.is_err() {
@@ -32,9 +51,20 @@ pub unsafe fn save(table: &Checked, base: *mut u8, out: &mut Vec<u8>) -> Result<
 
 /// Takes a body of `version` from `input` and checks it against the table, without touching the device.
 pub fn parse<'t>(table: &'t Checked, version: u32, input: &mut dyn Input) -> Result<Staged<'t>> {
-    let mut parser = Parser { input, path: Path::default(), bytes: Vec::new(), script: Vec::new() };
+    parse_with_fds(table, version, input, None)
+}
+
+/// The same, with the descriptors it names from `fds`; without, they are only numbers.
+pub fn parse_with_fds<'t>(
+    table: &'t Checked,
+    version: u32,
+    input: &mut dyn Input,
+    fds: Option<&Inbox>,
+) -> Result<Staged<'t>> {
+    let (path, bytes, script) = (Path::default(), Vec::new(), Vec::new());
+    let mut parser = Parser { input, inbox: fds, path, bytes, script, fds: VecDeque::new() };
     parser.table(table, version, false).map_err(|e| e.in_section(&table.name))?;
-    Ok(Staged { table, version, bytes: parser.bytes, script: parser.script })
+    Ok(Staged { table, version, bytes: parser.bytes, script: parser.script, fds: parser.fds })
 }
 
 /// Where the walk is, for errors: the structs around the current field.
@@ -122,6 +152,7 @@ pub(super) unsafe fn place(field: &Field, base: *mut u8, count: u32) -> Result<*
 
 struct Saver<'o, 't> {
     out: &'o mut Vec<u8>,
+    fds: &'o mut Outbox,
     path: Path<'t>,
     /// Ends of nested structs that may have parts: a reader looks for a part there.
     seams: Vec<(usize, &'t Table)>,
@@ -182,6 +213,16 @@ impl<'t> Saver<'_, 't> {
                 self.out.resize(self.out.len() + len, 0);
                 Ok(())
             }
+            Kind::Fd => {
+                self.out.try_reserve(count as usize * 4).map_err(|_| Error::no_memory(&field.name, 4))?;
+                for element in 0..count as usize {
+                    // SAFETY: elements lie back to back within the memory the caller vouches for.
+                    let fd = unsafe { int_at(at.wrapping_add(element * field.kind.memory_size())) };
+                    let number = self.fds.add(fd).map_err(|e| self.path.blame(e, field))?;
+                    self.out.u32(number);
+                }
+                Ok(())
+            }
             kind => {
                 let start = self.out.len();
                 // SAFETY: the table says that this many elements are there, and the caller vouches for it.
@@ -230,6 +271,8 @@ impl<'t> Saver<'_, 't> {
 
 struct Parser<'i, 't> {
     input: &'i mut dyn Input,
+    inbox: Option<&'i Inbox>,
+    fds: VecDeque<Option<OwnedFd>>,
     path: Path<'t>,
     bytes: Vec<u8>,
     script: Vec<u32>,
@@ -266,9 +309,20 @@ impl<'t> Parser<'_, 't> {
                 return Ok(());
             }
             Kind::Unused(len) => self.take(*len, false),
+            Kind::Fd => self.take(count as usize * 4, true).and_then(|()| self.claim(start)),
             kind => self.take(count as usize * kind.memory_size(), true),
         };
         taken.and_then(|()| bools_hold(&field.kind, &self.bytes[start..])).map_err(|e| self.path.blame(e, field))
+    }
+
+    /// Takes the descriptors that the bytes from `start` on name.
+    fn claim(&mut self, start: usize) -> Result<()> {
+        let Some(inbox) = self.inbox else { return Ok(()) };
+        for bytes in self.bytes[start..].chunks_exact(4) {
+            let number = bytes.iter().fold(0, |number, byte| number << 8 | u32::from(*byte));
+            self.fds.push_back(inbox.claim(number)?);
+        }
+        Ok(())
     }
 
     /// Takes `left` bytes, growing with what really arrives.

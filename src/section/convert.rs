@@ -53,11 +53,12 @@ impl vmig_device {
         }
         // SAFETY: the caller vouches for the pointers in the struct.
         let mut table = unsafe { convert.table(&c, 0) }?;
-        match c.flags {
-            0 => (),
-            VMIG_DEVICE_EARLY => table.early = true,
-            other => return Err(Error::invalid(format!("unknown flags {other:#x}")).in_section(&table.name)),
+        let unknown = c.flags & !(VMIG_DEVICE_EARLY | VMIG_DEVICE_WRITES_RAM);
+        if unknown != 0 {
+            return Err(Error::invalid(format!("unknown flags {unknown:#x}")).in_section(&table.name));
         }
+        table.early = c.flags & VMIG_DEVICE_EARLY != 0;
+        table.writes_ram = c.flags & VMIG_DEVICE_WRITES_RAM != 0;
         Ok((Declared::State(table.checked()?), c.priority))
     }
 }
@@ -216,6 +217,7 @@ impl Convert {
             VMIG_KIND_I64 => Kind::Signed(8),
             VMIG_KIND_BOOL => Kind::Bool,
             VMIG_KIND_TIMER => Kind::Timer,
+            VMIG_KIND_FD => Kind::Fd,
             VMIG_KIND_BYTES => Kind::Bytes(row.width),
             VMIG_KIND_UNUSED => Kind::Unused(row.width),
             VMIG_KIND_STRUCT => {

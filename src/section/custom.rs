@@ -193,7 +193,7 @@ fn ops_fit(version: u32, ops: &vmig_section_ops) -> Result<()> {
     if let Some((what, _)) = missing.iter().find(|(_, missing)| *missing) {
         return Err(Error::invalid(format!("{what} is NULL, but required")));
     }
-    if ops.flags & !VMIG_SECTION_EARLY != 0 {
+    if ops.flags & !(VMIG_SECTION_EARLY | VMIG_SECTION_WRITES_RAM) != 0 {
         return Err(Error::invalid(format!("unknown flags {:#x}", ops.flags)));
     }
     if ops.iterate.is_some() {
@@ -241,6 +241,10 @@ impl Section for Custom {
 
     fn is_early(&self) -> bool {
         self.ops.flags & VMIG_SECTION_EARLY != 0
+    }
+
+    fn writes_ram(&self) -> bool {
+        self.ops.flags & VMIG_SECTION_WRITES_RAM != 0
     }
 
     fn setup(&self, out: &mut Vec<u8>) -> Result<()> {

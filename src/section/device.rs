@@ -1,7 +1,10 @@
 //! A device with a table, as a section.
 #![allow(unsafe_code, reason = "device state lives behind the pointers a VMM registered")]
 
-use super::codec::{parse, save};
+use std::sync::Arc;
+
+use super::codec::{parse_with_fds, save, save_with_fds};
+use super::fds::{Inbox, Outbox};
 use super::staged::describe;
 use super::table::Checked;
 use super::{Apply, Part, Section};
@@ -66,15 +69,43 @@ impl Section for Device {
         unsafe { save(&self.table, self.base.0, out) }
     }
 
+    fn complete_with_fds(&self, out: &mut Vec<u8>, fds: &mut Outbox) -> Result<()> {
+        // SAFETY: as in `complete`.
+        unsafe { save_with_fds(&self.table, self.base.0, out, fds) }
+    }
+
+    fn fd_fields(&self, version: u32) -> Vec<String> {
+        self.table.fd_fields(version)
+    }
+
+    fn fds_to_send(&self) -> Result<Vec<String>> {
+        self.table.fds_to_send(self.base.0).map_err(|e| e.in_section(&self.table.name))
+    }
+
+    fn writes_ram(&self) -> bool {
+        self.table.writes_ram
+    }
+
     fn parse<'a>(&'a self, part: Part, version: u32, input: &mut dyn Input) -> Result<Apply<'a>> {
+        self.parse_with_fds(part, version, input, &Arc::default())
+    }
+
+    fn parse_with_fds<'a>(
+        &'a self,
+        part: Part,
+        version: u32,
+        input: &mut dyn Input,
+        fds: &Arc<Inbox>,
+    ) -> Result<Apply<'a>> {
         if part != Part::Full {
             return Err(Error::invalid("a device comes in one piece (FULL), not in START, PART and END")
                 .in_section(&self.table.name));
         }
-        let staged = parse(&self.table, version, input)?;
-        let base = self.base.0;
-        // SAFETY: the caller of `new` vouched for the memory, and what `parse` returns runs with the big lock held.
-        Ok(Box::new(move || unsafe { staged.apply(base) }))
+        let staged = parse_with_fds(&self.table, version, input, Some(fds))?;
+        let (base, fds) = (self.base.0, Arc::clone(fds));
+        // SAFETY: the caller of `new` vouched for the memory, and what `parse` returns runs with the big lock held;
+        // nothing is unregistered while a migration runs.
+        Ok(Box::new(move || unsafe { staged.apply_placing(base, &fds) }))
     }
 
     fn describe(&self, body: &[u8]) -> serde_json::Value {

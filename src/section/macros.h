@@ -16,6 +16,9 @@
  * so for VMIG_STRUCT_ARRAY, VMIG_STRUCT_VARRAY, VMIG_PTR_STRUCT, VMIG_PTR_STRUCT_VARRAY. Raw bytes (uint8_t arrays):
  * VMIG_BYTES(type, member), VMIG_BYTES_VARRAY(type, member, number), VMIG_PTR_BYTES(type, member, number, room).
  *
+ * File descriptors (int, -1: none) stand in the struct itself: VMIG_FD(type, member), VMIG_FD_ARRAY(type, member),
+ * VMIG_FD_VARRAY(type, member, number).
+ *
  *     VMIG_UNUSED(bytes)       bytes on the wire without a meaning, where an old version had something
  *     VMIG_SINCE(version)      the rows below exist since this version of the table
  *     VMIG_END                 the last row
@@ -151,6 +154,10 @@ template <class A> struct vmig_same_<A, A> { char same; };
 #define VMIG_BYTES_VARRAY(type, member, number) VMIG_VARRAY_(VMIG_KIND_BYTES, uint8_t, type, member, NULL, number)
 #define VMIG_PTR_BYTES(type, member, number, room) \
     VMIG_PTR_VARRAY_(VMIG_KIND_BYTES, uint8_t, type, member, NULL, number, room)
+
+#define VMIG_FD(type, member) VMIG_ONE_(VMIG_KIND_FD, int, type, member, NULL)
+#define VMIG_FD_ARRAY(type, member) VMIG_ARRAY_(VMIG_KIND_FD, int, type, member, NULL)
+#define VMIG_FD_VARRAY(type, member, number) VMIG_VARRAY_(VMIG_KIND_FD, int, type, member, NULL, number)
 
 #define VMIG_UNUSED(bytes) VMIG_ROW_(NULL, VMIG_KIND_UNUSED, 0, 0, bytes, 1, NULL, NULL, 0)
 #define VMIG_SINCE(version) VMIG_ROW_(NULL, VMIG_KIND_SINCE, version, 0, 0, 0, NULL, NULL, 0)

@@ -1,5 +1,7 @@
-//! The only three ways device memory is touched. Addresses come from checked tables.
+//! The only four ways device memory is touched. Addresses come from checked tables.
 #![allow(unsafe_code, reason = "device state lives behind the pointers a VMM registered")]
+
+use std::ffi::c_int;
 
 use crate::error::{Error, Result};
 
@@ -26,6 +28,15 @@ pub(super) unsafe fn copy_in(from: *const u8, len: usize, out: &mut Vec<u8>) -> 
 pub(super) unsafe fn copy_out(bytes: &[u8], to: *mut u8) {
     // SAFETY: the caller vouches for `to`; staged bytes belong to the library and cannot be the device's.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+}
+
+/// The `int` kept at `at`.
+///
+/// # Safety
+/// `at` is readable for the size of an int and nobody writes there meanwhile.
+pub(super) unsafe fn int_at(at: *const u8) -> c_int {
+    // SAFETY: the caller vouches for `at`; the read does not need alignment.
+    unsafe { at.cast::<c_int>().read_unaligned() }
 }
 
 /// The pointer kept at `at`.

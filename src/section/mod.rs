@@ -7,6 +7,7 @@ pub mod codec;
 pub mod convert;
 pub mod custom;
 pub mod device;
+pub mod fds;
 mod errno;
 pub mod list;
 mod memory;
@@ -30,8 +31,11 @@ mod list_tests;
 #[cfg(test)]
 mod random_tests;
 
+use std::sync::Arc;
+
 use crate::error::Result;
 use crate::wire::input::Input;
+use fds::{Inbox, Outbox};
 
 /// Bytes still to be sent by a section.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,6 +130,26 @@ pub trait Section: Send + Sync {
     /// Body of END (iterative) or FULL, guest stopped (or running, if early). \[bql\]
     fn complete(&self, out: &mut Vec<u8>) -> Result<()>;
 
+    /// The same, for a section that may have file descriptors: these go into `fds`. \[bql\]
+    fn complete_with_fds(&self, out: &mut Vec<u8>, _fds: &mut Outbox) -> Result<()> {
+        self.complete(out)
+    }
+
+    /// Fields that are file descriptors in a body of `version`, parts not counted: both sides must agree on them.
+    fn fd_fields(&self, _version: u32) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Fields that are file descriptors in a body saved now, parts included. \[bql\]
+    fn fds_to_send(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// Whether loading writes guest RAM.
+    fn writes_ram(&self) -> bool {
+        false
+    }
+
     /// Undoes `setup`; called exactly once for each setup that was tried. \[bql\]
     fn cleanup(&self) {}
 
@@ -136,6 +160,17 @@ pub trait Section: Send + Sync {
 
     /// Takes one body of `version` from `input`. Without the big lock.
     fn parse<'a>(&'a self, part: Part, version: u32, input: &mut dyn Input) -> Result<Apply<'a>>;
+
+    /// The same, for a section that may have file descriptors: these are taken from `fds`.
+    fn parse_with_fds<'a>(
+        &'a self,
+        part: Part,
+        version: u32,
+        input: &mut dyn Input,
+        _fds: &Arc<Inbox>,
+    ) -> Result<Apply<'a>> {
+        self.parse(part, version, input)
+    }
 
     /// Undoes `load_setup`, told whether the migration succeeded; exactly once. \[bql\]
     fn load_cleanup(&self, _ok: bool) {}

@@ -17,6 +17,9 @@ pub const VMIG_PART_FULL: u32 = 4;
 
 /// Flag of a section that is not iterative: it is sent at setup, while the guest still runs, and loaded before RAM.
 pub const VMIG_SECTION_EARLY: u32 = 1;
+/// Flag of a section: its `load` writes guest RAM. Memory that is handed over by its file is read-only until the guest
+/// has arrived, so such a section refuses option `hand-over`.
+pub const VMIG_SECTION_WRITES_RAM: u32 = 2;
 
 /// Callbacks of a section with a format of its own.
 ///
@@ -41,7 +44,7 @@ pub struct vmig_section_ops {
     pub oldest: u32,
     /// Sections are walked in descending priority, then in the order they were added.
     pub priority: i32,
-    /// VMIG_SECTION_EARLY or 0.
+    /// Sum of VMIG_SECTION_... flags.
     pub flags: u32,
     /// Positive: takes part in this migration, 0: not. NULL: always. Source. `[bql]` or `[free]`
     pub is_active: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,

@@ -1,9 +1,13 @@
 //! A body that was taken from a stream and checked: applied to the device, or described.
 #![allow(unsafe_code, reason = "device state lives behind the pointers a VMM registered")]
 
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+
 use serde_json::{Map, Value, json};
 
 use super::codec::{Path, parse, place, swap};
+use super::fds::Inbox;
 use super::memory::copy_out;
 use super::table::{Checked, Count, Field, Kind, Table};
 use crate::error::{Error, Result};
@@ -22,6 +26,8 @@ pub struct Staged<'t> {
     /// What the bytes alone do not say, in the order of the walk: the size of each variable array; after the fields
     /// of a table that can have parts how many came, then each one's index and version in front of its own entries.
     pub(super) script: Vec<u32>,
+    /// The descriptors of the fields that are some, in the order of the walk.
+    pub(super) fds: VecDeque<Option<OwnedFd>>,
 }
 
 impl Staged<'_> {
@@ -30,8 +36,18 @@ impl Staged<'_> {
     /// # Safety
     /// The memory at `base` has the shape the table describes, once `pre_load` ran (pointers included: each is NULL
     /// or leads to room for as many elements as the table allows), and nobody else uses it during the call.
-    pub unsafe fn apply(mut self, base: *mut u8) -> Result<()> {
-        let mut apply = Apply { bytes: &mut self.bytes, script: Script(self.script.iter()), path: Path::default() };
+    pub unsafe fn apply(self, base: *mut u8) -> Result<()> {
+        // SAFETY: the caller vouches for the memory at `base`; a body parsed without descriptors places none.
+        unsafe { self.apply_placing(base, &Inbox::default()) }
+    }
+
+    /// The same, and `inbox` keeps the descriptors that were put into members, until the migration's end. \[bql\]
+    ///
+    /// # Safety
+    /// As for [`apply`](Self::apply); the device stays registered until the migration has ended.
+    pub unsafe fn apply_placing(mut self, base: *mut u8, inbox: &Inbox) -> Result<()> {
+        let (script, fds) = (Script(self.script.iter()), &mut self.fds);
+        let mut apply = Apply { bytes: &mut self.bytes, script, fds, inbox, path: Path::default() };
         // SAFETY: the caller vouches for the memory at `base`.
         unsafe { apply.table(self.table, self.version, base) }.map_err(|e| e.in_section(&self.table.name))
     }
@@ -78,6 +94,8 @@ impl Script<'_> {
 struct Apply<'s, 't> {
     bytes: &'s mut [u8],
     script: Script<'s>,
+    fds: &'s mut VecDeque<Option<OwnedFd>>,
+    inbox: &'s Inbox,
     path: Path<'t>,
 }
 
@@ -121,12 +139,21 @@ impl<'t> Apply<'_, 't> {
             }
             return Ok(());
         }
-        let len = count as usize * field.kind.memory_size();
+        let element = field.kind.wire_size().unwrap_or(0);
+        let len = count as usize * element;
         let bytes = std::mem::take(&mut self.bytes);
         let Some((bytes, rest)) = bytes.split_at_mut_checked(len) else {
             return Err(Error::new(libc::EIO, "a staged body does not match its table"));
         };
         self.bytes = rest;
+        if matches!(field.kind, Kind::Fd) {
+            for index in 0..count as usize {
+                let fd = self.fds.pop_front().flatten();
+                // SAFETY: an int of the device, which has room for as many as allowed and stays registered.
+                unsafe { self.inbox.place(fd, at.wrapping_add(index * field.kind.memory_size())) };
+            }
+            return Ok(());
+        }
         swap(&field.kind, bytes);
         // SAFETY: a checked table's offsets lie within the device, and it has room for as many elements as allowed.
         unsafe { copy_out(bytes, at) };
@@ -222,6 +249,7 @@ fn type_name(kind: &Kind) -> String {
         Kind::Bool => "bool".into(),
         Kind::Bytes(_) => "buffer".into(),
         Kind::Timer => "timer".into(),
+        Kind::Fd => "fd".into(),
         Kind::Struct(..) => "struct".into(),
         Kind::Unused(_) => "unused_buffer".into(),
     }

@@ -20,6 +20,9 @@ pub enum Kind {
     Bytes(usize),
     /// Expiry in nanoseconds of the virtual clock, 8 bytes; all ones: not armed.
     Timer,
+    /// A file descriptor: 4 bytes on the wire that say which of those that travel beside the stream; an int in memory,
+    /// -1 for none.
+    Fd,
     /// Another table's fields (and its parts), in line; the number is the size of one element in memory. Nothing on
     /// the wire names the inner version, so it is always read at the version the inner table has.
     Struct(Arc<Table>, usize),
@@ -102,6 +105,8 @@ pub struct Table {
     pub hooks: Option<Arc<dyn Hooks>>,
     /// FULL section that goes out in the setup walk.
     pub early: bool,
+    /// Loading it writes guest RAM.
+    pub writes_ram: bool,
 }
 
 impl Table {
@@ -115,6 +120,7 @@ impl Table {
             parts: Vec::new(),
             hooks: None,
             early: false,
+            writes_ram: false,
         }
     }
 
@@ -122,6 +128,50 @@ impl Table {
     pub fn with(mut self, name: impl Into<String>, kind: Kind, offset: usize) -> Self {
         self.fields.push(Field::new(name, kind, offset));
         self
+    }
+
+    /// Fields of a body of `version` that are file descriptors, by their paths; parts are not looked into.
+    pub fn fd_fields(&self, version: u32) -> Vec<String> {
+        let mut found = Vec::new();
+        for field in self.fields.iter().filter(|field| field.since <= version) {
+            match &field.kind {
+                Kind::Fd => found.push(field.name.clone()),
+                Kind::Struct(inner, _) => {
+                    found.extend(inner.fd_fields(inner.version).iter().map(|name| format!("{}.{name}", field.name)));
+                }
+                _ => (),
+            }
+        }
+        found
+    }
+
+    /// Whether it or anything below it has a field that is a file descriptor.
+    pub fn has_fds(&self) -> bool {
+        let field = |field: &Field| match &field.kind {
+            Kind::Fd => true,
+            Kind::Struct(inner, _) => inner.has_fds(),
+            _ => false,
+        };
+        self.fields.iter().any(field) || self.parts.iter().any(|part| part.has_fds())
+    }
+
+    /// Fields that are file descriptors in a body saved now: those of parts too, if they are needed. \[bql\]
+    pub fn fds_to_send(&self, device: *mut u8) -> Result<Vec<String>> {
+        let mut found = self.fd_fields(self.version);
+        let nested = self.fields.iter().filter_map(|field| match &field.kind {
+            Kind::Struct(inner, _) => Some((field, inner)),
+            _ => None,
+        });
+        // Whether a part of an element is needed is not asked: it would take a walk over the elements.
+        for (field, inner) in nested.filter(|(_, inner)| inner.parts.iter().any(|part| part.has_fds())) {
+            found.push(format!("{} (a part of '{}')", field.name, inner.name));
+        }
+        for part in self.parts.iter().filter(|part| part.has_fds()) {
+            if part.hooks.as_ref().map_or(Ok(true), |hooks| hooks.needed(device))? {
+                found.extend(part.fds_to_send(device)?.iter().map(|name| format!("{}:{name}", part.name)));
+            }
+        }
+        Ok(found)
     }
 }
 
@@ -138,6 +188,7 @@ impl Kind {
         match self {
             Kind::Unsigned(n) | Kind::Signed(n) | Kind::Bytes(n) | Kind::Struct(_, n) => *n,
             Kind::Bool => 1,
+            Kind::Fd => size_of::<std::ffi::c_int>(),
             Kind::Timer => 8,
             Kind::Unused(_) => 0,
         }
@@ -148,6 +199,7 @@ impl Kind {
         match self {
             Kind::Struct(..) => None,
             Kind::Unused(n) => Some(*n),
+            Kind::Fd => Some(4),
             other => Some(other.memory_size()),
         }
     }

@@ -219,7 +219,7 @@ pub fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-fn transferred(n: isize) -> io::Result<Option<usize>> {
+pub(super) fn transferred(n: isize) -> io::Result<Option<usize>> {
     if let Ok(n) = usize::try_from(n) {
         return Ok(Some(n));
     }

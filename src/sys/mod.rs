@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod eventfd;
+pub mod fdpass;
 pub mod io;
 pub mod kvm;
 #[cfg(target_arch = "x86_64")]

@@ -1,7 +1,9 @@
 //! A channel over one descriptor: socket, pipe or file.
 
+use std::collections::VecDeque;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,6 +12,7 @@ use socket2::SockRef;
 use super::Channel;
 use crate::error::{Error, Result};
 use crate::sys::eventfd::Wake;
+use crate::sys::fdpass;
 use crate::sys::io::{self, FdKind, Piece, Ready, Room};
 use crate::thread::lock;
 
@@ -20,7 +23,15 @@ pub struct FdChannel {
     fd: Mutex<Option<Arc<OwnedFd>>>,
     kind: FdKind,
     wake: Arc<Wake>,
+    passes_fds: bool,
+    /// Descriptors that arrive are kept.
+    keeps_fds: AtomicBool,
+    /// Those that were not taken yet.
+    arrived: Mutex<VecDeque<OwnedFd>>,
 }
+
+/// Descriptors kept at most: what a guest's memory and devices may have, and an end for a peer that sends on and on.
+const ARRIVED_MAX: usize = 8192;
 
 impl FdChannel {
     /// Takes a descriptor of our own.
@@ -29,7 +40,9 @@ impl FdChannel {
         if kind == FdKind::Pipe {
             io::set_nonblocking(fd.as_fd())?;
         }
-        Ok(Self { fd: Mutex::new(Some(Arc::new(fd))), kind, wake: Arc::clone(wake) })
+        let passes_fds = kind == FdKind::Socket && fdpass::can_pass(fd.as_fd());
+        let (fd, wake) = (Mutex::new(Some(Arc::new(fd))), Arc::clone(wake));
+        Ok(Self { fd, kind, wake, passes_fds, arrived: Mutex::default(), keeps_fds: AtomicBool::new(false) })
     }
 
     /// Takes a copy of a caller's descriptor, which must be open for the direction.
@@ -63,6 +76,23 @@ impl FdChannel {
         fd.ok_or_else(|| Error::new(libc::ESHUTDOWN, "the connection was closed on this side"))
     }
 
+    /// Reads once, keeping the descriptors that come along.
+    fn read_keeping_fds(&self, fd: &OwnedFd, buf: &mut [u8]) -> Result<Option<usize>> {
+        let got = fdpass::receive(fd.as_fd(), buf).map_err(|e| Error::from_io("reading from the peer", &e))?;
+        let Some(got) = got else { return Ok(None) };
+        if got.dropped {
+            let text = "file descriptors of the peer got lost on the way: more came in one message than may, or this \
+                        process may not open as many (RLIMIT_NOFILE)";
+            return Err(Error::new(libc::EMFILE, text));
+        }
+        let mut kept = lock(&self.arrived);
+        if kept.len() + got.fds.len() > ARRIVED_MAX {
+            return Err(Error::new(libc::EPROTO, "the peer sends more file descriptors than a guest can have"));
+        }
+        kept.extend(got.fds);
+        Ok(Some(got.bytes))
+    }
+
     fn close(&self, how: Shutdown) {
         let mut fd = lock(&self.fd);
         match (self.kind, &*fd) {
@@ -87,6 +117,12 @@ impl FdChannel {
 impl Channel for FdChannel {
     fn read(&self, buf: &mut [u8], limit: Option<Duration>) -> Result<usize> {
         let fd = self.fd()?;
+        while self.keeps_fds.load(Ordering::Acquire) {
+            match self.read_keeping_fds(&fd, buf)? {
+                Some(n) => return Ok(n),
+                None => self.wait(&fd, false, limit)?,
+            }
+        }
         loop {
             match io::read(fd.as_fd(), self.kind, buf) {
                 Ok(Some(n)) => return Ok(n),
@@ -128,5 +164,40 @@ impl Channel for FdChannel {
 
     fn is_two_way(&self) -> bool {
         self.kind == FdKind::Socket
+    }
+
+    fn passes_fds(&self) -> bool {
+        self.passes_fds
+    }
+
+    fn expect_fds(&self) {
+        self.keeps_fds.store(self.passes_fds, Ordering::Release);
+    }
+
+    fn take_fds(&self, count: usize) -> Result<Vec<OwnedFd>> {
+        let mut kept = lock(&self.arrived);
+        if kept.len() < count {
+            let text = "fewer file descriptors came than the peer announced";
+            return Err(Error::new(libc::EPROTO, text).expected_got(count, kept.len()));
+        }
+        Ok(kept.drain(..count).collect())
+    }
+
+    fn fds_left(&self) -> usize {
+        lock(&self.arrived).len()
+    }
+
+    fn write_fds(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], limit: Duration) -> Result<usize> {
+        if !self.passes_fds {
+            return Err(super::no_fds(fds.len()));
+        }
+        let fd = self.fd()?;
+        loop {
+            match fdpass::send(fd.as_fd(), bytes, fds) {
+                Ok(Some(n)) => return Ok(n),
+                Ok(None) => self.wait(&fd, true, Some(limit))?,
+                Err(error) => return Err(Error::from_io("passing file descriptors to the peer", &error)),
+            }
+        }
     }
 }

@@ -5,11 +5,13 @@ pub mod socket;
 pub mod stream;
 pub mod uri;
 
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sys::eventfd::Wake;
+pub use crate::sys::fdpass::FDS_MAX;
 use crate::sys::io::{self, Piece, Room};
 use channel::FdChannel;
 use uri::Uri;
@@ -34,6 +36,34 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
 
     /// Whether the peer can answer on this channel.
     fn is_two_way(&self) -> bool;
+
+    /// Whether file descriptors can travel over this channel: a unix socket.
+    fn passes_fds(&self) -> bool {
+        false
+    }
+
+    /// From here on descriptors are kept that arrive with bytes read; before, the kernel closes them.
+    fn expect_fds(&self) {}
+
+    /// The oldest `count` descriptors that arrived, which came with bytes read before this call. `EPROTO`: there are
+    /// fewer; those are kept.
+    fn take_fds(&self, count: usize) -> Result<Vec<OwnedFd>> {
+        Err(no_fds(count))
+    }
+
+    /// How many descriptors arrived and were not taken.
+    fn fds_left(&self) -> usize {
+        0
+    }
+
+    /// Writes once; the descriptors, at most [`FDS_MAX`], arrive with the first byte. Returns how many bytes went.
+    fn write_fds(&self, _bytes: &[u8], fds: &[BorrowedFd<'_>], _limit: Duration) -> Result<usize> {
+        Err(no_fds(fds.len()))
+    }
+}
+
+fn no_fds(count: usize) -> Error {
+    Error::new(libc::EPROTO, format!("{count} file descriptors cannot travel over this connection"))
 }
 
 /// Refuses a descriptor that is closed, before one of ours takes its number.

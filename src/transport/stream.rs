@@ -1,5 +1,6 @@
 //! Buffered reading and counted writing over a channel.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -142,6 +143,13 @@ impl StreamOutput {
     /// Writes all bytes.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.write_pieces(&mut [Piece::of(bytes)])
+    }
+
+    /// Writes all bytes; the descriptors, at most [`FDS_MAX`](super::FDS_MAX), arrive with the first.
+    pub fn write_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let sent = self.channel.write_fds(bytes, fds, self.limit).inspect_err(|_| self.broken = true)?;
+        self.written += sent as u64;
+        self.write(&bytes[sent..])
     }
 
     /// Writes all pieces, in order; leaves them empty.

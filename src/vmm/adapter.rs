@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "calls function pointers that came through the C door")]
 
 use std::ffi::{CString, c_int, c_void};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +14,7 @@ use crate::thread::lock;
 use super::handlers::{Moment, Phase, RunHandler};
 use super::log::{Level, Log};
 use super::ops::{vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
-use super::run::{Hooks, Reasons, Vmm};
+use super::run::{Hooks, Reasons, ReplacedRam, Vmm};
 
 /// What a callback's return value means: 0 or more is success, the rest a negative errno.
 pub fn check_return(who: &str, value: c_int) -> Result<c_int> {
@@ -85,6 +86,16 @@ impl Hooks for CHooks {
         // SAFETY: the VMM's own function and pointer, called as the header promises.
         let value = unsafe { hook(self.0.vm.0, slot, c_int::from(on)) };
         check_return(&format!("the log_dirty hook (slot {slot}, on {})", u8::from(on)), value).map(|_| ())
+    }
+
+    fn ram_replaced(&self, ram: &ReplacedRam<'_>) -> Result<()> {
+        let Some(hook) = self.0.ops.ram_replaced else { return Ok(()) };
+        let name = CString::new(ram.name).map_err(|_| Error::invalid("a RAM block's name has a NUL"))?;
+        let host = std::ptr::with_exposed_provenance_mut(usize::try_from(ram.host).unwrap_or(0));
+        let fd = ram.fd.as_raw_fd();
+        // SAFETY: the VMM's own function and pointer, called as the header promises; name and fd live through the call.
+        let value = unsafe { hook(self.0.vm.0, name.as_ptr(), host, ram.len, fd, ram.offset) };
+        check_return(&format!("the ram_replaced hook (RAM block '{}')", ram.name), value).map(|_| ())
     }
 
     fn has_log_dirty(&self) -> bool {

@@ -45,6 +45,24 @@ pub struct vmig_ops {
     pub log: Option<unsafe extern "C" fn(vm: *mut c_void, level: c_int, line: *const c_char)>,
     /// The last call ever made with `vm`. Optional. Comes once if the guest was made, and never if that failed.
     pub destroy: Option<unsafe extern "C" fn(vm: *mut c_void)>,
+    /// The RAM block `name`, `len` bytes at `host`, shows other memory from now on: `fd` from `offset` on. Tell vhost,
+    /// vhost-user, VFIO and whoever else knows the memory by its file or its pages, and advise the kernel again (huge
+    /// pages, core dumps, locking: nothing of it holds for the new mapping). Optional. Called at the destination of
+    /// option `hand-over`, on a thread of the library, when the source's memory has taken the place of the block's own:
+    /// all devices are loaded, the guest does not run yet. A failure fails the migration: the guest goes on at the
+    /// source. The library then maps the block's own memory again and calls this once more for each block it was
+    /// called for, with the file given at registration. `fd` is the library's and open until the call returns: keep a
+    /// duplicate. Must not write to the memory, nor wait for the big lock's holder.
+    pub ram_replaced: Option<
+        unsafe extern "C" fn(
+            vm: *mut c_void,
+            name: *const c_char,
+            host: *mut c_void,
+            len: u64,
+            fd: c_int,
+            offset: u64,
+        ) -> c_int,
+    >,
 }
 
 // SAFETY: repr(C), starts with its size, only pointer-sized members, and a null function pointer is None.

@@ -4,6 +4,7 @@
 //! run without the big lock, or a vCPU that waits for it could never park; the handlers run with it.
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -29,10 +30,29 @@ pub trait Hooks: Send + Sync {
         let text = format!("cannot switch the dirty log of memory slot {slot}: the VMM has no log_dirty hook");
         Err(Error::new(libc::ENOTSUP, text))
     }
+    /// Other memory is behind a RAM block from now on.
+    fn ram_replaced(&self, _ram: &ReplacedRam<'_>) -> Result<()> {
+        Ok(())
+    }
     /// Whether `log_dirty` can work.
     fn has_log_dirty(&self) -> bool {
         false
     }
+}
+
+/// A RAM block that shows other memory than before.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplacedRam<'a> {
+    /// Name of the block.
+    pub name: &'a str,
+    /// Its start in this process.
+    pub host: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The file that is mapped there now.
+    pub fd: BorrowedFd<'a>,
+    /// Where in the file the block begins, in bytes.
+    pub offset: u64,
 }
 
 /// Why a guest is stopped.
@@ -322,6 +342,11 @@ impl Vmm {
     /// Switches KVM's dirty log of a slot by the VMM's hook. \[free\]
     pub fn log_dirty(&self, slot: u32, on: bool) -> Result<()> {
         fence("the log_dirty hook", || self.hooks.log_dirty(slot, on))
+    }
+
+    /// Tells the VMM that a RAM block shows other memory. \[free\]
+    pub fn ram_replaced(&self, ram: &ReplacedRam<'_>) -> Result<()> {
+        fence("the ram_replaced hook", || self.hooks.ram_replaced(ram))
     }
 
     /// Whether the VMM gave a log_dirty hook.

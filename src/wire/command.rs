@@ -7,6 +7,8 @@ use crate::error::{Error, Result};
 const OPEN_RETURN_PATH: u16 = 1;
 const PING: u16 = 2;
 const SWITCHOVER_START: u16 = 11;
+/// Ours, between two vmigs only.
+const FDS: u16 = 0x5601;
 
 /// The commands of a precopy migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +19,8 @@ pub enum Command {
     Ping(u32),
     /// The guest is stopped; the last sections follow.
     SwitchoverStart,
+    /// So many file descriptors came with these bytes, for the bodies that follow.
+    Fds(u32),
 }
 
 /// Names of QEMU's other commands, for the error that refuses them.
@@ -36,7 +40,7 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
     let len = input.u16()?;
     let want = match number {
         OPEN_RETURN_PATH | SWITCHOVER_START => 0,
-        PING => 4,
+        PING | FDS => 4,
         _ => {
             let text = format!("byte {at:#x}: command {number:#x} ({}) is not supported", name(number));
             return Err(Error::invalid(text));
@@ -49,6 +53,7 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
     Ok(match number {
         OPEN_RETURN_PATH => Command::OpenReturnPath,
         PING => Command::Ping(input.u32()?),
+        FDS => Command::Fds(input.u32()?),
         _ => Command::SwitchoverStart,
     })
 }
@@ -69,6 +74,11 @@ pub fn put(out: &mut Vec<u8>, command: Command) {
             out.u16(SWITCHOVER_START);
             out.u16(0);
         }
+        Command::Fds(count) => {
+            out.u16(FDS);
+            out.u16(4);
+            out.u32(count);
+        }
     }
 }
 
@@ -79,7 +89,7 @@ mod tests {
 
     #[test]
     fn round_trip_and_refusals() {
-        for command in [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart] {
+        for command in [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart, Command::Fds(3)] {
             let mut out = Vec::new();
             put(&mut out, command);
             assert_eq!(read(&mut Slice::new(&out)).unwrap(), command);

@@ -29,25 +29,59 @@ pub struct Hello {
     /// RAM blocks whose bytes travel, as (name, length).
     pub blocks: Vec<(String, u64)>,
     /// Sections that will come.
-    pub sections: Vec<SectionName>,
+    pub sections: Vec<Device>,
     /// Connections for pages that will follow; 0: pages come in the main stream.
     pub channels: u8,
     /// They meet at the end of every section, not at a mark.
     pub meet_each_section: bool,
     /// Files that guest RAM is a shared mapping of, by names that are the same on one host only.
     pub memory: Vec<String>,
-    /// Behind the welcome come hints: where the blocks have content.
+    /// Behind the welcome come hints: where the blocks have content that are not offered below.
     pub hints: bool,
+    /// Blocks whose files the source would hand over; none: it has the option off.
+    pub hand_over: Option<Vec<Offer>>,
+}
+
+/// A section that will come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Name, instance, version.
+    pub name: SectionName,
+    /// Its fields that are file descriptors.
+    pub fds: Vec<String>,
+}
+
+/// A block whose file the source would hand over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Name.
+    pub name: String,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where in its file it begins, in bytes.
+    pub offset: u64,
 }
 
 /// What the destination answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// Nothing differs: go on.
-    Welcome,
+    Welcome(Welcome),
     /// Everything that differs.
     Refused(Vec<Error>),
 }
+
+/// What a destination takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Welcome {
+    /// It takes file descriptors of devices.
+    pub fds: bool,
+    /// Blocks whose files it takes, in the order of the offer: these follow, and no pages of them. None: it knows
+    /// nothing of handing over.
+    pub hand_over: Option<Vec<String>>,
+}
+
+const FEATURE_FDS: &str = "device-fds";
 
 fn put_frame(out: &mut Vec<u8>, json: &Value) -> Result<()> {
     let text = json.to_string();
@@ -81,9 +115,15 @@ fn read_frame(input: &mut dyn Input, who: &str) -> Result<Value> {
 /// Writes a hello.
 pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
     let blocks: Vec<Value> = hello.blocks.iter().map(|(name, len)| json!({"name": name, "length": len})).collect();
-    let section = |s: &SectionName| json!({"name": s.name, "instance": s.instance, "version": s.version});
+    let section = |d: &Device| {
+        let mut json = json!({"name": d.name.name, "instance": d.name.instance, "version": d.name.version});
+        if !d.fds.is_empty() {
+            json["fds"] = d.fds.clone().into();
+        }
+        json
+    };
     let sections: Vec<Value> = hello.sections.iter().map(section).collect();
-    let json = json!({
+    let mut json = json!({
         "library": env!("CARGO_PKG_VERSION"),
         "machine": hello.machine,
         "page-size": hello.page_size,
@@ -94,6 +134,10 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
         "memory": hello.memory,
         "hints": hello.hints,
     });
+    if let Some(offers) = &hello.hand_over {
+        let offer = |o: &Offer| json!({"name": o.name, "length": o.len, "offset": o.offset});
+        json["hand-over"] = offers.iter().map(offer).collect();
+    }
     put_frame(out, &json)
 }
 
@@ -115,23 +159,42 @@ fn parse(json: &Value) -> Option<Hello> {
         sections: sections
             .map(|s| {
                 let (name, instance, version) = (text(s, "name")?, word(s, "instance")?, word(s, "version")?);
-                Some(SectionName { name, instance, version })
+                Some(Device { name: SectionName { name, instance, version }, fds: texts(s.get("fds"))? })
             })
             .collect::<Option<_>>()?,
         channels: json.get("channels").map_or(Some(0), |n| u8::try_from(n.as_u64()?).ok())?,
         meet_each_section: json.get("meet-each-section").is_some_and(|v| v == true),
-        memory: match json.get("memory") {
-            None => Vec::new(),
-            Some(list) => list.as_array()?.iter().map(|v| Some(v.as_str()?.to_owned())).collect::<Option<_>>()?,
-        },
+        memory: texts(json.get("memory"))?,
         hints: json.get("hints").is_some_and(|v| v == true),
+        hand_over: match json.get("hand-over") {
+            None => None,
+            Some(list) => Some(list.as_array()?.iter().map(offer).collect::<Option<_>>()?),
+        },
     })
+}
+
+fn offer(json: &Value) -> Option<Offer> {
+    let number = |key| json.get(key)?.as_u64();
+    Some(Offer { name: json.get("name")?.as_str()?.to_owned(), len: number("length")?, offset: number("offset")? })
+}
+
+/// A list of strings; what is missing is empty.
+fn texts(json: Option<&Value>) -> Option<Vec<String>> {
+    let Some(json) = json else { return Some(Vec::new()) };
+    json.as_array()?.iter().map(|v| Some(v.as_str()?.to_owned())).collect()
 }
 
 /// Writes an answer.
 pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
     let json = match answer {
-        Answer::Welcome => json!({"library": env!("CARGO_PKG_VERSION"), "features": []}),
+        Answer::Welcome(welcome) => {
+            let features: &[&str] = if welcome.fds { &[FEATURE_FDS] } else { &[] };
+            let mut json = json!({"library": env!("CARGO_PKG_VERSION"), "features": features});
+            if let Some(names) = &welcome.hand_over {
+                json["hand-over"] = names.clone().into();
+            }
+            json
+        }
         Answer::Refused(errors) => {
             let errors: Vec<Value> = errors.iter().take(ERRORS_MAX).map(Error::to_json).collect();
             json!({"library": env!("CARGO_PKG_VERSION"), "errors": errors})
@@ -144,7 +207,12 @@ pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
 pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
     let json = read_frame(input, "the destination")?;
     match json.get("errors").and_then(Value::as_array) {
-        None => Ok(Answer::Welcome),
+        None => {
+            let odd = || Error::invalid("the destination's welcome has lists that are none");
+            let features = texts(json.get("features")).ok_or_else(odd)?;
+            let hand_over = json.get("hand-over").map(|list| texts(Some(list)).ok_or_else(odd)).transpose()?;
+            Ok(Answer::Welcome(Welcome { fds: features.iter().any(|f| f == FEATURE_FDS), hand_over }))
+        }
         Some(errors) => Ok(Answer::Refused(
             errors.iter().take(ERRORS_MAX).filter_map(Error::from_json).map(|e| e.on_side("destination")).collect(),
         )),
@@ -193,11 +261,15 @@ mod tests {
             machine: "none".into(),
             page_size: 4096,
             blocks: vec![("low".into(), 0x1000), ("high".into(), 0x4000)],
-            sections: vec![SectionName { name: "uart".into(), instance: 0, version: 2 }],
+            sections: vec![Device {
+                name: SectionName { name: "uart".into(), instance: 0, version: 2 },
+                fds: vec!["tap".into()],
+            }],
             channels: 3,
             meet_each_section: true,
             memory: vec!["host/0:1/77".into()],
             hints: true,
+            hand_over: Some(vec![Offer { name: "low".into(), len: 0x1000, offset: 0x2000 }]),
         }
     }
 
@@ -217,7 +289,8 @@ mod tests {
             Error::invalid("no RAM block 'x'").on_side("destination"),
             Error::invalid("missing").in_section("uart").on_side("destination"),
         ];
-        for answer in [Answer::Welcome, Answer::Refused(errors.clone())] {
+        let welcome = Answer::Welcome(Welcome { fds: true, hand_over: Some(vec!["low".into()]) });
+        for answer in [Answer::Welcome(Welcome::default()), welcome, Answer::Refused(errors.clone())] {
             let mut out = Vec::new();
             put_answer(&mut out, &answer).unwrap();
             assert_eq!(read_answer(&mut Slice::new(&out)).unwrap(), answer);

@@ -236,7 +236,7 @@ static void ram(void)
         strstr(vmig_errmsg(), words), "%s = %s", #member, #value))
     WRONG(host, NULL, EINVAL, "new"), WRONG(host, page + 8, EINVAL, "new"), WRONG(len, 0, EINVAL, "new");
     WRONG(len, PAGE + 1, EINVAL, "new"), WRONG(len, UINT64_MAX - 4095, EINVAL, "new"), WRONG(gpa, 1, EINVAL, "new");
-    WRONG(flags, 1u << 31, EINVAL, "flags"), WRONG(reserved, 1, EINVAL, "vmig_ram"), WRONG(host, g.low, EEXIST, "low");
+    WRONG(flags, 1u << 31, EINVAL, "flags"), WRONG(fd, 1, EINVAL, "VMIG_RAM_FD"), WRONG(fd_offset, 4096, EINVAL, "VMIG_RAM_FD"), WRONG(host, g.low, EEXIST, "low");
     STRINGS("name", remove_ram);
     REFUSES(ENOENT, "none", vmig_remove_ram(m, "none"));
     REFUSES(EINVAL, "handle", vmig_remove_ram(NULL, "low"));

@@ -22,6 +22,7 @@ struct dev {
     uint64_t timer, timer_array[3], timer_varray[4], *timer_ptr, *timer_ptr_varray;
     struct point point, point_array[3], point_varray[4], *point_ptr, *point_ptr_varray;
     uint8_t bytes[6], bytes_varray[7], *bytes_ptr;
+    int fd, fd_array[3], fd_varray[4];
 };
 
 static const vmig_field point_fields[] = {
@@ -83,6 +84,9 @@ static const vmig_field fields[] = {
     VMIG_TIMER_VARRAY(struct dev, timer_varray, number),
     VMIG_PTR_TIMER(struct dev, timer_ptr),
     VMIG_PTR_TIMER_VARRAY(struct dev, timer_ptr_varray, number, 5),
+    VMIG_FD(struct dev, fd),
+    VMIG_FD_ARRAY(struct dev, fd_array),
+    VMIG_FD_VARRAY(struct dev, fd_varray, number),
     VMIG_STRUCT(struct dev, point, struct point, NULL),
     VMIG_STRUCT_ARRAY(struct dev, point_array, struct point, NULL),
     VMIG_STRUCT_VARRAY(struct dev, point_varray, struct point, NULL, number),

@@ -20,6 +20,8 @@ struct dev {
     int32_t i32, i32_array[3], *i32_ptr;
     int64_t i64, i64_array[3], *i64_ptr;
     struct point point, point_array[3], *point_ptr;
+    long fd, fd_array[3];
+    unsigned unsigned_fd;
 };
 
 #if CASE == 1
@@ -178,6 +180,18 @@ static vmig_ops sized = VMIG_SIZED(vmig_ops);
 #define ROW VMIG_U64(struct dev, real)
 #elif CASE == 75
 #define ROW VMIG_TIMER(struct dev, u8_ptr)
+#elif CASE == 76
+#define ROW VMIG_FD(struct dev, fd)
+#elif CASE == 77
+#define ROW VMIG_FD(struct dev, unsigned_fd)
+#elif CASE == 78
+#define ROW VMIG_FD_ARRAY(struct dev, fd_array)
+#elif CASE == 79
+#define ROW VMIG_FD_VARRAY(struct dev, fd_array, number)
+#elif CASE == 80
+#define ROW VMIG_FD_VARRAY(struct dev, i32_array, real)
+#elif CASE == 81
+#define ROW VMIG_FD(struct dev, i32_ptr)
 #endif
 static const vmig_field fields[] = {
     ROW,

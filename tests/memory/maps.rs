@@ -163,6 +163,7 @@ impl Map {
             gpa: 0,
             marked: true,
             shared_storage,
+            file: None,
         };
         Ram::default().add(spec).unwrap()
     }

@@ -91,6 +91,7 @@ fn full() -> vmig_ops {
         announce: Some(announce),
         log: Some(log_line),
         destroy: Some(destroy),
+        ram_replaced: None,
     }
 }
 
