@@ -337,6 +337,8 @@ impl Machine {
             return self.status.resolve(here);
         }
         if here {
+            // The operator knows that nobody else uses the memory.
+            self.ram.list().iter().for_each(|block| block.set_given(false));
             self.vmm.stop(StopReason::User)?;
             self.vmm.start(StopReason::Migration)?;
             self.vmm.start(StopReason::NotOwner)?;

@@ -68,6 +68,18 @@ impl<'a> Hand<'a> {
                 self.writers(found);
             }
         }
+        found.extend(self.given());
+    }
+
+    /// Blocks whose memory left with a guest: pages of another one would destroy it.
+    fn given(&self) -> Option<Error> {
+        let block = self.job.ram.iter().find(|b| b.is_sent() && b.is_given() && !self.takes(b))?;
+        let text = format!(
+            "the memory of RAM block '{}' here was handed over and is another process's: it can come back the same way, \
+             or map other memory, remove the block and add it again",
+            block.name()
+        );
+        Some(Error::new(libc::EBUSY, text).in_section("ram"))
     }
 
     fn want(&mut self, offers: &[Offer]) -> Result<()> {
@@ -122,7 +134,7 @@ impl<'a> Hand<'a> {
     pub(super) fn check_plain(&self) -> Result<()> {
         match self.on {
             true => Err(Error::invalid("option 'hand-over' is on, but the source does not use this library")),
-            false => Ok(()),
+            false => self.given().map_or(Ok(()), Err),
         }
     }
 

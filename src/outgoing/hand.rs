@@ -23,6 +23,7 @@ use crate::wire::stream;
 pub(super) struct HandOver {
     on: bool,
     offers: Vec<(Arc<Block>, Arc<MemoryFile>)>,
+    passed: Vec<Arc<Block>>,
     /// The blocks that travel page by page.
     rest: RamList,
 }
@@ -30,7 +31,7 @@ pub(super) struct HandOver {
 impl HandOver {
     /// Nothing: every block travels.
     pub(super) fn nothing(job: &Job) -> Self {
-        Self { on: false, offers: Vec::new(), rest: Arc::clone(&job.ram) }
+        Self { on: false, offers: Vec::new(), passed: Vec::new(), rest: Arc::clone(&job.ram) }
     }
 
     /// What the option and the VMM say, checked. A block without a file travels page by page.
@@ -96,7 +97,13 @@ impl HandOver {
         let stays = |block: &&Arc<Block>| !taken.iter().any(|(handed, _)| Arc::ptr_eq(handed, block));
         self.rest = self.rest.iter().filter(stays).cloned().collect();
         let files: Vec<BorrowedFd<'_>> = taken.iter().map(|(_, file)| file.fd()).collect();
+        self.passed = taken.iter().map(|(block, _)| Arc::clone(block)).collect();
         pass(out, &files, |bytes, count| bytes.u32(count))
+    }
+
+    /// The destination has the guest, or may have it: its memory is not ours to write any more.
+    pub(super) fn gave_away(&self) {
+        self.passed.iter().for_each(|block| block.set_given(true));
     }
 }
 

@@ -545,6 +545,9 @@ impl<'a> Migration<'a> {
             self.job.status.fail(error.clone());
             error
         });
+        if result.is_ok() {
+            self.hand.gave_away();
+        }
         self.sender.close();
         self.channel.shutdown();
         if let Some(replies) = self.replies.take() {

@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::survey::{Part, Survey};
 use super::{Block, PAGE};
@@ -72,6 +73,16 @@ impl Block {
     /// The file behind the block, as far as anybody said.
     pub fn file(&self) -> Option<Arc<MemoryFile>> {
         lock(&self.file).clone()
+    }
+
+    /// Whether its memory was handed over, and did not come back: nothing may be written to it.
+    pub fn is_given(&self) -> bool {
+        self.given.load(Ordering::Acquire)
+    }
+
+    /// Its memory was handed over, or is known to be ours.
+    pub fn set_given(&self, given: bool) {
+        self.given.store(given, Ordering::Release);
     }
 
     /// Fails unless the block is what the VMM said: a shared, writable mapping of `file` from its offset on, whole.
@@ -184,6 +195,7 @@ impl Replaced {
     /// The guest has arrived: this is the block's memory from now on.
     pub fn keep(&mut self) {
         *lock(&self.block.file) = Some(Arc::clone(&self.theirs));
+        self.block.set_given(false);
         self.stage = Stage::Kept;
     }
 

@@ -46,6 +46,8 @@ pub struct Block {
     marks: Bitmap,
     /// The file behind it, if the VMM said so; another one once a guest arrived with its memory.
     file: Mutex<Option<Arc<MemoryFile>>>,
+    /// Its memory was handed over: a guest elsewhere may be using it.
+    given: AtomicBool,
     live: AtomicBool,
 }
 
@@ -104,8 +106,8 @@ impl Block {
         }
         let marks =
             Bitmap::new(usize::try_from(len / PAGE).map_err(|_| Error::no_memory("a dirty bitmap", len / 8))?)?;
-        let (live, named) = (AtomicBool::new(true), file.clone());
-        let block = Self { name, host, len, gpa, marked, shared_storage, marks, file: Mutex::new(file), live };
+        let (live, given, named) = (AtomicBool::new(true), AtomicBool::new(false), file.clone());
+        let block = Self { name, host, len, gpa, marked, shared_storage, marks, file: Mutex::new(file), given, live };
         if let Some(file) = named {
             block.check_file(&file, &Survey::new()?)?;
         }

@@ -94,6 +94,7 @@ fn every_kind_arrives() {
         (VMIG_KIND_I64, 8, |k| matches!(k, Kind::Signed(8))),
         (VMIG_KIND_BOOL, 1, |k| matches!(k, Kind::Bool)),
         (VMIG_KIND_TIMER, 8, |k| matches!(k, Kind::Timer)),
+        (VMIG_KIND_FD, 4, |k| matches!(k, Kind::Fd)),
         (VMIG_KIND_BYTES, 5, |k| matches!(k, Kind::Bytes(5))),
         (VMIG_KIND_UNUSED, 6, |k| matches!(k, Kind::Unused(6))),
     ];
@@ -242,7 +243,7 @@ fn hostile_structs_are_refused() {
 
     refused(&vmig_device { name: null(), ..good }, "vmig_device.name is NULL");
     refused(&vmig_device { version: 0, ..good }, "1 <= oldest <= version");
-    refused(&vmig_device { flags: 2, ..good }, "unknown flags");
+    refused(&vmig_device { flags: 4, ..good }, "unknown flags");
     let long = CString::new("x".repeat(300)).unwrap();
     refused(&vmig_device { name: long.as_ptr(), ..good }, "longer than 255");
     refused(&vmig_device { name: c"\xff".as_ptr(), ..good }, "not UTF-8");

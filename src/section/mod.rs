@@ -25,6 +25,8 @@ mod convert_tests;
 #[cfg(test)]
 mod custom_tests;
 #[cfg(test)]
+mod fd_tests;
+#[cfg(test)]
 mod hook_tests;
 #[cfg(test)]
 mod list_tests;

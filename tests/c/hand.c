@@ -7,7 +7,8 @@
  *          fds=N            so many descriptors in the device (at most 300); the first is a file that says "tap N"
  *          other-fds        the members are numbers here       early       the device is sent at setup
  * Commands, beside those of program.h: hash, hashes (of all, at the last stop and start), fds (open), counts, reasons,
- * tap, close-tap, replaced, seen, maps, peek OFFSET, poke OFFSET VALUE, remap, limit FDS, fail CALLBACK, die CALLBACK. */
+ * tap, close-tap, replaced, seen, maps, peek OFFSET, poke OFFSET VALUE, remap, limit FDS, fail CALLBACK, die CALLBACK,
+ * register HOW (a block that is wrong in this way). */
 #include "program.h"
 
 #include <fcntl.h>
@@ -299,6 +300,53 @@ static void print_tap(void)
     printf("value id=%u count=%u good=%u none=%u cloexec=%u\n", vmm.dev.id, vmm.dev.count, good, none, cloexec);
 }
 
+/* Blocks that are not what they say; each must be refused, so nothing is ever registered. */
+static void register_wrong(const char *how)
+{
+    vmig_ram ram = VMIG_SIZED(vmig_ram);
+    uint64_t len = 16 * PAGE;
+    int fd = memfd_create("wrong", MFD_CLOEXEC), other = memfd_create("other", MFD_CLOEXEC), pipes[2], named = fd;
+    bool is_private = strcmp(how, "private") == 0, is_read_only = strcmp(how, "read-only") == 0;
+    char path[64];
+    uint8_t *at;
+
+    if (ftruncate(fd, (off_t)len * 2) < 0 || ftruncate(other, (off_t)len * 2) < 0 || pipe(pipes) < 0)
+        fatal("register");
+    at = mmap(NULL, len, PROT_READ | (is_read_only ? 0 : PROT_WRITE), is_private ? MAP_PRIVATE : MAP_SHARED, fd, 0);
+    ram.name = "wrong", ram.host = at, ram.len = len, ram.gpa = 1ull << 40, ram.flags = VMIG_RAM_FD | VMIG_RAM_MARKED;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    if (strcmp(how, "other") == 0)
+        named = other;
+    else if (strcmp(how, "offset") == 0)
+        ram.fd_offset = PAGE;
+    else if (strcmp(how, "odd-offset") == 0)
+        ram.fd_offset = 1;
+    else if (strcmp(how, "far") == 0)
+        ram.fd_offset = UINT64_MAX - PAGE + 1;
+    else if (strcmp(how, "beyond") == 0)
+        ram.fd_offset = len + PAGE;
+    else if (strcmp(how, "part") == 0)
+        at = mmap(at + 8 * PAGE, PAGE, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_SHARED, fd, 0);
+    else if (strcmp(how, "hole") == 0)
+        munmap(at + 8 * PAGE, PAGE);
+    else if (strcmp(how, "pipe") == 0)
+        named = pipes[1];
+    else if (strcmp(how, "read-only-fd") == 0)
+        named = open(path, O_RDONLY | O_CLOEXEC);
+    else if (strcmp(how, "closed") == 0)
+        named = -1;
+    else if (strcmp(how, "storage") == 0)
+        ram.flags |= VMIG_RAM_SHARED_STORAGE;
+    ram.fd = named;
+    need(vmig_bql_lock(vmm.m), "lock");
+    answer("register", vmig_add_ram(vmm.m, &ram));
+    need(vmig_bql_unlock(vmm.m), "unlock");
+    munmap(ram.host, len);
+    close(fd), close(other), close(pipes[0]), close(pipes[1]);
+    if (named != fd && named != other && named != pipes[1] && named >= 0)
+        close(named);
+}
+
 /* From now on; "none" ends it. The old name is not freed, for a hook may be reading it. */
 static void misbehave(_Atomic(const char *) *how, const char *callback)
 {
@@ -344,7 +392,9 @@ static bool own(void *unused, const char *verb, char *rest)
     } else if (strcmp(verb, "remap") == 0) {    /* behind the library's back */
         void *at = mmap(vmm.high.host, PAGE, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         answer(verb, at == MAP_FAILED ? -errno : 0);
-    } else if (strcmp(verb, "limit") == 0) {
+    } else if (strcmp(verb, "register") == 0)
+        register_wrong(rest);
+    else if (strcmp(verb, "limit") == 0) {
         struct rlimit limit = { strtoull(rest, NULL, 0), 1024 };
         answer(verb, setrlimit(RLIMIT_NOFILE, &limit));
     } else if (strcmp(verb, "fail") == 0)
@@ -395,11 +445,14 @@ int main(int argc, char **argv)
     if (pthread_create(&vmm.cpu, NULL, cpu_thread, NULL))
         fatal("thread");
     serve(vmm.m, own, NULL);
-    vmig_free(vmm.m);
     pthread_mutex_lock(&vmm.lock);
     vmm.quit = true;
     pthread_cond_broadcast(&vmm.changed);
     pthread_mutex_unlock(&vmm.lock);
-    pthread_join(vmm.cpu, NULL);
+    pthread_join(vmm.cpu, NULL);        /* it uses the handle: it must not outlive it */
+    pthread_mutex_lock(&vmm.lock);
+    vmm.parked = true;                  /* a stop hook of the migration that vmig_free ends must not wait */
+    pthread_mutex_unlock(&vmm.lock);
+    vmig_free(vmm.m);
     return 0;
 }
