@@ -143,6 +143,11 @@ fn sources_that_pass_the_wrong_descriptors() {
         let (_stream, answer) = greet(uri, &hello_of(Some(offers)), &[]);
         assert!(answer.contains("twice"), "{answer}");
     });
+    lied_to(&dir, &mut destination, "a plain stream", "does not use this library", |uri| {
+        let mut stream = UnixStream::connect(uri.strip_prefix("unix:").unwrap()).unwrap();
+        stream.write_all(b"QEVM\0\0\0\x03").unwrap();
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
     // The right files, and then nothing: they were mapped already.
     lied_to(&dir, &mut destination, "silence", "load", |uri| {
         let (stream, _) = greet(uri, &hello_of(offers()), &[]);
