@@ -22,6 +22,8 @@ use crate::wire::stream;
 #[derive(Debug)]
 pub(super) struct HandOver {
     on: bool,
+    /// Every block is offered.
+    all: bool,
     offers: Vec<(Arc<Block>, Arc<MemoryFile>)>,
     passed: Vec<Arc<Block>>,
     /// The blocks that travel page by page.
@@ -31,29 +33,30 @@ pub(super) struct HandOver {
 impl HandOver {
     /// Nothing: every block travels.
     pub(super) fn nothing(job: &Job) -> Self {
-        Self { on: false, offers: Vec::new(), passed: Vec::new(), rest: Arc::clone(&job.ram) }
+        Self { on: false, all: false, offers: Vec::new(), passed: Vec::new(), rest: Arc::clone(&job.ram) }
     }
 
     /// What the option and the VMM say, checked. A block without a file travels page by page.
     pub(super) fn new(job: &Job, channel: &dyn Channel) -> Result<Self> {
-        let mut all = Self::nothing(job);
+        let mut hand = Self::nothing(job);
         if !job.options.on(Opt::HandOver) {
-            return Ok(all);
+            return Ok(hand);
         }
         if job.options.get(Opt::Peer) == 1 || !channel.passes_fds() {
             let text = "option 'hand-over' needs a unix socket to another process of this host that uses this library: \
                         switch it off, or migrate to unix:PATH without peer=qemu";
             return Err(Error::invalid(text));
         }
-        all.on = true;
+        hand.on = true;
         let survey = Survey::new()?;
         for block in job.ram.iter().filter(|b| b.is_sent()) {
             if let Some(file) = block.file() {
                 block.check_file(&file, &survey)?;
-                all.offers.push((Arc::clone(block), file));
+                hand.offers.push((Arc::clone(block), file));
             }
         }
-        Ok(all)
+        hand.all = hand.offers.len() == job.ram.iter().filter(|b| b.is_sent()).count();
+        Ok(hand)
     }
 
     /// For the hello; none with the option off.
@@ -68,6 +71,11 @@ impl HandOver {
 
     pub(super) fn is_offered(&self, block: &Block) -> bool {
         self.offers.iter().any(|(offered, _)| std::ptr::eq(&**offered, block))
+    }
+
+    /// Whether the file of every block is offered.
+    pub(super) fn is_all(&self) -> bool {
+        self.all
     }
 
     /// The blocks that travel page by page.

@@ -284,6 +284,10 @@ impl<'a> Migration<'a> {
             // A QEMU has no channels unless it was told, and so must we be.
             return 0;
         }
+        if self.hand.is_all() {
+            // Connections for nothing; should the destination not take every file, one stream does.
+            return 0;
+        }
         match self.job.target {
             Target::Address(_) => options.channels(),
             Target::Ready(_) => 0,
