@@ -673,7 +673,7 @@ typedef struct vmig_status {
     uint32_t side;
     /* Round over the dirty pages; 1 is the first, over all pages. 0 at the destination. */
     uint64_t iteration;
-    /* Guest RAM that migrates. */
+    /* Guest RAM that migrates; blocks handed over by their file are not in it. */
     uint64_t total;
     /* Guest RAM that is left to send. */
     uint64_t remaining;
@@ -754,7 +754,8 @@ int vmig_incoming(vmig *m,
 int vmig_cancel(vmig *m);
 
 /* Ends the state `switchover-unknown`: with `run` 1 the guest does certainly not run at the destination and is started
- * here; with 0 it runs there and stays stopped here. -EINVAL in any other state. [free] */
+ * here; with 0 it runs there and stays stopped here. Where memory was handed over (option `hand-over`) the destination
+ * may have it mapped still: be certain that its process is gone before you say 1. -EINVAL in any other state. [free] */
 int vmig_resolve(vmig *m,
                  int run);
 

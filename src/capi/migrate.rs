@@ -71,7 +71,7 @@ pub struct vmig_status {
     pub side: u32,
     /// Round over the dirty pages; 1 is the first, over all pages. 0 at the destination.
     pub iteration: u64,
-    /// Guest RAM that migrates.
+    /// Guest RAM that migrates; blocks handed over by their file are not in it.
     pub total: u64,
     /// Guest RAM that is left to send.
     pub remaining: u64,
@@ -233,7 +233,8 @@ pub unsafe extern "C" fn vmig_cancel(m: *mut vmig) -> c_int {
 }
 
 /// Ends the state `switchover-unknown`: with `run` 1 the guest does certainly not run at the destination and is started
-/// here; with 0 it runs there and stays stopped here. -EINVAL in any other state. \[free\]
+/// here; with 0 it runs there and stays stopped here. Where memory was handed over (option `hand-over`) the destination
+/// may have it mapped still: be certain that its process is gone before you say 1. -EINVAL in any other state. \[free\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_resolve(m: *mut vmig, run: c_int) -> c_int {
     enter("vmig_resolve", || {
