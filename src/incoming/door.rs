@@ -77,6 +77,20 @@ impl Door {
         Ok(self.channels.drain(..usize::from(count)).collect())
     }
 
+    /// Whether one more channel came. Only connections that have not said what they are are waited for, for `patience`.
+    pub(super) fn has_channel(&mut self, wake: &Arc<Wake>, patience: Duration) -> Result<bool> {
+        let mut until = Instant::now();
+        let end = until + patience;
+        while self.channels.is_empty() && self.listener.is_some() {
+            match self.turn(wake, Some(until), false) {
+                Err(error) if error.errno() != libc::ETIMEDOUT => return Err(error),
+                Err(_) if self.unsorted.is_empty() || until == end => break,
+                _ => until = if self.unsorted.is_empty() { until } else { end },
+            }
+        }
+        Ok(!self.channels.is_empty())
+    }
+
     /// Waits for one thing to happen, and sorts.
     fn turn(&mut self, wake: &Arc<Wake>, deadline: Option<Instant>, want_main: bool) -> Result<()> {
         let Some(listener) = &self.listener else { return Err(Error::invalid("nobody can connect")) };

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::Job;
 use super::ahead::{Ahead, Scout};
+use super::door::Door;
 use super::target::Targets;
 use crate::error::{Error, Result};
 use crate::options::Opt;
@@ -20,6 +21,9 @@ use crate::wire::ram::NAME;
 
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// How long a connection that has not said what it is may hold up the end: it may be a channel too many.
+const LAST_LOOK: Duration = Duration::from_secs(1);
 
 /// Where a lane is between two meetings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +65,10 @@ pub(super) struct Lanes {
     shared: Arc<Shared>,
     lanes: Vec<(Arc<dyn Channel>, Handle<()>)>,
     wake: Arc<Wake>,
+    /// All lanes meet at the end of every RAM section.
+    meet_each_section: bool,
+    /// Where more channels than agreed would come from.
+    door: Option<Door>,
 }
 
 impl State {
@@ -122,7 +130,8 @@ impl Lanes {
             limit: job.options.time(Opt::StallTimeout),
         });
         let count = u8::try_from(channels.len()).unwrap_or(u8::MAX);
-        let mut lanes = Self { shared, lanes: Vec::new(), wake: Arc::clone(&job.wake) };
+        let mut lanes =
+            Self { shared, lanes: Vec::new(), wake: Arc::clone(&job.wake), meet_each_section: false, door: None };
         let mut seen = [false; 256];
         for channel in channels {
             let id = read_init(channel.as_ref(), count, lanes.shared.limit)
@@ -147,6 +156,35 @@ impl Lanes {
         let handle = job.threads.spawn_with(&format!("channel-{id}"), body, move |e| on_panic.fail(e.clone()))?;
         self.lanes.push((channel, handle));
         Ok(())
+    }
+
+    /// The lanes meet at the end of every RAM section, too.
+    pub(super) fn meet_each_section(&mut self) {
+        self.meet_each_section = true;
+    }
+
+    /// Watches `door` for channels too many.
+    pub(super) fn watch(&mut self, door: Door) {
+        self.door = Some(door);
+    }
+
+    /// A RAM section of the main stream is over.
+    pub(super) fn end_of_section(&mut self) -> Result<()> {
+        self.look_at_door(Duration::ZERO)?;
+        match self.meet_each_section {
+            true => self.meet(),
+            false => self.check(),
+        }
+    }
+
+    fn look_at_door(&mut self, patience: Duration) -> Result<()> {
+        let Some(door) = &mut self.door else { return Ok(()) };
+        if !door.has_channel(&self.wake, patience)? {
+            return Ok(());
+        }
+        let text =
+            "the source has more channels than option 'multifd-channels' says here: set it alike on both sides";
+        Err(Error::invalid(text).expected_got(self.lanes.len(), "at least one more"))
     }
 
     /// The main stream reached a meeting point: waits for every lane, then lets them go on.
@@ -188,8 +226,9 @@ impl Lanes {
 
     /// The main stream is over. What comes after the last meeting would never be waited for: source and destination do
     /// not agree on where they met, so that pages may be missing.
-    pub(super) fn finish(&self) -> Result<()> {
+    pub(super) fn finish(&mut self) -> Result<()> {
         self.check()?;
+        self.look_at_door(LAST_LOOK)?;
         let state = self.shared.lock();
         match state.standing.iter().position(|s| matches!(s, Standing::Busy | Standing::Arrived)) {
             Some(id) => {

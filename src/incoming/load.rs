@@ -38,8 +38,6 @@ pub(super) struct Loader<'a> {
     ram: RamReceiver,
     ram_id: Option<u32>,
     lanes: Option<Lanes>,
-    /// All lanes meet at the end of every RAM section.
-    meet_each_section: bool,
     /// Ids of iterative sections that had their END.
     ended: HashSet<u32>,
     clock_ns: Option<u64>,
@@ -60,7 +58,6 @@ impl<'a> Loader<'a> {
         targets: &Targets,
         scout: Option<Scout>,
         lanes: Option<Lanes>,
-        meet_each_section: bool,
         fds: Arc<Inbox>,
     ) -> Self {
         Self {
@@ -70,7 +67,6 @@ impl<'a> Loader<'a> {
             ram: RamReceiver::new(targets, scout),
             ram_id: None,
             lanes,
-            meet_each_section,
             ended: HashSet::new(),
             clock_ns: None,
             running: true,
@@ -127,7 +123,7 @@ impl<'a> Loader<'a> {
         }
         stream::read_description(input)?;
         self.check_complete()?;
-        self.lanes.as_ref().map_or(Ok(()), Lanes::finish)?;
+        self.lanes.as_mut().map_or(Ok(()), Lanes::finish)?;
         let extra = input.buffered();
         if extra > 0 {
             let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());
@@ -188,11 +184,7 @@ impl<'a> Loader<'a> {
     /// A body of the RAM section, and the meetings of the lanes in it.
     fn ram_body(&mut self, input: &mut StreamInput) -> Result<()> {
         self.ram.load(input, &self.job.status, self.lanes.as_ref())?;
-        match &self.lanes {
-            Some(lanes) if self.meet_each_section => lanes.meet(),
-            Some(lanes) => lanes.check(),
-            None => Ok(()),
-        }
+        self.lanes.as_mut().map_or(Ok(()), Lanes::end_of_section)
     }
 
     fn own(&mut self, id: u32, section: &SectionName) -> Result<Option<Own>> {

@@ -191,18 +191,25 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            Some(Lanes::start(job, channels, &targets, memory.ahead.as_ref()).map_err(|e| e.in_phase("connect"))?)
+            let mut lanes =
+                Lanes::start(job, channels, &targets, memory.ahead.as_ref()).map_err(|e| e.in_phase("connect"))?;
+            if parallel.meet_each_section {
+                lanes.meet_each_section();
+            }
+            // A QEMU does not say how many channels it has: pages on one more would be lost without a word.
+            if !peer.is_vmig {
+                lanes.watch(door);
+            }
+            Some(lanes)
         }
     };
-    // Nobody else is expected: from here on the system refuses connections.
-    drop(door);
     let configuration = |input: &mut StreamInput| {
         stream::read_header(input)?;
         stream::read_configuration(input, &job.options.machine())
     };
     configuration(&mut input).map_err(|e| e.in_phase("load"))?;
     let scout = memory.ahead.as_ref().map(Ahead::scout);
-    let mut loader = Loader::new(job, peer, &targets, scout, lanes, parallel.meet_each_section, hand.inbox());
+    let mut loader = Loader::new(job, peer, &targets, scout, lanes, hand.inbox());
     let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
     hand.open().map_err(|e| e.in_phase("hand over"))?;
     // From here on the source may learn that we have the guest: no way back.
