@@ -1,11 +1,17 @@
-//! The dirty bitmap: scanning what is set, merging a log, marking a page; from 1 GiB to 4 TiB of guest RAM.
+//! The dirty bitmap: harvesting and taking what is dirty, merging a log, marking a page; from 1 GiB to 4 TiB of guest RAM.
 #![allow(missing_docs, reason = "criterion's macros write functions without")]
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use vmig::bitmap::{Bitmap, WORD_BITS};
+use vmig::dirty::cursor::Cursor;
+use vmig::dirty::hub::Hub;
+use vmig::dirty::set::DirtySet;
+use vmig::ram::{BlockSpec, PAGE, PAGE_BYTES, Ram};
+use vmig::wire::packet::PAGES_MAX;
 
 const PAGES_PER_GIB: usize = 1 << 18;
 const TIB: usize = 1024;
@@ -24,58 +30,77 @@ fn drawn(limit: usize, count: usize) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Marks 0.1 % of the pages in runs of `run`; returns how many calls that took.
-fn mark(map: &Bitmap, run: usize) -> usize {
-    let count = map.len() / SPARSE / run;
-    drawn(map.len() - run, count).for_each(|page| {
-        map.set_range(page, run);
-    });
-    count
+/// A guest of one block, its writes reported by the VMM, and a reader of them.
+struct Guest {
+    ram: Ram,
+    hub: Hub,
+    set: Arc<DirtySet>,
 }
 
-/// As the hub takes marks: word by word.
-fn take_words(map: &Bitmap) -> usize {
-    map.take_words().map(|(_, bits)| bits.count_ones() as usize).sum()
-}
-
-/// As a sender takes pages: run by run.
-fn take_runs(map: &Bitmap) -> usize {
-    let (mut taken, mut from) = (0, 0);
-    while let Some((start, len)) = map.next_run(from, 256) {
-        taken += map.take_range(start, len);
-        from = start + len;
+impl Guest {
+    /// Nothing is dirty. Its memory is never touched, so there need not be any.
+    fn new(gib: usize) -> Self {
+        let (ram, hub) = (Ram::default(), Hub::default());
+        let (host, len) = (std::ptr::without_provenance_mut(PAGE_BYTES), (gib * PAGES_PER_GIB) as u64 * PAGE);
+        let spec = BlockSpec { name: "ram".into(), host, len, gpa: 0, marked: true, shared_storage: false };
+        ram.add(spec).expect("a block");
+        let set = hub.subscribe(&ram.list()).expect("memory for the bitmaps");
+        let guest = Self { ram, hub, set };
+        guest.take();
+        guest
     }
-    taken
+
+    /// Marks 0.1 % of the pages in runs of `run`, which the hub does not know of yet; how many marks.
+    fn write(&self, run: usize) {
+        let block = self.set.block(0);
+        let marks = block.marks();
+        drawn(marks.len() - run, marks.len() / SPARSE / run).for_each(|page| {
+            marks.set_range(page, run);
+        });
+    }
+
+    /// Takes all that is dirty, as the sender of pages does: a packet at a time.
+    fn take(&self) -> usize {
+        let (mut cursor, mut taken) = (Cursor::default(), 0);
+        while cursor.take(&self.set, &self.hub, PAGES_MAX).expect("no tracker that could fail") {
+            taken += black_box(cursor.runs()).iter().map(|run| run.pages).sum::<usize>();
+        }
+        taken
+    }
 }
 
-type Take = fn(&Bitmap) -> usize;
-
-fn scan(c: &mut Criterion) {
-    let ways = [("words", take_words as Take), ("runs", take_runs as Take)];
-    for (name, run) in [("take, nothing dirty", 0), ("take, 0.1 % in runs of 64", 64), ("take, 0.1 % single", 1)] {
-        let mut group = c.benchmark_group(name);
+/// What a round costs before and beside its pages: the hub's harvest of what was marked, and the sender's taking.
+fn round(c: &mut Criterion) {
+    for (name, run) in [("nothing dirty", 0), ("0.1 % in runs of 64", 64), ("0.1 % single", 1)] {
         for gib in SIZES_GIB {
-            let map = Bitmap::new(gib * PAGES_PER_GIB).expect("memory for the bitmap");
-            for (way, take) in ways {
-                group.throughput(Throughput::Elements((map.len() / SPARSE) as u64));
-                group.bench_function(BenchmarkId::new(way, format!("{gib} GiB")), |b| {
-                    // Timed by hand: marking is the larger part and leaves the map where a guest's would be, in memory.
+            let guest = Guest::new(gib);
+            let mut group = c.benchmark_group(name);
+            group.throughput(Throughput::Elements((guest.set.block(0).pages() / SPARSE) as u64));
+            // Timed by hand: marking is the larger part and leaves the maps where a guest's would be, in memory.
+            let mut timed = |name: &str, harvest: bool| {
+                group.bench_function(BenchmarkId::new(name, format!("{gib} GiB")), |b| {
                     b.iter_custom(|rounds| {
                         (0..rounds).fold(Duration::ZERO, |sum, _| {
                             if run > 0 {
-                                mark(&map, run);
+                                guest.write(run);
                             }
                             let start = Instant::now();
-                            let taken = take(black_box(&map));
-                            let time = start.elapsed();
+                            guest.hub.sync().expect("no tracker that could fail");
+                            let synced = start.elapsed();
+                            let start = Instant::now();
+                            let taken = guest.take();
+                            let took = start.elapsed();
                             assert_eq!(taken > 0, run > 0);
-                            sum + time
+                            sum + if harvest { synced } else { took }
                         })
                     });
                 });
-            }
+            };
+            timed("harvest", true);
+            timed("take", false);
+            group.finish();
+            drop(guest.ram);
         }
-        group.finish();
     }
 }
 
@@ -97,6 +122,11 @@ fn merge(c: &mut Criterion) {
             log[page / WORD_BITS] = u64::MAX;
         }
         run("0.1 % in runs of 64", &log, 0);
+        log.fill(0);
+        for page in drawn(map.len(), map.len() / SPARSE) {
+            log[page / WORD_BITS] |= 1 << (page % WORD_BITS);
+        }
+        run("0.1 % single", &log, 0);
         if gib <= TIB {
             log.fill(u64::MAX);
             run("full", &log, 0);
@@ -132,6 +162,6 @@ fn marks(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(500));
-    targets = scan, merge, marks
+    targets = round, merge, marks
 }
 criterion_main!(benches);

@@ -6,20 +6,22 @@
 //! # Why no mark is lost
 //!
 //! A setter sets the bit below first and looks at the summary after; it returns only when it saw both summary bits set
-//! or set them itself, so a mark whose setter returned can be found from the top. A taker either clears the summary
-//! first and takes what is below after ([`Taken`]), or takes first and clears the summary of what it left empty, then
-//! looks again below and sets it back if something came in between ([`Bitmap::lower`]). Either way: for a setter to
-//! skip a summary bit it must have read it before the taker cleared it; its mark was set before that, and the taker
-//! looks below after that, so the taker finds it. This is an argument about one order of all operations, hence
-//! sequential consistency throughout; on x86 it costs nothing beside an atomic read-modify-write. It holds for each
-//! pair of levels by itself. Between a taker's clearing and setting back, *another* taker may miss a mark: it is found
-//! by a later scan, so who must see every mark scans when no other taker is at work.
+//! or set them itself, so a mark whose setter returned can be found from the top. A taker clears the bits of `filled`
+//! first and takes the words after; what it leaves in them it shows again ([`Bitmap::raise`]). Where it emptied a word
+//! of `filled` it clears the bit of `top`, then looks at `filled` again and sets the bit back if something came in
+//! between ([`Bitmap::forget`]). Either way: for a setter to skip a summary bit it must have read it before the taker
+//! cleared it; its mark was set before that, and the taker looks below after that, so the taker finds it. This is an
+//! argument about one order of all operations, hence sequential consistency throughout; on x86 it costs nothing beside
+//! an atomic read-modify-write. It holds for each pair of levels by itself. Between a taker's clearing and setting back,
+//! *another* taker may miss a mark: it is found by a later scan, so who must see every mark scans when no other taker is
+//! at work.
 //!
 //! Setting a bit is always an atomic read-modify-write: testing first and skipping the write loses marks, because a
 //! taker that read the old bit may read the page's bytes before the write that the mark is about.
 
 use super::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use crate::error::{Error, Result};
+use crate::sys::memory::prefetch;
 
 /// Bits per word.
 pub const WORD_BITS: usize = u64::BITS as usize;
@@ -52,6 +54,15 @@ fn each_bit(mut bits: u64) -> impl Iterator<Item = usize> {
         bits &= bits.checked_sub(1)?;
         Some(at)
     })
+}
+
+/// The lowest `count` of the bits set.
+fn lowest(bits: u64, count: usize) -> u64 {
+    let mut lowest = bits;
+    for _ in count..bits.count_ones() as usize {
+        lowest &= !(1 << lowest.ilog2());
+    }
+    lowest
 }
 
 fn zeroed(count: usize) -> Result<Box<[AtomicU64]>> {
@@ -119,16 +130,94 @@ impl Bitmap {
         }
     }
 
-    /// Words `words` of a group were left empty: clears their summary, unless they are not empty any more.
-    fn lower(&self, group: usize, words: u64) {
-        let rest = self.filled[group].fetch_and(!words, SeqCst) & !words;
-        let mut back = 0;
-        for i in each_bit(words) {
-            back |= u64::from(self.words[group * WORD_BITS + i].load(SeqCst) != 0) << i;
+    /// Takes at most `max` bits from where `scan` is on, in ascending order, and gives each word's as (word, bits). Returns
+    /// how many; 0: the end. A word is split only where it alone is too much.
+    pub fn take_some(&self, scan: &mut Scan, max: usize, mut give: impl FnMut(usize, u64)) -> usize {
+        let mut taken = 0;
+        while let Some((group, words)) = scan.head(self) {
+            let room = max - taken;
+            let fit = match self.fitting(group, words, room) {
+                0 if taken > 0 || max == 0 => break,
+                0 => words & words.wrapping_neg(),
+                fit => fit,
+            };
+            let (more, left) = self.take_words(group, fit, room, &mut give);
+            taken += more;
+            scan.leave(self, words & !fit | left);
         }
-        if back != 0 {
-            self.raise(group, back);
-        } else if rest == 0 {
+        taken
+    }
+
+    /// As many of these words, from the lowest on, as have no more than `max` bits.
+    fn fitting(&self, group: usize, words: u64, max: usize) -> u64 {
+        if max / WORD_BITS >= words.count_ones() as usize {
+            return words;
+        }
+        let (mut room, mut fit) = (max, 0);
+        for i in each_bit(words) {
+            let count = self.words[group * WORD_BITS + i].load(SeqCst).count_ones() as usize;
+            if count > room {
+                break;
+            }
+            room -= count;
+            fit |= 1 << i;
+        }
+        fit
+    }
+
+    /// As [`take_some`](Self::take_some), in runs, each as (start, length).
+    pub fn take_runs(&self, scan: &mut Scan, max: usize, mut give: impl FnMut(usize, usize)) -> usize {
+        let (mut start, mut end) = (0, 0);
+        let taken = self.take_some(scan, max, |word, mut bits| {
+            while bits != 0 {
+                let from = bits.trailing_zeros();
+                let to = from + (bits >> from).trailing_ones();
+                let first = word * WORD_BITS + from as usize;
+                if first != end {
+                    if start < end {
+                        give(start, end - start);
+                    }
+                    start = first;
+                }
+                end = word * WORD_BITS + to as usize;
+                bits &= u64::MAX.checked_shl(to).unwrap_or(0);
+            }
+        });
+        if start < end {
+            give(start, end - start);
+        }
+        taken
+    }
+
+    /// Takes up to `max` bits of these words of a group; how many, and which of the words have some left.
+    fn take_words(&self, group: usize, words: u64, max: usize, give: &mut impl FnMut(usize, u64)) -> (usize, u64) {
+        self.forget(group, words);
+        let (mut taken, mut left) = (0, 0);
+        for i in each_bit(words) {
+            let word = group * WORD_BITS + i;
+            let bits = match max - taken {
+                WORD_BITS.. => self.words[word].swap(0, SeqCst),
+                room => {
+                    let wanted = lowest(self.words[word].load(SeqCst), room);
+                    let before = self.words[word].fetch_and(!wanted, SeqCst);
+                    left |= u64::from(before & !wanted != 0) << i;
+                    before & wanted
+                }
+            };
+            if bits != 0 {
+                taken += bits.count_ones() as usize;
+                give(word, bits);
+            }
+        }
+        if left != 0 {
+            self.raise(group, left);
+        }
+        (taken, left)
+    }
+
+    /// Words `words` of a group are about to be taken: clears their summary first.
+    fn forget(&self, group: usize, words: u64) {
+        if self.filled[group].fetch_and(!words, SeqCst) & !words == 0 {
             let bit = 1 << (group % WORD_BITS);
             let top = &self.top[group / WORD_BITS];
             top.fetch_and(!bit, SeqCst);
@@ -136,34 +225,6 @@ impl Bitmap {
                 top.fetch_or(bit, SeqCst);
             }
         }
-    }
-
-    /// Sets the given bits of one word; returns how many were not set before. Bits past the end are ignored.
-    #[inline]
-    pub fn or_word(&self, word: usize, bits: u64) -> usize {
-        let bits = bits & between(word * WORD_BITS, 0, self.bits);
-        if bits == 0 {
-            return 0;
-        }
-        let new = self.put(word, bits);
-        self.raise(word / WORD_BITS, 1 << (word % WORD_BITS));
-        new
-    }
-
-    /// Takes all bits of one word.
-    pub fn take_word(&self, word: usize) -> u64 {
-        // A plain look first keeps idle words shared between caches; a mark made after it is found next time.
-        if self.words[word].load(Relaxed) == 0 {
-            return 0;
-        }
-        let bits = self.words[word].swap(0, SeqCst);
-        self.lower(word / WORD_BITS, 1 << (word % WORD_BITS));
-        bits
-    }
-
-    /// Takes every word that is not empty, as (word, bits), in order; what the iterator did not give stays.
-    pub fn take_words(&self) -> Taken<'_> {
-        Taken { map: self, next_top: 0, groups: 0, group: 0, left: 0, batch: [0; BATCH], given: 0, ready: 0 }
     }
 
     /// The part of `start..start + len` that exists.
@@ -206,8 +267,12 @@ impl Bitmap {
         while let Some(group) = self.next_group(from).filter(|g| *g <= last / WORD_BITS) {
             let base = group * WORD_BITS;
             let span = between(base, first, last + 1);
-            let mut empty = 0;
-            for i in each_bit(self.filled[group].load(SeqCst) & span) {
+            let found = self.filled[group].load(SeqCst) & span;
+            if found != 0 {
+                self.forget(group, found);
+            }
+            let mut left = 0;
+            for i in each_bit(found) {
                 let word = base + i;
                 let bits = between(word * WORD_BITS, start, end);
                 let before = match bits {
@@ -215,10 +280,10 @@ impl Bitmap {
                     _ => self.words[word].fetch_and(!bits, SeqCst),
                 };
                 taken += (before & bits).count_ones() as usize;
-                empty |= u64::from(before & !bits == 0) << i;
+                left |= u64::from(before & !bits != 0) << i;
             }
-            if empty != 0 {
-                self.lower(group, empty);
+            if left != 0 {
+                self.raise(group, left);
             }
             from = group + 1;
         }
@@ -300,7 +365,7 @@ impl Bitmap {
     }
 
     /// The first group at or after `from` whose summary is set.
-    fn next_group(&self, from: usize) -> Option<usize> {
+    pub(super) fn next_group(&self, from: usize) -> Option<usize> {
         let first = from / WORD_BITS;
         let mut keep = u64::MAX << (from % WORD_BITS);
         for (i, top) in self.top.get(first..)?.iter().enumerate() {
@@ -350,97 +415,52 @@ impl Batch<'_> {
     }
 }
 
-/// Words looked at before the first of them is taken.
-const BATCH: usize = 128;
+/// Groups that are fetched from memory before the first of them is taken.
+const AHEAD: usize = 16;
 
-/// Takes the words that are not empty; see [`Bitmap::take_words`].
-#[derive(Debug)]
-pub struct Taken<'a> {
-    map: &'a Bitmap,
-    /// The word of `top` to take next.
-    next_top: usize,
-    /// Groups that were taken from the `top` word before it and not looked into yet.
-    groups: u64,
-    /// The group that was looked into last, and its words that are not in the batch yet.
-    group: usize,
-    left: u64,
-    batch: [usize; BATCH],
-    given: usize,
-    ready: usize,
+/// Where [`Bitmap::take_some`] is, and what it takes next. It claims nothing: what was looked at and not taken stays.
+#[derive(Clone, Debug, Default)]
+pub struct Scan {
+    /// Groups below it were looked at.
+    next: usize,
+    /// A ring of groups, each with the words of it that are to be taken.
+    ahead: [(usize, u64); AHEAD],
+    first: usize,
+    len: usize,
 }
 
-impl Taken<'_> {
-    /// Finds the next words by the summary, which is cleared on the way.
-    fn refill(&mut self) {
-        (self.given, self.ready) = (0, 0);
-        while self.ready < BATCH && self.find_words() {
-            for i in each_bit(self.left).take(BATCH - self.ready) {
-                self.batch[self.ready] = self.group * WORD_BITS + i;
-                self.ready += 1;
-                self.left &= self.left - 1;
-            }
+impl Scan {
+    /// The group at hand; none: the end.
+    #[inline]
+    fn head(&mut self, map: &Bitmap) -> Option<(usize, u64)> {
+        if self.len == 0 {
+            while self.len < AHEAD && self.look(map) {}
         }
-        // Plain looks at independent words wait for memory all at once; an atomic exchange waits alone. What is empty
-        // by now is dropped: its summary was cleared before, so a mark from here on is found next time.
-        let mut kept = 0;
-        for at in 0..self.ready {
-            let word = self.batch[at];
-            self.batch[kept] = word;
-            kept += usize::from(self.map.words[word].load(SeqCst) != 0);
-        }
-        self.ready = kept;
+        (self.len > 0).then(|| self.ahead[self.first])
     }
 
-    /// Makes `left` words of `group`; false if there are none any more.
-    fn find_words(&mut self) -> bool {
-        while self.left == 0 {
-            while self.groups == 0 {
-                let Some(top) = self.map.top.get(self.next_top) else { return false };
-                if top.load(SeqCst) != 0 {
-                    self.groups = top.swap(0, SeqCst);
-                }
-                self.next_top += 1;
-            }
-            self.group = (self.next_top - 1) * WORD_BITS + self.groups.trailing_zeros() as usize;
-            self.groups &= self.groups - 1;
-            self.left = self.map.filled[self.group].swap(0, SeqCst);
+    /// Leaves `words` of the group at hand for later; without any goes on.
+    #[inline]
+    fn leave(&mut self, map: &Bitmap, words: u64) {
+        self.ahead[self.first].1 = words;
+        if words == 0 {
+            self.first = (self.first + 1) % AHEAD;
+            self.len -= 1;
+            self.look(map);
         }
+    }
+
+    /// Adds the next group that is not empty. Its words come from memory while others are taken: an atomic exchange of
+    /// a word that is not at hand would wait alone.
+    #[inline]
+    fn look(&mut self, map: &Bitmap) -> bool {
+        let Some(group) = map.next_group(self.next) else { return false };
+        let words = map.filled[group].load(SeqCst);
+        for i in each_bit(words) {
+            prefetch(&map.words[group * WORD_BITS + i]);
+        }
+        self.ahead[(self.first + self.len) % AHEAD] = (group, words);
+        (self.next, self.len) = (group + 1, self.len + 1);
         true
-    }
-}
-
-impl Iterator for Taken<'_> {
-    type Item = (usize, u64);
-
-    fn next(&mut self) -> Option<(usize, u64)> {
-        loop {
-            if self.given == self.ready {
-                self.refill();
-                if self.ready == 0 {
-                    return None;
-                }
-            }
-            let word = self.batch[self.given];
-            self.given += 1;
-            let bits = self.map.words[word].swap(0, SeqCst);
-            if bits != 0 {
-                return Some((word, bits));
-            }
-        }
-    }
-}
-
-impl Drop for Taken<'_> {
-    /// Shows in the summary again what was found and not taken.
-    fn drop(&mut self) {
-        for word in &self.batch[self.given..self.ready] {
-            self.map.raise(word / WORD_BITS, 1 << (word % WORD_BITS));
-        }
-        if self.left != 0 {
-            self.map.raise(self.group, self.left);
-        }
-        if self.groups != 0 {
-            self.map.top[self.next_top - 1].fetch_or(self.groups, SeqCst);
-        }
     }
 }

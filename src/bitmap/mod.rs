@@ -6,7 +6,7 @@ mod atomic {
 }
 mod levels;
 
-pub use levels::{Bitmap, Taken, WORD_BITS};
+pub use levels::{Bitmap, Scan, WORD_BITS};
 
 #[cfg(test)]
 mod model_tests;

@@ -45,7 +45,7 @@ mod atomic {
 )]
 mod levels;
 
-use levels::{Bitmap, WORD_BITS};
+use levels::{Bitmap, Scan, WORD_BITS};
 
 /// Preemptions in one run: races of so few levels need no more, and the number of runs grows with it steeply.
 const PREEMPTIONS: usize = 3;
@@ -87,17 +87,22 @@ fn model(bits: usize, before: &'static [usize], setters: &'static [&'static [usi
 }
 
 fn take_all(map: &Bitmap) -> usize {
-    map.take_words().map(|(_, bits)| bits.count_ones() as usize).sum()
+    map.take_some(&mut Scan::default(), usize::MAX, |_, _| ())
 }
 
 #[test]
-fn a_setter_beside_the_iterator_that_takes() {
+fn a_setter_beside_a_scan() {
     model(2 * WORD_BITS, &[0], &[&[1, WORD_BITS]], take_all);
 }
 
 #[test]
-fn two_setters_beside_the_iterator_that_takes() {
+fn two_setters_beside_a_scan() {
     model(WORD_BITS, &[], &[&[1], &[2]], take_all);
+}
+
+#[test]
+fn a_setter_beside_a_scan_that_splits_a_word() {
+    model(WORD_BITS, &[0, 1], &[&[2]], |map| map.take_some(&mut Scan::default(), 1, |_, _| ()));
 }
 
 #[test]
@@ -118,7 +123,8 @@ fn a_mark_whose_setter_returned_is_found() {
         let other = Arc::clone(&map);
         let slow = thread::spawn(move || other.set_range(0, 1));
         map.set_range(1, 1);
-        let found: u64 = map.take_words().map(|(_, bits)| bits).sum();
+        let mut found = 0;
+        map.take_some(&mut Scan::default(), usize::MAX, |_, bits| found |= bits);
         assert!(found & 2 != 0, "the mark was there and the scan passed it by");
         slow.join().unwrap();
     });

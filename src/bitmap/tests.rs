@@ -10,12 +10,55 @@ fn model(map: &Bitmap) -> Vec<bool> {
 #[test]
 fn bits_past_the_end_do_not_exist() {
     let map = Bitmap::new(70).unwrap();
-    assert_eq!(map.or_word(1, u64::MAX), 6);
+    assert_eq!(map.merge(64, &[u64::MAX]), 6);
     assert_eq!(map.set_range(0, 1000), 64);
     assert_eq!(map.count(), 70);
     assert_eq!(map.next_run(0, usize::MAX), Some((0, 70)));
     assert_eq!(map.next_run(70, 1), None);
     assert!(Bitmap::new(0).unwrap().next_run(0, 1).is_none());
+}
+
+/// What a scan gives, in batches of at most `max`, none of which ends within a word that it could have given whole.
+fn scanned(map: &Bitmap, max: usize) -> Vec<usize> {
+    let (mut scan, mut pages) = (Scan::default(), Vec::new());
+    loop {
+        let before = pages.len();
+        let mut ends = Vec::new();
+        let taken = map.take_runs(&mut scan, max, |first, len| {
+            assert!(len > 0 && ends.last().is_none_or(|end| *end < first), "runs are as long as they can be");
+            pages.extend(first..first + len);
+            ends.push(first + len);
+        });
+        assert_eq!(pages.len() - before, taken);
+        assert!(taken <= max);
+        let Some(last) = pages[before..].last() else { return pages };
+        assert!(map.word(last / WORD_BITS) == 0 || pages[before] / WORD_BITS == last / WORD_BITS, "split a word");
+    }
+}
+
+#[test]
+fn a_scan_crosses_groups_and_leaves_no_trace() {
+    let map = Bitmap::new(3 << 20).unwrap();
+    let pages: Vec<usize> = (0..map.len()).filter(|p| p % 100_003 < 70 || p % 4099 == 0).collect();
+    for max in [usize::MAX, 1, 64, 128] {
+        pages.iter().for_each(|page| assert_eq!(map.set_range(*page, 1), 1));
+        assert_eq!(scanned(&map, max), pages);
+        assert_eq!(map.count(), 0);
+        assert_eq!(map.next_group(0), None, "the summary is empty, too");
+    }
+    assert_eq!(map.take_some(&mut Scan::default(), 0, |_, _| ()), 0);
+}
+
+#[test]
+fn what_a_scan_did_not_take_stays() {
+    let map = Bitmap::new(100_000).unwrap();
+    map.set_range(10, 90_000);
+    let mut scan = Scan::default();
+    assert_eq!(map.take_some(&mut scan, 200, |_, _| ()), 54 + 128);
+    // A scan that was given up claims nothing, and another one begins at the start.
+    map.set_range(3, 1);
+    assert_eq!(scanned(&map, 64), [3].into_iter().chain(192..90_010).collect::<Vec<_>>());
+    assert_eq!(map.take_some(&mut scan, 200, |_, _| ()), 0, "what it had looked at is gone");
 }
 
 #[test]
@@ -31,6 +74,11 @@ fn marks_survive_a_concurrent_take() {
                 seen[page] = pages[page].load(Ordering::Relaxed);
             }
         }
+        map.take_runs(&mut Scan::default(), 10, |start, len| {
+            for page in start..start + len {
+                seen[page] = pages[page].load(Ordering::Relaxed);
+            }
+        });
     };
     std::thread::scope(|s| {
         let writer = |half: usize| {
@@ -72,6 +120,7 @@ proptest! {
     fn behaves_like_a_vector_of_bools(
         bits in 1usize..300,
         ops in prop::collection::vec((any::<bool>(), 0usize..320, 0usize..150), 0..40),
+        max in 1usize..200,
     ) {
         let map = Bitmap::new(bits).unwrap();
         let mut want = vec![false; bits];
@@ -83,6 +132,10 @@ proptest! {
             prop_assert_eq!(got, changed);
             prop_assert_eq!(model(&map), want.clone());
         }
+        let copy = Bitmap::new(bits).unwrap();
+        copy.merge(0, &(0..map.words()).map(|w| map.word(w)).collect::<Vec<_>>());
+        prop_assert_eq!(scanned(&copy, max), (0..bits).filter(|page| want[*page]).collect::<Vec<_>>());
+        prop_assert_eq!(copy.count(), 0);
         let (mut runs, mut from) = (vec![false; bits], 0);
         while let Some((start, len)) = map.next_run(from, 17) {
             prop_assert!((1..=17).contains(&len) && start >= from);

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Tracker;
 use super::set::DirtySet;
+use crate::bitmap::{Scan, WORD_BITS};
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
 use crate::thread::lock;
@@ -138,10 +139,9 @@ impl Inner {
                 continue;
             }
             done.push(Arc::as_ptr(block));
-            for (word, bits) in block.marks().take_words() {
-                let first = word * crate::bitmap::WORD_BITS;
-                self.readers.iter().for_each(|r| r.set.add(block, first, &[bits]));
-            }
+            block.marks().take_some(&mut Scan::default(), usize::MAX, |word, bits| {
+                self.readers.iter().for_each(|r| r.set.add(block, word * WORD_BITS, &[bits]));
+            });
         }
     }
 }

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::{Found, Tracker};
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
-use crate::sys::kvm::{DirtyLog, GROUP, LOG_DIRTY_PAGES, Slot, Vm};
+use crate::sys::kvm::{CLEAR_MAX, DirtyLog, GROUP, LOG_DIRTY_PAGES, Slot, Vm};
 use crate::thread::lock;
 
-/// Pages cleared by one call into the kernel: 16 MiB, so that a vCPU never waits long for the lock it takes.
-const CHUNK: usize = 4096;
+/// Pages cleared by one call into the kernel.
+const CHUNK: usize = CLEAR_MAX as usize;
 /// Slots a guest may register.
 const SLOTS_MAX: usize = 4096;
 
@@ -28,11 +28,12 @@ struct Logged {
     block: Arc<Block>,
     /// The block's page that the slot starts at.
     first: usize,
+    /// With manual protection: what the last read found and nobody cleared since.
     log: DirtyLog,
     /// Logging is on: the block migrates page by page.
     on: bool,
-    /// What the last read found and nobody cleared since; empty without manual protection.
-    uncleared: Vec<u64>,
+    /// It was read well since logging was switched on.
+    read: bool,
 }
 
 impl Logged {
@@ -101,7 +102,7 @@ impl KvmLog {
         let slot = Slot { slot: number, flags: flags & !LOG_DIRTY_PAGES, gpa, len, host: block.host_address(offset) };
         let log = DirtyLog::new(len / PAGE)?;
         let first = usize::try_from(offset / PAGE).map_err(|_| Error::no_memory("a dirty log", len))?;
-        slots.push(Logged { slot, block: Arc::clone(block), first, log, on: false, uncleared: Vec::new() });
+        slots.push(Logged { slot, block: Arc::clone(block), first, log, on: false, read: false });
         Ok(())
     }
 
@@ -144,7 +145,7 @@ impl Tracker for KvmLog {
         let mut slots = self.lock();
         for index in 0..slots.len() {
             let logged = &mut slots[index];
-            logged.uncleared.clear();
+            logged.read = false;
             logged.on = list.iter().any(|block| Arc::ptr_eq(block, &logged.block));
             if !logged.on {
                 continue;
@@ -163,7 +164,7 @@ impl Tracker for KvmLog {
 
     fn stop(&self) {
         for logged in self.lock().iter_mut().filter(|logged| logged.on) {
-            logged.uncleared.clear();
+            logged.read = false;
             logged.on = false;
             // Setting a slot makes it, so one that the VMM deleted or changed meanwhile must be left alone. Whatever
             // fails here, the guest runs on.
@@ -176,18 +177,11 @@ impl Tracker for KvmLog {
     fn sync(&self, found: &mut Found<'_>) -> Result<()> {
         for logged in self.lock().iter_mut().filter(|logged| logged.on) {
             let number = logged.slot.slot;
+            // What a read that fails leaves behind no reader has seen: nothing may be cleared by it.
+            logged.read = false;
             self.vm.get_dirty_log(number, &mut logged.log).map_err(|e| named(e, logged))?;
-            let words = logged.log.words();
-            if self.manual {
-                let room = words.len().saturating_sub(logged.uncleared.len());
-                logged
-                    .uncleared
-                    .try_reserve(room)
-                    .map_err(|_| Error::no_memory("a dirty log", logged.slot.len / 8))?;
-                logged.uncleared.clear();
-                logged.uncleared.extend_from_slice(words);
-            }
-            found(&logged.block, logged.first, words);
+            logged.read = true;
+            found(&logged.block, logged.first, logged.log.words());
         }
         Ok(())
     }
@@ -217,12 +211,15 @@ impl Tracker for KvmLog {
 fn clear_chunks(vm: &Vm, logged: &mut Logged, pages: Range<usize>) -> Result<()> {
     let group = usize::try_from(GROUP).unwrap_or(64);
     let all = logged.pages();
+    // Before the first read of an all-set log there is nothing to clear by: the first round reads the log first.
+    if !logged.read {
+        return Ok(());
+    }
     for chunk in pages.start / CHUNK..pages.end.div_ceil(CHUNK) {
         let first = chunk * CHUNK;
         let count = CHUNK.min(all - first);
         let words = first / group..(first + count).div_ceil(group);
-        // Before the first read of an all-set log there is nothing to clear by: the first round reads the log first.
-        let Some(bits) = logged.uncleared.get_mut(words) else { continue };
+        let bits = &mut logged.log.words_mut()[words];
         if bits.iter().all(|w| *w == 0) {
             continue;
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::bitmap::Bitmap;
+use crate::bitmap::{Bitmap, Scan};
 use crate::error::Result;
 use crate::ram::{Block, RamList};
 
@@ -62,6 +62,14 @@ impl DirtySet {
     /// The first run of dirty pages of a block at or after `from`, at most `max` long, as (first page, pages).
     pub fn next_run(&self, index: usize, from: usize, max: usize) -> Option<(usize, usize)> {
         self.blocks[index].1.next_run(from, max)
+    }
+
+    /// Takes up to `max` pages of a block from where `scan` is on, in runs (first page, pages); returns how many, 0: the end.
+    /// What is read after this call is newer than every mark taken.
+    pub fn take_runs(&self, index: usize, scan: &mut Scan, max: usize, give: impl FnMut(usize, usize)) -> usize {
+        let taken = self.blocks[index].1.take_runs(scan, max, give);
+        self.count.fetch_sub(taken, Ordering::AcqRel);
+        taken
     }
 
     /// Takes a run: what is read after this call is newer than every mark taken.

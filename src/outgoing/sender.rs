@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::dirty::cursor::{Cursor, Run};
 use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
@@ -45,64 +46,6 @@ impl Next {
             Next::Page { block, page } => Some((block, page)),
             Next::Head { .. } => None,
         }
-    }
-}
-
-/// Where in the dirty set the loop is.
-#[derive(Debug, Default)]
-struct Cursor {
-    block: usize,
-    page: usize,
-}
-
-impl Cursor {
-    /// The next dirty run of at most `max` pages, going round all blocks once.
-    fn next_run(&mut self, set: &DirtySet, max: usize) -> Option<(usize, usize, usize)> {
-        if set.pages() == 0 {
-            return None;
-        }
-        for _ in 0..=set.len() {
-            if self.block >= set.len() {
-                *self = Self::default();
-            }
-            if let Some((first, pages)) = set.next_run(self.block, self.page, max) {
-                self.page = first + pages;
-                return Some((self.block, first, pages));
-            }
-            *self = Self { block: self.block + 1, page: 0 };
-        }
-        None
-    }
-
-    /// Takes the next run of any block.
-    fn take_run(&mut self, set: &DirtySet, hub: &Hub, max: usize) -> Result<Option<Run>> {
-        match self.next_run(set, max) {
-            Some((block, first, pages)) => Run::take(set, hub, block, first, pages).map(Some),
-            None => Ok(None),
-        }
-    }
-
-    /// Takes the next run of the block the loop is in.
-    fn take_run_here(&mut self, set: &DirtySet, hub: &Hub, max: usize) -> Result<Option<Run>> {
-        let Some((first, pages)) = set.next_run(self.block, self.page, max) else { return Ok(None) };
-        self.page = first + pages;
-        Run::take(set, hub, self.block, first, pages).map(Some)
-    }
-}
-
-/// Pages whose dirty bits were taken.
-struct Run {
-    block: usize,
-    first: usize,
-    pages: usize,
-}
-
-impl Run {
-    /// The kernel's bits and ours are gone before a byte is read, so that a write from here on is found again.
-    fn take(set: &DirtySet, hub: &Hub, block: usize, first: usize, pages: usize) -> Result<Self> {
-        hub.clear(set.block(block), first..first + pages)?;
-        set.take(block, first, pages);
-        Ok(Self { block, first, pages })
     }
 }
 
@@ -272,28 +215,30 @@ impl RamSender {
         let mut batch = lanes.empty_batch()?;
         self.heads.clear();
         let mut taken = 0;
-        let mut next = self.cursor.take_run(set, hub, most)?;
-        while let Some(run) = next {
-            self.absent.find(&self.presence, &run);
-            let block = set.block(run.block);
-            for page in run.first..run.first + run.pages {
-                let absent = self.absent.contains(page);
-                if absent && self.find_zeros == FindZeros::Lanes {
-                    batch.zeros.push(page);
-                } else if self.find_zeros == FindZeros::Here && (absent || block.is_zero(page)) {
-                    let name = (self.last != Some(run.block)).then(|| block.name());
-                    self.last = Some(run.block);
-                    ram::put_zero(&mut self.heads, name, page as u64 * PAGE)?;
-                    self.zero += 1;
-                } else {
-                    batch.pages.push(page);
+        let mut more = self.cursor.take(set, hub, most)?;
+        while more {
+            for run in self.cursor.runs() {
+                self.absent.find(&self.presence, run);
+                let block = set.block(run.block);
+                for page in run.first..run.first + run.pages {
+                    let absent = self.absent.contains(page);
+                    if absent && self.find_zeros == FindZeros::Lanes {
+                        batch.zeros.push(page);
+                    } else if self.find_zeros == FindZeros::Here && (absent || block.is_zero(page)) {
+                        let name = (self.last != Some(run.block)).then(|| block.name());
+                        self.last = Some(run.block);
+                        ram::put_zero(&mut self.heads, name, page as u64 * PAGE)?;
+                        self.zero += 1;
+                    } else {
+                        batch.pages.push(page);
+                    }
                 }
+                batch.block = Some(Arc::clone(block));
+                taken += run.pages;
             }
-            batch.block = Some(Arc::clone(block));
-            taken += run.pages;
             // Absent pages weigh nothing.
             let room = most.saturating_sub(batch.pages.len()).min(PAGES_MAX - taken);
-            next = if room > 0 { self.cursor.take_run_here(set, hub, room)? } else { None };
+            more = room > 0 && self.cursor.take_here(set, hub, room)?;
         }
         lanes.send(batch);
         out.write(&self.heads)?;
@@ -305,13 +250,15 @@ impl RamSender {
         self.heads.clear();
         self.order.clear();
         let mut room = most;
-        while room > 0 {
-            let Some(run) = self.cursor.take_run(set, hub, room)? else { break };
-            self.absent.find(&self.presence, &run);
-            for page in run.first..run.first + run.pages {
-                self.add_record(set, run.block, page)?;
+        while room > 0 && self.cursor.take(set, hub, room)? {
+            for index in 0..self.cursor.runs().len() {
+                let run = self.cursor.runs()[index];
+                self.absent.find(&self.presence, &run);
+                for page in run.first..run.first + run.pages {
+                    self.add_record(set, run.block, page)?;
+                }
+                room -= run.pages;
             }
-            room -= run.pages;
         }
         self.write_records(set, out)?;
         #[cfg(feature = "fault-injection")]

@@ -46,6 +46,10 @@ pub const LOG_DIRTY_PAGES: u32 = KVM_MEM_LOG_DIRTY_PAGES;
 /// Pages per word of a dirty bitmap; clearing starts at multiples of it.
 pub const GROUP: u64 = 64;
 
+/// Pages one call clears at most: 16 MiB. The kernel holds the lock that a vCPU needs to write a protected page all the
+/// while, so this is what bounds the stall of a running guest.
+pub const CLEAR_MAX: u32 = 4096;
+
 /// Duplicates `fd`, close-on-exec, so that the caller may close its own at any time.
 pub(super) fn dup(fd: RawFd, what: &str) -> Result<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC takes an integer and touches no memory; a bad fd is an error.
@@ -193,8 +197,13 @@ impl Vm {
 
     /// Clears `bits` of pages `first..first + pages` in the slot's log and protects them again.
     ///
-    /// `first` is a multiple of [`GROUP`]; `pages` too, unless the range ends with the slot.
+    /// `first` is a multiple of [`GROUP`]; `pages` too, unless the range ends with the slot. More than [`CLEAR_MAX`] pages
+    /// are refused.
     pub fn clear_dirty_log(&self, slot: u32, first: u64, pages: u32, bits: &[u64]) -> Result<()> {
+        if pages > CLEAR_MAX {
+            return Err(Error::invalid(format!("clearing {pages} pages at once would stall the guest"))
+                .expected_got(format!("at most {CLEAR_MAX}"), pages));
+        }
         if (bits.len() as u64) < u64::from(pages).div_ceil(GROUP) {
             return Err(Error::invalid(format!("{pages} pages need more than {} bitmap words", bits.len())));
         }
@@ -299,6 +308,12 @@ impl DirtyLog {
     /// Pages covered.
     pub fn pages(&self) -> u64 {
         self.pages
+    }
+
+    /// The same, to be changed.
+    pub fn words_mut(&mut self) -> &mut [u64] {
+        // SAFETY: as for `words`; the exclusive borrow of the log is one of the words.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.words) }
     }
 
     /// The bitmap of the last successful read, one bit per page, lowest first.

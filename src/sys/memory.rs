@@ -10,6 +10,19 @@ use std::ptr;
 
 use crate::error::{Error, Result};
 
+/// Begins to fetch the memory of a value that is looked at soon; does nothing where the CPU cannot be told.
+#[inline]
+pub fn prefetch<T>(value: &T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch is a hint that changes nothing and cannot fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = value;
+}
+
 /// One line of /proc/self/maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
