@@ -293,7 +293,7 @@ impl Bitmap {
     /// Merges `words` so that their lowest bit becomes bit `first`; returns how many bits were not set before.
     pub fn merge(&self, first: usize, words: &[u64]) -> usize {
         let (start, shift) = (first / WORD_BITS, first % WORD_BITS);
-        let mut batch = Batch { map: self, group: 0, words: 0, new: 0 };
+        let mut batch = Batch::new(self);
         // Bits of the word before that belong to the next one.
         let mut carry = 0;
         for (i, stride) in words.chunks(STRIDE).enumerate() {
@@ -306,6 +306,13 @@ impl Bitmap {
             }
         }
         batch.put(start + words.len(), carry);
+        batch.finish()
+    }
+
+    /// Sets the bits of these words; returns how many bits were not set before.
+    pub fn set_words(&self, words: &[(usize, u64)]) -> usize {
+        let mut batch = Batch::new(self);
+        words.iter().for_each(|(word, bits)| batch.put(*word, *bits));
         batch.finish()
     }
 
@@ -379,34 +386,48 @@ impl Bitmap {
     }
 }
 
-/// Words of one group that were marked and are not in the summary yet.
+/// Words to be marked, which come from memory while more of them are found.
 struct Batch<'a> {
     map: &'a Bitmap,
-    group: usize,
-    words: u64,
+    list: [(usize, u64); BATCH],
+    len: usize,
     new: usize,
 }
 
-impl Batch<'_> {
+impl<'a> Batch<'a> {
+    fn new(map: &'a Bitmap) -> Self {
+        Self { map, list: [(0, 0); BATCH], len: 0, new: 0 }
+    }
+
     #[inline]
     fn put(&mut self, word: usize, bits: u64) {
         if bits == 0 || word >= self.map.words.len() {
             return;
         }
-        let bits = bits & between(word * WORD_BITS, 0, self.map.bits);
-        if word / WORD_BITS != self.group {
+        prefetch(&self.map.words[word]);
+        self.list[self.len] = (word, bits & between(word * WORD_BITS, 0, self.map.bits));
+        self.len += 1;
+        if self.len == BATCH {
             self.flush();
-            self.group = word / WORD_BITS;
         }
-        self.new += self.map.put(word, bits);
-        self.words |= 1 << (word % WORD_BITS);
     }
 
     fn flush(&mut self) {
-        if self.words != 0 {
-            self.map.raise(self.group, self.words);
-            self.words = 0;
+        let (mut group, mut words) = (0, 0);
+        for &(word, bits) in &self.list[..self.len] {
+            if word / WORD_BITS != group {
+                if words != 0 {
+                    self.map.raise(group, words);
+                }
+                (group, words) = (word / WORD_BITS, 0);
+            }
+            self.new += self.map.put(word, bits);
+            words |= 1 << (word % WORD_BITS);
         }
+        if words != 0 {
+            self.map.raise(group, words);
+        }
+        self.len = 0;
     }
 
     fn finish(mut self) -> usize {
@@ -415,6 +436,8 @@ impl Batch<'_> {
     }
 }
 
+/// Words found before the first of them is marked.
+const BATCH: usize = 128;
 /// Groups that are fetched from memory before the first of them is taken.
 const AHEAD: usize = 16;
 

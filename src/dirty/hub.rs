@@ -5,10 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Tracker;
 use super::set::DirtySet;
-use crate::bitmap::{Scan, WORD_BITS};
+use crate::bitmap::Scan;
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
 use crate::thread::lock;
+
+/// Marked pages given to the readers at once.
+const HARVEST: usize = 4096;
 
 /// Trackers and readers of one guest.
 #[derive(Default)]
@@ -134,14 +137,17 @@ impl Inner {
     fn harvest_marks(&self) {
         // Every reader's list is a snapshot; a block of any of them is harvested once, for all.
         let mut done: Vec<*const Block> = Vec::new();
+        let mut words = Vec::new();
         for block in self.readers.iter().flat_map(|r| r.list.iter()) {
             if done.contains(&Arc::as_ptr(block)) {
                 continue;
             }
             done.push(Arc::as_ptr(block));
-            block.marks().take_some(&mut Scan::default(), usize::MAX, |word, bits| {
-                self.readers.iter().for_each(|r| r.set.add(block, word * WORD_BITS, &[bits]));
-            });
+            let mut scan = Scan::default();
+            while block.marks().take_some(&mut scan, HARVEST, |word, bits| words.push((word, bits))) > 0 {
+                self.readers.iter().for_each(|r| r.set.add_words(block, &words));
+                words.clear();
+            }
         }
     }
 }

@@ -52,10 +52,19 @@ impl DirtySet {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Adds pages of a block; a block that is not in the set is not this reader's.
-    pub fn add(&self, block: &Arc<Block>, first: usize, words: &[u64]) {
+    /// Adds pages of a block, by a log of it from page `first` on; a block that is not in the set is not this reader's.
+    pub fn add(&self, block: &Arc<Block>, first: usize, log: &[u64]) {
+        self.add_to(block, |map| map.merge(first, log));
+    }
+
+    /// The same by words of a bitmap of the block.
+    pub fn add_words(&self, block: &Arc<Block>, words: &[(usize, u64)]) {
+        self.add_to(block, |map| map.set_words(words));
+    }
+
+    fn add_to(&self, block: &Arc<Block>, add: impl FnOnce(&Bitmap) -> usize) {
         if let Some((_, map)) = self.blocks.iter().find(|(b, _)| Arc::ptr_eq(b, block)) {
-            self.count.fetch_add(map.merge(first, words), Ordering::AcqRel);
+            self.count.fetch_add(add(map), Ordering::AcqRel);
         }
     }
 
