@@ -9,7 +9,7 @@
 //! or set them itself, so a mark whose setter returned can be found from the top. A taker clears the bits of `filled`
 //! first and takes the words after; what it leaves in them it shows again ([`Bitmap::raise`]). Where it emptied a word
 //! of `filled` it clears the bit of `top`, then looks at `filled` again and sets the bit back if something came in
-//! between ([`Bitmap::forget`]). Either way: for a setter to skip a summary bit it must have read it before the taker
+//! between ([`Bitmap::lower`]). Either way: for a setter to skip a summary bit it must have read it before the taker
 //! cleared it; its mark was set before that, and the taker looks below after that, so the taker finds it. This is an
 //! argument about one order of all operations, hence sequential consistency throughout; on x86 it costs nothing beside
 //! an atomic read-modify-write. It holds for each pair of levels by itself. Between a taker's clearing and setting back,
@@ -119,7 +119,7 @@ impl Bitmap {
 
     /// Words `words` of a group were marked: the summary shows it when this returns.
     #[inline]
-    fn raise(&self, group: usize, words: u64) {
+    pub(super) fn raise(&self, group: usize, words: u64) {
         if self.filled[group].load(SeqCst) & words != words {
             self.filled[group].fetch_or(words, SeqCst);
         }
@@ -217,13 +217,25 @@ impl Bitmap {
 
     /// Words `words` of a group are about to be taken: clears their summary first.
     fn forget(&self, group: usize, words: u64) {
-        if self.filled[group].fetch_and(!words, SeqCst) & !words == 0 {
-            let bit = 1 << (group % WORD_BITS);
-            let top = &self.top[group / WORD_BITS];
-            top.fetch_and(!bit, SeqCst);
-            if self.filled[group].load(SeqCst) != 0 {
-                top.fetch_or(bit, SeqCst);
-            }
+        let filled = &self.filled[group];
+        if filled.load(SeqCst) & !words != 0 {
+            filled.fetch_and(!words, SeqCst);
+            return;
+        }
+        // An exchange is cheaper, and mostly all words of a group are taken. What came in since is shown again.
+        match filled.swap(0, SeqCst) & !words {
+            0 => self.lower(group),
+            more => self.raise(group, more),
+        }
+    }
+
+    /// Nothing is marked in a group: the level above shows it, unless something is by now.
+    fn lower(&self, group: usize) {
+        let bit = 1 << (group % WORD_BITS);
+        let top = &self.top[group / WORD_BITS];
+        top.fetch_and(!bit, SeqCst);
+        if self.filled[group].load(SeqCst) != 0 {
+            top.fetch_or(bit, SeqCst);
         }
     }
 
@@ -477,13 +489,19 @@ impl Scan {
     /// a word that is not at hand would wait alone.
     #[inline]
     fn look(&mut self, map: &Bitmap) -> bool {
-        let Some(group) = map.next_group(self.next) else { return false };
-        let words = map.filled[group].load(SeqCst);
+        let (group, words) = loop {
+            let Some(group) = map.next_group(self.next) else { return false };
+            self.next = group + 1;
+            match map.filled[group].load(SeqCst) {
+                0 => map.lower(group),
+                words => break (group, words),
+            }
+        };
         for i in each_bit(words) {
             prefetch(&map.words[group * WORD_BITS + i]);
         }
         self.ahead[(self.first + self.len) % AHEAD] = (group, words);
-        (self.next, self.len) = (group + 1, self.len + 1);
+        self.len += 1;
         true
     }
 }

@@ -50,6 +50,18 @@ fn a_scan_crosses_groups_and_leaves_no_trace() {
 }
 
 #[test]
+fn a_summary_that_shows_too_much_is_no_end() {
+    // As a setter leaves it that was overtaken by a taker between the bits and their summary.
+    let map = Bitmap::new(1 << 20).unwrap();
+    map.raise(3, 0);
+    map.raise(4, 0b110);
+    map.set_range(0, 1);
+    map.set_range(77 * WORD_BITS * WORD_BITS, 2);
+    assert_eq!(map.take_some(&mut Scan::default(), 100, |_, _| ()), 3);
+    assert_eq!(map.next_group(0), None);
+}
+
+#[test]
 fn what_a_scan_did_not_take_stays() {
     let map = Bitmap::new(100_000).unwrap();
     map.set_range(10, 90_000);
