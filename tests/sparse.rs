@@ -12,8 +12,7 @@ use std::path::Path;
 
 const KINDS: [&str; 2] = ["private", "shared"];
 /// See tests/c/sparse.c.
-const PATTERNS: [&str; 9] =
-    ["dense", "single", "nth", "apart", "pairs", "half", "half-spread", "mixed", "little"];
+const PATTERNS: [&str; 9] = ["dense", "single", "nth", "apart", "pairs", "half", "half-spread", "mixed", "little"];
 /// Settings of both sides, and of the source alone: a QEMU gives no hints where its memory is.
 const STREAMS: [(&str, &[&str], &[&str]); 4] = [
     ("default", &[], &[]),

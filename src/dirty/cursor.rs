@@ -73,7 +73,16 @@ mod tests {
         for (n, pages) in pages.iter().enumerate() {
             let len = *pages as u64 * PAGE;
             let gpa = host.addr() as u64;
-            ram.add(BlockSpec { name: format!("ram{n}"), host, len, gpa, marked: true, shared_storage: false }).unwrap();
+            ram.add(BlockSpec {
+                name: format!("ram{n}"),
+                host,
+                len,
+                gpa,
+                marked: true,
+                shared_storage: false,
+                file: None,
+            })
+            .unwrap();
             host = host.wrapping_add(pages * PAGE_BYTES);
         }
         ram

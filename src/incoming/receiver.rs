@@ -48,6 +48,16 @@ impl RamReceiver {
                     target.zero(page);
                     self.zero += 1;
                 }
+                Record::ZeroRun { name, offset, pages } => {
+                    let (target, page) = self.page(at, name, offset)?;
+                    let pages = usize::try_from(pages).unwrap_or(usize::MAX);
+                    if pages > target.block.pages() - page {
+                        let text = format!("byte {at:#x}: a run of pages beyond the end of RAM block");
+                        return Err(Error::invalid(format!("{text} '{}'", target.block.name())));
+                    }
+                    target.zero_run(page, pages);
+                    self.zero += pages as u64;
+                }
                 Record::Page { name, offset } => {
                     let (target, page) = self.page(at, name, offset)?;
                     target.mark(page, 1);

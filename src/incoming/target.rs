@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock};
 use super::Job;
 use crate::bitmap::Bitmap;
 use crate::error::Result;
-use crate::ram::fresh::{Care, freshen};
+use crate::ram::fresh::{Care, Freshness, freshen};
 use crate::ram::prepare::{self, Limits, Preparer};
-use crate::ram::presence::Hint;
+use crate::ram::presence::{Hint, Presence};
 use crate::ram::survey::{Part, Survey};
 use crate::ram::{Block, RamList};
 
@@ -17,8 +17,8 @@ use crate::ram::{Block, RamList};
 pub(super) struct Target {
     /// The block.
     pub(super) block: Arc<Block>,
-    /// Pages that were written, if every other one is certainly zero.
-    written: Option<Bitmap>,
+    /// Pages that may hold something: every other one is certainly zero.
+    written: Bitmap,
     /// Who populates the block ahead of the data, and its number there.
     ahead: OnceLock<(Arc<Preparer>, usize)>,
 }
@@ -27,22 +27,31 @@ impl Target {
     /// Pages are about to be written.
     pub(super) fn mark(&self, first: usize, count: usize) {
         self.came(first, count);
-        if let Some(written) = &self.written {
-            written.set_range(first, count);
-        }
+        self.written.set_range(first, count);
     }
 
     /// A page is zero at the source. One that is zero here already is not touched: it need not even exist.
     pub(super) fn zero(&self, page: usize) {
         self.came(page, 1);
-        match &self.written {
-            Some(written) if !written.test(page) => (),
-            _ => self.block.zero_page(page),
+        if self.written.test(page) {
+            self.block.zero_page(page);
         }
     }
 }
 
 impl Target {
+    /// Pages are zero at the source, see [`zero`](Self::zero).
+    pub(super) fn zero_run(&self, first: usize, pages: usize) {
+        self.came(first, pages);
+        let (mut at, end) = (first, first + pages);
+        while at < end
+            && let Some((from, count)) = self.written.next_run(at, end - at).filter(|(from, _)| *from < end)
+        {
+            at = (from + count).min(end);
+            (from..at).for_each(|page| self.block.zero_page(page));
+        }
+    }
+
     fn came(&self, first: usize, count: usize) {
         if let Some((ahead, number)) = self.ahead.get() {
             ahead.arrived(*number, first..first + count);
@@ -60,13 +69,14 @@ pub(super) fn prepare(job: &Job, ram: &RamList, compared: bool) -> Result<Target
     let survey = Survey::new();
     let mut targets = HashMap::new();
     for block in ram.iter().filter(|b| b.is_sent()) {
-        let mut written = None;
-        if let Ok(survey) = &survey {
-            let keep = !compared && survey.parts(block, None).iter().any(Part::is_shared);
-            let fresh = freshen(block, survey, Care { keep, ..Care::default() }, &|| job.status.check())?;
-            if fresh.is_proven() {
-                written = Some(Bitmap::new(block.pages())?);
+        let written = Bitmap::new(block.pages())?;
+        match &survey {
+            Ok(survey) => {
+                let keep = !compared && survey.parts(block, None).iter().any(Part::is_shared);
+                let fresh = freshen(block, survey, Care { keep, ..Care::default() }, &|| job.status.check())?;
+                mark_existing(block, survey, &fresh, &written);
             }
+            Err(_) => drop(written.set_range(0, block.pages())),
         }
         targets.insert(
             block.name().to_owned(),
@@ -74,6 +84,19 @@ pub(super) fn prepare(job: &Job, ram: &RamList, compared: bool) -> Result<Target
         );
     }
     Ok(Arc::new(targets))
+}
+
+/// Marks what could not be made zero, but for pages that do not exist: looking at one of shared memory would make it.
+fn mark_existing(block: &Arc<Block>, survey: &Survey, fresh: &Freshness, written: &Bitmap) {
+    if fresh.is_proven() {
+        return;
+    }
+    let presence = Presence::new(block, survey, None);
+    for (pages, _) in &fresh.unproven {
+        presence.each_existing(pages.clone(), |range| {
+            written.set_range(range.start, range.len());
+        });
+    }
 }
 
 /// Populates the blocks ahead of the data, where the source said that they have content. Memory that is not prepared is

@@ -49,7 +49,10 @@ struct State {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    changed: Condvar,
+    /// For lanes: there is work, or a meeting, or the end.
+    work: Condvar,
+    /// For the migration thread: a batch came back, or a lane came to the meeting.
+    back: Condvar,
     written: AtomicU64,
     normal: AtomicU64,
     zero: AtomicU64,
@@ -80,8 +83,14 @@ impl Shared {
         lock(&self.state)
     }
 
+    /// The migration thread waits for the lanes.
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+        self.back.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake_all(&self) {
+        self.work.notify_all();
+        self.back.notify_all();
     }
 
     /// Waits for work. A lane meets the others only when no batch is left to take.
@@ -98,7 +107,7 @@ impl Shared {
             if met < state.meeting {
                 return Next::Meet;
             }
-            state = self.wait(state);
+            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -108,14 +117,14 @@ impl Shared {
         let mut state = self.lock();
         state.under_way -= 1;
         state.free.push(batch);
-        self.changed.notify_all();
+        self.back.notify_one();
     }
 
     fn fail(&self, error: Error) {
         let mut state = self.lock();
         state.error.get_or_insert(error);
         state.closing = true;
-        self.changed.notify_all();
+        self.wake_all();
     }
 }
 
@@ -133,7 +142,8 @@ impl Lanes {
             .collect();
         let shared = Arc::new(Shared {
             state: Mutex::new(State { free, ..State::default() }),
-            changed: Condvar::new(),
+            work: Condvar::new(),
+            back: Condvar::new(),
             written: AtomicU64::new(0),
             normal: AtomicU64::new(0),
             zero: AtomicU64::new(0),
@@ -193,7 +203,7 @@ impl Lanes {
             true => state.free.push(batch),
             false => state.queue.push_back(batch),
         }
-        self.shared.changed.notify_all();
+        self.shared.work.notify_one();
     }
 
     /// Waits until every page given so far is written, followed by one sync packet on every channel.
@@ -201,7 +211,7 @@ impl Lanes {
         let mut state = self.shared.lock();
         state.meeting += 1;
         state.arrived = 0;
-        self.shared.changed.notify_all();
+        self.shared.work.notify_all();
         while state.error.is_none() && state.arrived < self.lanes.len() {
             state = self.shared.wait(state);
         }
@@ -225,7 +235,7 @@ impl Lanes {
     /// Ends the threads: at once after a failure, else when they have nothing left.
     pub(super) fn close(&mut self) {
         self.shared.lock().closing = true;
-        self.shared.changed.notify_all();
+        self.shared.wake_all();
         for (channel, _) in &self.lanes {
             channel.shutdown();
         }
@@ -274,7 +284,7 @@ impl Lane<'_> {
                     self.account();
                     met += 1;
                     self.shared.lock().arrived += 1;
-                    self.shared.changed.notify_all();
+                    self.shared.back.notify_one();
                 }
                 Next::End => return Ok(()),
             }

@@ -8,6 +8,7 @@ mod lanes;
 mod replies;
 mod sender;
 mod sections;
+mod stretch;
 mod toll;
 
 use std::sync::Arc;
@@ -254,6 +255,9 @@ impl<'a> Migration<'a> {
                     answers.set_limit(None);
                     hand::check_welcome(&welcome, self.sections.fd_fields())?;
                     self.hand.pass(&welcome, &mut self.out)?;
+                    if welcome.zero_runs {
+                        self.sender.use_zero_runs();
+                    }
                 }
                 hello::Answer::Refused(errors) => return Err(hello::join(&errors)),
             }
@@ -422,7 +426,8 @@ impl<'a> Migration<'a> {
             self.job.status.check()?;
         }
         // The last PART of a round: a page is under way at most once between two meetings.
-        self.sender.end_section(&mut self.out, set.pages() == 0)
+        let over = self.dirty_pages() == 0;
+        self.sender.end_section(&mut self.out, over)
     }
 
     /// Sends some dirty pages, as many as the bandwidth limit lets go in one write. False: there were none.
@@ -498,7 +503,7 @@ impl<'a> Migration<'a> {
     }
 
     fn dirty_pages(&self) -> usize {
-        self.set.as_ref().map_or(0, |set| set.pages())
+        self.set.as_ref().map_or(0, |set| set.pages()) + self.sender.owed()
     }
 
     fn now(&self) -> Duration {

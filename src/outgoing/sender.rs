@@ -2,13 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::dirty::cursor::{Cursor, Run};
 use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
 use crate::ram::PAGE;
-use crate::ram::presence::Presence;
-use crate::ram::survey::Survey;
 use crate::sys::io::{IOV_MAX, Piece};
 use crate::transport::stream::StreamOutput;
 use crate::wire::packet::PAGES_MAX;
@@ -16,10 +13,14 @@ use crate::wire::ram;
 use crate::wire::stream::{self, SectionName};
 
 use super::lanes::Lanes;
+use super::stretch::{Stretch, Stretches};
 
 const RAM_ID: u32 = 1;
 /// Pages per vectored write of the plain stream: a record's head and its page are two pieces.
 const BATCH: usize = IOV_MAX / 2;
+
+/// Stretches of one batch: many scattered small ones are a batch, too.
+const STRETCHES: usize = PAGES_MAX;
 
 /// Who looks for pages of zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,30 +50,6 @@ impl Next {
     }
 }
 
-/// Pages of the run at hand that do not exist, and so are zero without a look.
-#[derive(Debug, Default)]
-struct Absent {
-    first: usize,
-    pages: Vec<bool>,
-}
-
-impl Absent {
-    /// Asks the kernel. The run's dirty bits were taken before, for asking counts as reading.
-    fn find(&mut self, presence: &[Presence], run: &Run) {
-        self.first = run.first;
-        self.pages.clear();
-        let Some(presence) = presence.get(run.block).filter(|p| !p.is_hopeless()) else { return };
-        self.pages.resize(run.pages, false);
-        presence.each_absent(run.first..run.first + run.pages, |range| {
-            self.pages[range.start - run.first..range.end - run.first].fill(true);
-        });
-    }
-
-    fn contains(&self, page: usize) -> bool {
-        self.pages.get(page - self.first).is_some_and(|absent| *absent)
-    }
-}
-
 /// Sends pages; remembers where it was.
 #[derive(Debug)]
 pub(super) struct RamSender {
@@ -80,10 +57,9 @@ pub(super) struct RamSender {
     lanes: Option<Lanes>,
     /// All lanes meet at the end of each section (as QEMU did before 8.1), not at a mark once a round.
     meet_each_section: bool,
-    cursor: Cursor,
-    /// In the first round: which pages of each block exist at all. Later everything that is dirty does.
-    presence: Vec<Presence>,
-    absent: Absent,
+    stretches: Stretches,
+    /// The destination takes many absent pages in one record.
+    zero_runs: bool,
     /// Block of the last record: the next one of the same block needs no name.
     last: Option<usize>,
     /// Records without their pages, of one batch.
@@ -104,9 +80,8 @@ impl RamSender {
             find_zeros,
             lanes: None,
             meet_each_section,
-            cursor: Cursor::default(),
-            presence: Vec::new(),
-            absent: Absent::default(),
+            stretches: Stretches::default(),
+            zero_runs: false,
             last: None,
             heads,
             order,
@@ -122,6 +97,16 @@ impl RamSender {
         #[cfg(feature = "fault-injection")]
         lanes.watch(&self.fault);
         self.lanes = Some(lanes);
+    }
+
+    /// The destination takes many absent pages in one record.
+    pub(super) fn use_zero_runs(&mut self) {
+        self.zero_runs = true;
+    }
+
+    /// Pages whose dirty bits were taken and that were not sent yet.
+    pub(super) fn owed(&self) -> usize {
+        self.stretches.owed()
     }
 
     /// Whether a lane broke: the destination may know why.
@@ -144,16 +129,13 @@ impl RamSender {
 
     /// A new round: from the start.
     pub(super) fn new_round(&mut self) {
-        self.cursor = Cursor::default();
-        self.presence = Vec::new();
+        self.stretches.new_round();
     }
 
     /// The START section. The first meeting comes before any page.
     pub(super) fn setup(&mut self, set: &DirtySet, out: &mut StreamOutput) -> Result<()> {
-        if self.find_zeros != FindZeros::Nobody
-            && let Ok(survey) = Survey::new()
-        {
-            self.presence = set.blocks().map(|block| Presence::new(block, &survey, None)).collect();
+        if self.find_zeros != FindZeros::Nobody {
+            self.stretches.look_for_absent(set);
         }
         let mut bytes = Vec::new();
         let name = SectionName { name: ram::NAME.to_owned(), instance: 0, version: ram::VERSION };
@@ -214,73 +196,99 @@ impl RamSender {
         let Some(lanes) = &self.lanes else { return Ok(false) };
         let mut batch = lanes.empty_batch()?;
         self.heads.clear();
-        let mut taken = 0;
-        let mut more = self.cursor.take(set, hub, most)?;
-        while more {
-            for run in self.cursor.runs() {
-                self.absent.find(&self.presence, run);
-                let block = set.block(run.block);
-                for page in run.first..run.first + run.pages {
-                    let absent = self.absent.contains(page);
-                    if absent && self.find_zeros == FindZeros::Lanes {
-                        batch.zeros.push(page);
-                    } else if self.find_zeros == FindZeros::Here && (absent || block.is_zero(page)) {
-                        let name = (self.last != Some(run.block)).then(|| block.name());
-                        self.last = Some(run.block);
-                        ram::put_zero(&mut self.heads, name, page as u64 * PAGE)?;
-                        self.zero += 1;
-                    } else {
-                        batch.pages.push(page);
+        let (mut here, mut stretches) = (None, 0);
+        loop {
+            // Absent pages weigh nothing.
+            let left = PAGES_MAX - batch.pages.len() - batch.zeros.len();
+            let room = left.min(most.saturating_sub(batch.pages.len()));
+            if room == 0 || stretches == STRETCHES {
+                break;
+            }
+            let most_absent = if self.zero_runs { usize::MAX } else { left };
+            let Some(stretch) = self.stretches.next(set, hub, here, (room, most_absent))? else { break };
+            stretches += 1;
+            let pages = stretch.first..stretch.first + stretch.pages;
+            if stretch.absent && self.zero_runs {
+                self.put_zero_run(set, &stretch)?;
+                continue;
+            }
+            match self.find_zeros {
+                FindZeros::Lanes if stretch.absent => batch.zeros.extend(pages),
+                FindZeros::Here => {
+                    for page in pages {
+                        match stretch.absent || set.block(stretch.block).is_zero(page) {
+                            true => self.put_zero(set, stretch.block, page)?,
+                            false => batch.pages.push(page),
+                        }
                     }
                 }
-                batch.block = Some(Arc::clone(block));
-                taken += run.pages;
+                _ => batch.pages.extend(pages),
             }
-            // Absent pages weigh nothing.
-            let room = most.saturating_sub(batch.pages.len()).min(PAGES_MAX - taken);
-            more = room > 0 && self.cursor.take_here(set, hub, room)?;
+            here = Some(stretch.block);
         }
-        lanes.send(batch);
+        batch.block = here.map(|index| Arc::clone(set.block(index)));
+        if let Some(lanes) = &self.lanes {
+            lanes.send(batch);
+        }
         out.write(&self.heads)?;
-        Ok(taken > 0)
+        Ok(stretches > 0)
+    }
+
+    /// The block's name, for a record whose block is not the last record's.
+    fn name<'s>(&mut self, set: &'s DirtySet, index: usize) -> Option<&'s str> {
+        let named = self.last == Some(index);
+        self.last = Some(index);
+        (!named).then(|| set.block(index).name())
+    }
+
+    fn put_zero(&mut self, set: &DirtySet, index: usize, page: usize) -> Result<()> {
+        let name = self.name(set, index);
+        self.zero += 1;
+        ram::put_zero(&mut self.heads, name, page as u64 * PAGE)
+    }
+
+    fn put_zero_run(&mut self, set: &DirtySet, stretch: &Stretch) -> Result<()> {
+        let name = self.name(set, stretch.block);
+        self.zero += stretch.pages as u64;
+        ram::put_zero_run(&mut self.heads, name, stretch.first as u64 * PAGE, stretch.pages as u64)
     }
 
     /// Records of the plain stream in one vectored write.
     fn send_records(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<bool> {
         self.heads.clear();
         self.order.clear();
-        let mut room = most;
-        while room > 0 && self.cursor.take(set, hub, room)? {
-            for index in 0..self.cursor.runs().len() {
-                let run = self.cursor.runs()[index];
-                self.absent.find(&self.presence, &run);
-                for page in run.first..run.first + run.pages {
-                    self.add_record(set, run.block, page)?;
-                }
-                room -= run.pages;
+        let (mut room, mut stretches) = (most, 0);
+        while room > 0 && stretches < STRETCHES {
+            let Some(stretch) = self.stretches.next(set, hub, None, (room, room))? else { break };
+            stretches += 1;
+            if stretch.absent && self.zero_runs {
+                let start = self.heads.len();
+                self.put_zero_run(set, &stretch)?;
+                self.extend_head(start);
+                continue;
             }
+            for page in stretch.first..stretch.first + stretch.pages {
+                self.add_record(set, stretch.block, page, stretch.absent)?;
+            }
+            room -= stretch.pages;
         }
         self.write_records(set, out)?;
         #[cfg(feature = "fault-injection")]
         for (block, page) in self.order.iter().filter_map(Next::page) {
             self.fault.sent(set.block(block), &[page]);
         }
-        Ok(room < most)
+        Ok(stretches > 0)
     }
 
     /// Adds a page to the batch of records.
-    fn add_record(&mut self, set: &DirtySet, index: usize, page: usize) -> Result<()> {
-        let block = set.block(index);
-        let name = (self.last != Some(index)).then(|| block.name());
-        self.last = Some(index);
-        let offset = page as u64 * PAGE;
+    fn add_record(&mut self, set: &DirtySet, index: usize, page: usize, absent: bool) -> Result<()> {
         let start = self.heads.len();
-        if self.find_zeros != FindZeros::Nobody && (self.absent.contains(page) || block.is_zero(page)) {
-            ram::put_zero(&mut self.heads, name, offset)?;
-            self.zero += 1;
+        if self.find_zeros != FindZeros::Nobody && (absent || set.block(index).is_zero(page)) {
+            self.put_zero(set, index, page)?;
             self.extend_head(start);
         } else {
-            ram::put_page(&mut self.heads, name, offset)?;
+            let name = self.name(set, index);
+            ram::put_page(&mut self.heads, name, page as u64 * PAGE)?;
             self.normal += 1;
             self.extend_head(start);
             self.order.push(Next::Page { block: index, page });

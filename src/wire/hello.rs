@@ -76,12 +76,15 @@ pub enum Answer {
 pub struct Welcome {
     /// It takes file descriptors of devices.
     pub fds: bool,
+    /// It takes records of many zero pages.
+    pub zero_runs: bool,
     /// Blocks whose files it takes, in the order of the offer: these follow, and no pages of them. None: it knows
     /// nothing of handing over.
     pub hand_over: Option<Vec<String>>,
 }
 
 const FEATURE_FDS: &str = "device-fds";
+const FEATURE_ZERO_RUNS: &str = "zero-runs";
 
 fn put_frame(out: &mut Vec<u8>, json: &Value) -> Result<()> {
     let text = json.to_string();
@@ -188,7 +191,8 @@ fn texts(json: Option<&Value>) -> Option<Vec<String>> {
 pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
     let json = match answer {
         Answer::Welcome(welcome) => {
-            let features: &[&str] = if welcome.fds { &[FEATURE_FDS] } else { &[] };
+            let all = [(welcome.fds, FEATURE_FDS), (welcome.zero_runs, FEATURE_ZERO_RUNS)];
+            let features: Vec<&str> = all.iter().filter(|(takes, _)| *takes).map(|(_, name)| *name).collect();
             let mut json = json!({"library": env!("CARGO_PKG_VERSION"), "features": features});
             if let Some(names) = &welcome.hand_over {
                 json["hand-over"] = names.clone().into();
@@ -211,7 +215,9 @@ pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
             let odd = || Error::invalid("the destination's welcome has lists that are none");
             let features = texts(json.get("features")).ok_or_else(odd)?;
             let hand_over = json.get("hand-over").map(|list| texts(Some(list)).ok_or_else(odd)).transpose()?;
-            Ok(Answer::Welcome(Welcome { fds: features.iter().any(|f| f == FEATURE_FDS), hand_over }))
+            let has = |name: &str| features.iter().any(|f| f == name);
+            let (fds, zero_runs) = (has(FEATURE_FDS), has(FEATURE_ZERO_RUNS));
+            Ok(Answer::Welcome(Welcome { fds, zero_runs, hand_over }))
         }
         Some(errors) => Ok(Answer::Refused(
             errors.iter().take(ERRORS_MAX).filter_map(Error::from_json).map(|e| e.on_side("destination")).collect(),
@@ -289,7 +295,7 @@ mod tests {
             Error::invalid("no RAM block 'x'").on_side("destination"),
             Error::invalid("missing").in_section("uart").on_side("destination"),
         ];
-        let welcome = Answer::Welcome(Welcome { fds: true, hand_over: Some(vec!["low".into()]) });
+        let welcome = Answer::Welcome(Welcome { fds: true, zero_runs: true, hand_over: Some(vec!["low".into()]) });
         for answer in [Answer::Welcome(Welcome::default()), welcome, Answer::Refused(errors.clone())] {
             let mut out = Vec::new();
             put_answer(&mut out, &answer).unwrap();

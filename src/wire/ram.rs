@@ -21,6 +21,11 @@ const XBZRLE: u64 = 0x040;
 const HOOK: u64 = 0x080;
 const MULTIFD_FLUSH: u64 = 0x200;
 
+/// Ours, between two vmigs that agreed on it: the number of zero pages from the offset on follows.
+const ZERO_RUN: u64 = 0x400;
+/// Pages of one such record.
+pub const ZERO_RUN_MAX: u64 = 1 << 20;
+
 /// One record of a body. `name`: none means the block of the record before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
@@ -35,6 +40,15 @@ pub enum Record {
         name: Option<String>,
         /// Offset in the block.
         offset: u64,
+    },
+    /// Pages of zeros.
+    ZeroRun {
+        /// Block.
+        name: Option<String>,
+        /// Offset of the first in the block.
+        offset: u64,
+        /// How many, at most [`ZERO_RUN_MAX`].
+        pages: u64,
     },
     /// A page; its bytes follow.
     Page {
@@ -69,6 +83,13 @@ pub fn read(input: &mut dyn Input) -> Result<Record> {
             match input.u8()? {
                 0 => Ok(Record::Zero { name, offset }),
                 fill => Err(wrong(at, format!("a page filled with {fill:#04x} instead of zeros"))),
+            }
+        }
+        ZERO_RUN => {
+            let name = name(input)?;
+            match input.u64()? {
+                pages @ 1..=ZERO_RUN_MAX => Ok(Record::ZeroRun { name, offset, pages }),
+                pages => Err(wrong(at, format!("a run of {pages} zero pages instead of 1 to {ZERO_RUN_MAX}"))),
             }
         }
         PAGE_DATA => Ok(Record::Page { name: name(input)?, offset }),
@@ -126,6 +147,13 @@ pub fn put_zero(out: &mut Vec<u8>, name: Option<&str>, offset: u64) -> Result<()
     Ok(())
 }
 
+/// Writes a record of zero pages.
+pub fn put_zero_run(out: &mut Vec<u8>, name: Option<&str>, offset: u64, pages: u64) -> Result<()> {
+    put_word(out, name, offset | ZERO_RUN)?;
+    out.u64(pages);
+    Ok(())
+}
+
 /// Writes what comes before a page's bytes.
 pub fn put_page(out: &mut Vec<u8>, name: Option<&str>, offset: u64) -> Result<()> {
     put_word(out, name, offset | PAGE_DATA)
@@ -164,18 +192,26 @@ mod tests {
         let mut out = Vec::new();
         put_zero(&mut out, Some("ram"), 0x3000).unwrap();
         put_page(&mut out, None, 0x4000).unwrap();
+        put_zero_run(&mut out, None, 0x5000, 7).unwrap();
         put_end(&mut out);
         assert_eq!(out[..13], *b"\0\0\0\0\0\0\x30\x02\x03ram\0");
         let mut input = Slice::new(&out);
         let name = Some("ram".to_owned());
         assert_eq!(read(&mut input).unwrap(), Record::Zero { name, offset: 0x3000 });
         assert_eq!(read(&mut input).unwrap(), Record::Page { name: None, offset: 0x4000 });
+        assert_eq!(read(&mut input).unwrap(), Record::ZeroRun { name: None, offset: 0x5000, pages: 7 });
         assert_eq!(read(&mut input).unwrap(), Record::End);
+        for pages in [0, ZERO_RUN_MAX + 1, u64::MAX] {
+            let mut out = Vec::new();
+            put_zero_run(&mut out, Some("ram"), 0, pages).unwrap();
+            assert!(read(&mut Slice::new(&out)).is_err(), "{pages} pages");
+        }
     }
 
     #[test]
     fn impossible_flags_are_refused() {
         for flags in 0..PAGE {
+            // A run's number of pages is missing here.
             let known = matches!(flags & !CONTINUE, ZERO | PAGE_DATA | MEM_SIZE | EOS | HOOK | MULTIFD_FLUSH);
             let mut bytes = (0x5000 | flags).to_be_bytes().to_vec();
             if flags & HOOK == 0 {

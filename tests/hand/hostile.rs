@@ -246,10 +246,14 @@ fn answered(what: &str, welcome: &Welcome, words: &str, then: impl FnOnce(&UnixS
 
 #[test]
 fn destinations_that_take_the_wrong_things() {
-    let takes = |names: &[&str]| Welcome { fds: true, hand_over: Some(names.iter().map(|n| (*n).into()).collect()) };
+    let takes = |names: &[&str]| Welcome {
+        fds: true,
+        zero_runs: false,
+        hand_over: Some(names.iter().map(|n| (*n).into()).collect()),
+    };
     answered("unknown", &takes(&["middle"]), "which was not offered", |_| ());
     answered("twice", &takes(&["low", "low"]), "which was not offered", |_| ());
-    answered("older", &Welcome { fds: true, hand_over: None }, "knows nothing of option 'hand-over'", |_| ());
+    answered("older", &Welcome { fds: true, ..Welcome::default() }, "knows nothing of option 'hand-over'", |_| ());
     answered(
         "no fds",
         &Welcome { fds: false, ..takes(&["low"]) },

@@ -1,0 +1,112 @@
+//! What goes out next: stretches of dirty pages that were taken, told apart by whether they exist at all.
+
+use crate::dirty::cursor::Cursor;
+use crate::dirty::hub::Hub;
+use crate::dirty::set::DirtySet;
+use crate::error::Result;
+use crate::ram::presence::Presence;
+use crate::ram::survey::Survey;
+
+/// Pages taken at once while the kernel is asked which of them exist: as many as KVM's dirty log is cleared for at once.
+const TAKEN_MAX: usize = 4096;
+
+/// Pages of a block that follow each other, whose dirty bits were taken.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stretch {
+    /// Index of the block in the set.
+    pub(super) block: usize,
+    pub(super) first: usize,
+    pub(super) pages: usize,
+    /// None of them exists: they are zero without a look.
+    pub(super) absent: bool,
+}
+
+/// The dirty pages of a round, in order.
+#[derive(Debug, Default)]
+pub(super) struct Stretches {
+    cursor: Cursor,
+    /// In the first round: which pages of each block exist at all. Later everything that is dirty does.
+    presence: Vec<Presence>,
+    /// Of the cursor's runs: the one at hand, how far it is given, and which of its pages are absent.
+    run: usize,
+    at: usize,
+    absent: Vec<bool>,
+    /// Pages taken and not given yet.
+    owed: usize,
+}
+
+impl Stretches {
+    /// From here on absent pages are told apart, until the round is over.
+    pub(super) fn look_for_absent(&mut self, set: &DirtySet) {
+        if let Ok(survey) = Survey::new() {
+            self.presence = set.blocks().map(|block| Presence::new(block, &survey, None)).collect();
+        }
+    }
+
+    /// A new round: from the start. What was taken is given first.
+    pub(super) fn new_round(&mut self) {
+        if self.owed == 0 {
+            *self = Self::default();
+        }
+        self.presence = Vec::new();
+    }
+
+    /// Pages taken and not given yet.
+    pub(super) fn owed(&self) -> usize {
+        self.owed
+    }
+
+    /// The next stretch, of block `here` if there is one: at most `most` pages, or `most_absent` absent ones.
+    pub(super) fn next(
+        &mut self,
+        set: &DirtySet,
+        hub: &Hub,
+        here: Option<usize>,
+        (most, most_absent): (usize, usize),
+    ) -> Result<Option<Stretch>> {
+        if self.owed == 0 && !self.take(set, hub, here, most)? {
+            return Ok(None);
+        }
+        let run = self.cursor.runs()[self.run];
+        if here.is_some_and(|block| block != run.block) {
+            return Ok(None);
+        }
+        let is_absent = |at: usize| self.absent.get(at).is_some_and(|absent| *absent);
+        let absent = is_absent(self.at);
+        let end = run.pages.min(self.at.saturating_add(if absent { most_absent } else { most }));
+        let pages = (self.at..end).take_while(|at| is_absent(*at) == absent).count();
+        let first = run.first + self.at;
+        self.at += pages;
+        self.owed -= pages;
+        if self.at == run.pages && self.owed > 0 {
+            (self.run, self.at) = (self.run + 1, 0);
+            self.ask();
+        }
+        Ok(Some(Stretch { block: run.block, first, pages, absent }))
+    }
+
+    fn take(&mut self, set: &DirtySet, hub: &Hub, here: Option<usize>, most: usize) -> Result<bool> {
+        let most = if self.presence.is_empty() { most } else { TAKEN_MAX };
+        let more = match here {
+            None => self.cursor.take(set, hub, most)?,
+            Some(_) => self.cursor.take_here(set, hub, most)?,
+        };
+        self.owed = self.cursor.runs().iter().map(|run| run.pages).sum();
+        (self.run, self.at) = (0, 0);
+        if more {
+            self.ask();
+        }
+        Ok(more)
+    }
+
+    /// Asks the kernel about the run at hand. Its dirty bits were taken before, for asking counts as reading.
+    fn ask(&mut self) {
+        self.absent.clear();
+        let run = self.cursor.runs()[self.run];
+        let Some(presence) = self.presence.get(run.block).filter(|p| !p.is_hopeless()) else { return };
+        self.absent.resize(run.pages, false);
+        presence.each_absent(run.first..run.first + run.pages, |range| {
+            self.absent[range.start - run.first..range.end - run.first].fill(true);
+        });
+    }
+}
