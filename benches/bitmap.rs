@@ -42,7 +42,8 @@ impl Guest {
     fn new(gib: usize) -> Self {
         let (ram, hub) = (Ram::default(), Hub::default());
         let (host, len) = (std::ptr::without_provenance_mut(PAGE_BYTES), (gib * PAGES_PER_GIB) as u64 * PAGE);
-        let spec = BlockSpec { name: "ram".into(), host, len, gpa: 0, marked: true, shared_storage: false };
+        let spec =
+            BlockSpec { name: "ram".into(), host, len, gpa: 0, marked: true, shared_storage: false, file: None };
         ram.add(spec).expect("a block");
         let set = hub.subscribe(&ram.list()).expect("memory for the bitmaps");
         let guest = Self { ram, hub, set };

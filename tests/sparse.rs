@@ -14,11 +14,12 @@ const KINDS: [&str; 2] = ["private", "shared"];
 /// See tests/c/sparse.c.
 const PATTERNS: [&str; 9] = ["dense", "single", "nth", "apart", "pairs", "half", "half-spread", "mixed", "little"];
 /// Settings of both sides, and of the source alone: a QEMU gives no hints where its memory is.
-const STREAMS: [(&str, &[&str], &[&str]); 4] = [
+const STREAMS: [(&str, &[&str], &[&str]); 5] = [
     ("default", &[], &[]),
     ("one stream", &["multifd off"], &[]),
     ("channels", &["multifd on"], &[]),
-    ("as from a QEMU", &["multifd off"], &["peer qemu"]),
+    ("one stream, as from a QEMU", &["multifd off"], &["peer qemu"]),
+    ("channels, as from a QEMU", &["multifd on"], &["peer qemu"]),
 ];
 const LIMIT_KIB: u64 = (5 << 20) / 4;
 /// What a page table costs: one page maps 2 MiB, and in 64 GiB any page may be in use.

@@ -1,29 +1,58 @@
-//! Guest memory made present ahead of the data: the first touch of a page costs more than its bytes on the network.
+//! Guest memory made present ahead of the data, where the source gives no hints where it has any: the first touch of a
+//! page costs more than its bytes on the network.
 //!
-//! A thread of its own does it, a little ahead of the receiver, and only where the guest turns out to have pages: a
-//! stretch is prepared once the one before it was found to be dense. So a guest that never touched most of its memory
-//! does not get it here either, but for one such stretch at the end of each dense region. How large the pages are is
-//! the VMM's choice, made with madvise before.
+//! A thread of its own does it, a little ahead of the receiver: what follows a full stretch is prepared. What was
+//! prepared for nothing stays below an eighth of what arrived, so a guest that never touched most of its memory does not
+//! get it here either, in whatever pattern it uses it. How large the pages are is the VMM's choice, made with madvise
+//! before.
 
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::Job;
-use crate::ram::{Block, PAGE_BYTES};
+use crate::error::{Error, Result};
+use crate::ram::Block;
+use crate::ram::presence::GRANULE;
 use crate::thread::{Handle, lock};
 
-/// Pages looked at together: 2 MiB.
-const GRANULE: usize = (2 << 20) / PAGE_BYTES;
-/// Whole pages in a granule that make it dense.
-const DENSE: usize = GRANULE / 2;
-/// Whole pages in one packet of a parallel channel that make a stretch dense.
-const PACKET_DENSE: usize = 64;
+/// Whole pages that make a granule (2 MiB) full: what it then has in vain is next to nothing.
+const FULL: u16 = 480;
 /// Granules prepared ahead: enough to keep the thread busy, and little to waste.
 const REACH: usize = 16;
+/// Granules that may be prepared for nothing before any proved useful.
+const TRUST: usize = 8;
+/// And one more for so many full ones that arrived.
+const TRUST_PART: usize = 8;
+/// In a granule's count: it was prepared by us.
+const MADE: u16 = 1 << 15;
+
+/// A block, and what is known of its granules: whole pages that arrived, as far as [`FULL`], and [`MADE`].
+#[derive(Debug)]
+struct Place {
+    block: Arc<Block>,
+    counts: Box<[AtomicU16]>,
+}
+
+impl Place {
+    fn new(block: &Arc<Block>) -> Result<Self> {
+        let granules = block.pages().div_ceil(GRANULE);
+        let mut counts = Vec::new();
+        counts.try_reserve_exact(granules).map_err(|_| Error::no_memory("counts of pages", granules as u64 * 2))?;
+        counts.resize_with(granules, AtomicU16::default);
+        Ok(Self { block: Arc::clone(block), counts: counts.into_boxed_slice() })
+    }
+
+    /// Whole pages that arrived, and whether we prepared it.
+    fn look(&self, granule: usize) -> (u16, bool) {
+        let count = self.counts[granule].load(Ordering::Relaxed);
+        (count & !MADE, count & MADE != 0)
+    }
+}
 
 /// A wish: granules of a block.
 #[derive(Debug)]
 struct Wish {
-    block: Arc<Block>,
+    place: usize,
     next: usize,
     end: usize,
 }
@@ -31,11 +60,16 @@ struct Wish {
 #[derive(Debug, Default)]
 struct State {
     wish: Option<Wish>,
+    /// Granules that arrived full.
+    full: usize,
+    /// Granules prepared that are not full, or not yet.
+    unused: usize,
     over: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
+    places: Vec<Place>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -48,25 +82,20 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// Starts the thread. None, with a line in the log, where that fails: it only saves time.
-    pub(super) fn start(job: &Job) -> Option<Self> {
-        let shared = Arc::<Shared>::default();
+    /// Starts the thread, for these blocks.
+    pub(super) fn start<'a>(job: &Job, blocks: impl Iterator<Item = &'a Arc<Block>>) -> Result<Self> {
+        let shared = Arc::new(Shared::new(blocks)?);
         let ours = Arc::clone(&shared);
-        match job.threads.spawn("prepare_ram", move || {
+        let thread = job.threads.spawn("prepare_ram", move || {
             ours.work();
             Ok(())
-        }) {
-            Ok(thread) => Some(Self { shared, thread }),
-            Err(error) => {
-                job.vmm.log().error(format_args!("memory is not prepared ahead of the data: {error}"));
-                None
-            }
-        }
+        })?;
+        Ok(Self { shared, thread })
     }
 
     /// What tells the thread where the data is.
     pub(super) fn scout(&self) -> Scout {
-        Scout { shared: Arc::clone(&self.shared), at: None, seen: 0 }
+        Scout { shared: Arc::clone(&self.shared) }
     }
 }
 
@@ -80,11 +109,15 @@ impl Drop for Ahead {
 }
 
 impl Shared {
+    fn new<'a>(blocks: impl Iterator<Item = &'a Arc<Block>>) -> Result<Self> {
+        let places = blocks.map(Place::new).collect::<Result<_>>()?;
+        Ok(Self { places, state: Mutex::default(), changed: Condvar::new() })
+    }
+
     /// Prepares what is wished for, the newest wish first, until the end.
     fn work(&self) {
-        // Pages come in ascending order, so one number per block tells what was done.
-        let mut done: Vec<(Arc<Block>, usize)> = Vec::new();
-        while let Some((block, granule)) = self.next(&mut done) {
+        while let Some((place, granule)) = self.next() {
+            let block = &self.places[place].block;
             let first = granule * GRANULE;
             // Too old a kernel, or no memory: the data's own first touch will do, or tell.
             if block.populate(first, GRANULE.min(block.pages() - first)).is_err() {
@@ -93,64 +126,65 @@ impl Shared {
         }
     }
 
-    /// Waits for a granule that is not done yet. None: it is over.
-    fn next(&self, done: &mut Vec<(Arc<Block>, usize)>) -> Option<(Arc<Block>, usize)> {
+    /// Waits for a granule that is to be prepared. None: it is over.
+    fn next(&self) -> Option<(usize, usize)> {
         let mut state = lock(&self.state);
         loop {
             if state.over {
                 return None;
             }
-            if let Some(Wish { block, next, end }) = state.wish.take() {
-                let at = done.iter().position(|(b, _)| Arc::ptr_eq(b, &block)).unwrap_or_else(|| {
-                    done.push((Arc::clone(&block), 0));
-                    done.len() - 1
-                });
-                let granule = next.max(done[at].1);
-                if granule < end {
-                    done[at].1 = granule + 1;
-                    state.wish = Some(Wish { block: Arc::clone(&block), next: granule + 1, end });
-                    return Some((block, granule));
-                }
+            if let Some(granule) = self.choose(&mut state) {
+                return Some(granule);
             }
-            state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn wish(&self, block: &Arc<Block>, next: usize) {
-        let end = block.pages().div_ceil(GRANULE).min(next + REACH);
-        if next < end {
-            lock(&self.state).wish = Some(Wish { block: Arc::clone(block), next, end });
-            self.changed.notify_one();
+    fn choose(&self, state: &mut State) -> Option<(usize, usize)> {
+        if state.unused >= TRUST + state.full / TRUST_PART {
+            return None;
         }
+        let wish = state.wish.as_mut()?;
+        let place = &self.places[wish.place];
+        let granule = (wish.next..wish.end).find(|granule| matches!(place.look(*granule), (..FULL, false)))?;
+        place.counts[granule].fetch_or(MADE, Ordering::Relaxed);
+        wish.next = granule + 1;
+        state.unused += 1;
+        Some((wish.place, granule))
+    }
+
+    /// A granule is full: the next ones may be, too.
+    fn is_full(&self, place: usize, granule: usize) {
+        let place_at = &self.places[place];
+        let mut state = lock(&self.state);
+        state.full += 1;
+        state.unused -= usize::from(place_at.look(granule).1);
+        let end = place_at.counts.len().min(granule + 1 + REACH);
+        state.wish = Some(Wish { place, next: granule + 1, end });
+        self.changed.notify_one();
     }
 }
 
 /// Counts the pages that arrive.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Scout {
     shared: Arc<Shared>,
-    at: Option<(Arc<Block>, usize)>,
-    seen: usize,
 }
 
 impl Scout {
-    /// Whole pages of one packet arrived: many that lie close together are a dense stretch.
-    pub(super) fn saw_packet(&self, block: &Arc<Block>, pages: &[usize]) {
-        let (Some(first), Some(last)) = (pages.iter().min(), pages.iter().max()) else { return };
-        if pages.len() >= PACKET_DENSE && last - first < 2 * pages.len() {
-            self.shared.wish(block, last / GRANULE + 1);
-        }
-    }
-
-    /// A whole page arrived.
-    pub(super) fn saw(&mut self, block: &Arc<Block>, page: usize) {
-        let granule = page / GRANULE;
-        if !matches!(&self.at, Some((b, g)) if *g == granule && Arc::ptr_eq(b, block)) {
-            (self.at, self.seen) = (Some((Arc::clone(block), granule)), 0);
-        }
-        self.seen += 1;
-        if self.seen == DENSE {
-            self.shared.wish(block, granule + 1);
+    /// Whole pages arrived.
+    pub(super) fn saw(&self, block: &Arc<Block>, pages: &[usize]) {
+        let Some(place) = self.shared.places.iter().position(|p| Arc::ptr_eq(&p.block, block)) else { return };
+        for pages in pages.chunk_by(|a, b| a / GRANULE == b / GRANULE) {
+            let granule = pages[0] / GRANULE;
+            if self.shared.places[place].look(granule).0 >= FULL {
+                continue;
+            }
+            let more = u16::try_from(pages.len()).unwrap_or(FULL);
+            let before = self.shared.places[place].counts[granule].fetch_add(more, Ordering::Relaxed) & !MADE;
+            if before < FULL && before + more >= FULL {
+                self.shared.is_full(place, granule);
+            }
         }
     }
 }
@@ -158,7 +192,7 @@ impl Scout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::{BlockSpec, PAGE, Ram};
+    use crate::ram::{BlockSpec, PAGE, PAGE_BYTES, Ram};
 
     fn block(pages: usize) -> (Vec<u8>, Arc<Block>) {
         let memory = vec![0; (pages + 1) * PAGE_BYTES];
@@ -170,24 +204,50 @@ mod tests {
         (memory, Ram::default().add(spec).unwrap())
     }
 
+    /// Granules prepared until the thread would wait.
+    fn made(shared: &Shared) -> Vec<usize> {
+        let mut state = lock(&shared.state);
+        std::iter::from_fn(|| shared.choose(&mut state)).map(|(_, granule)| granule).collect()
+    }
+
     #[test]
-    fn only_what_follows_a_dense_stretch_is_prepared_and_only_once() {
-        let (_memory, block) = block(GRANULE * (REACH + 3) + 7);
-        let ahead = Arc::<Shared>::default();
-        let mut scout = Scout { shared: Arc::clone(&ahead), at: None, seen: 0 };
-        (0..DENSE - 1).for_each(|page| scout.saw(&block, page));
-        assert!(lock(&ahead.state).wish.is_none(), "not dense yet");
-        scout.saw(&block, DENSE);
-        let mut done = Vec::new();
-        let mut take = |n: usize| -> Vec<usize> { (0..n).map(|_| ahead.next(&mut done).unwrap().1).collect() };
-        assert_eq!(take(3), [1, 2, 3]);
-        (GRANULE..2 * GRANULE).for_each(|page| scout.saw(&block, page));
-        assert_eq!(take(REACH - 2), (4..REACH + 2).collect::<Vec<_>>(), "up to 16 behind granule 1");
-        (3 * GRANULE..4 * GRANULE).for_each(|page| scout.saw(&block, page));
-        assert_eq!(take(2), [REACH + 2, REACH + 3], "up to the end of the block");
-        (0..GRANULE).for_each(|page| scout.saw(&block, page));
-        lock(&ahead.state).over = true;
-        assert!(ahead.next(&mut Vec::new()).is_none());
+    fn only_what_follows_a_full_stretch_is_prepared_and_only_once() {
+        let (_memory, block) = block(GRANULE * 40 + 7);
+        let shared = Arc::new(Shared::new([&block].into_iter()).unwrap());
+        let scout = Scout { shared: Arc::clone(&shared) };
+        let fill = |granules: std::ops::Range<usize>| {
+            (granules.start * GRANULE..granules.end * GRANULE).for_each(|page| scout.saw(&block, &[page]));
+        };
+        (0..usize::from(FULL) - 1).for_each(|page| scout.saw(&block, &[page]));
+        assert!(made(&shared).is_empty(), "not full yet");
+        scout.saw(&block, &[usize::from(FULL) - 1, GRANULE]);
+        assert_eq!(made(&shared), (1..=TRUST).collect::<Vec<_>>(), "so many on trust");
+        assert!(made(&shared).is_empty());
+        fill(1..3);
+        assert_eq!(made(&shared), [TRUST + 1, TRUST + 2], "one more for each that was of use");
+        fill(3..30);
+        // All that was prepared was of use, and trust has grown by one for eight full ones.
+        assert_eq!(made(&shared), (30..30 + TRUST + 3).collect::<Vec<_>>());
+        fill(30..40);
+        assert!(made(&shared).is_empty(), "the last, short granule was prepared before");
+        fill(0..2);
+        assert!(made(&shared).is_empty());
+    }
+
+    #[test]
+    fn what_is_prepared_for_nothing_stays_an_eighth_of_what_arrives() {
+        let (_memory, block) = block(GRANULE * 600);
+        let shared = Arc::new(Shared::new([&block].into_iter()).unwrap());
+        let scout = Scout { shared: Arc::clone(&shared) };
+        let (mut arrived, mut in_vain) = (0, 0);
+        for granule in (0..600).step_by(5) {
+            let pages: Vec<usize> = (granule * GRANULE..(granule + 1) * GRANULE).collect();
+            pages.chunks(100).for_each(|pages| scout.saw(&block, pages));
+            arrived += 1;
+            in_vain += made(&shared).iter().filter(|granule| **granule % 5 != 0).count();
+            assert!(in_vain <= TRUST + arrived / TRUST_PART, "{in_vain} beside {arrived}");
+        }
+        assert!(in_vain > TRUST);
     }
 
     #[test]

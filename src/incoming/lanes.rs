@@ -338,7 +338,7 @@ impl Lane<'_> {
             rooms.push(block.room(run[0], run.len()));
         }
         if let Some(scout) = &self.scout {
-            scout.saw_packet(block, whole);
+            scout.saw(block, whole);
         }
         self.fill(&mut rooms)?;
         for page in zeros {

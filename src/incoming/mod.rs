@@ -293,7 +293,12 @@ impl Memory {
             return;
         }
         if hints.is_empty() {
-            self.ahead = Ahead::start(job);
+            match Ahead::start(job, targets.values().map(|target| &target.block)) {
+                Ok(ahead) => self.ahead = Some(ahead),
+                Err(error) => {
+                    job.vmm.log().warning(format_args!("memory is not prepared ahead of the data: {error}"))
+                }
+            }
             return;
         }
         self.targets = Some(Arc::clone(targets));

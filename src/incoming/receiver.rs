@@ -62,8 +62,8 @@ impl RamReceiver {
                     let (target, page) = self.page(at, name, offset)?;
                     target.mark(page, 1);
                     input.page(|bytes| target.block.write_page(page, bytes))?;
-                    if let (Some(scout), Some(target)) = (&mut self.scout, &self.last) {
-                        scout.saw(&target.block, page);
+                    if let (Some(scout), Some(target)) = (&self.scout, &self.last) {
+                        scout.saw(&target.block, &[page]);
                     }
                     self.normal += 1;
                 }
