@@ -3,6 +3,8 @@
 //! Time is passed in. The model is QEMU's: windows of 100 ms, and a threshold of bandwidth x downtime limit.
 
 pub mod downtime;
+#[cfg(test)]
+mod history_tests;
 
 use std::time::Duration;
 
