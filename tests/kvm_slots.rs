@@ -1,13 +1,23 @@
 //! KVM's dirty log through slots that overlap, start anywhere, are read-only, or change behind the library's back.
 #![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(unsafe_code, reason = "maps memory for a slot")]
 
 mod common;
 #[path = "common/program.rs"]
 mod program;
 
-use common::{c_program, scratch, without_kvm};
+use common::{c_program, scratch, skip, without_kvm};
+use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
 use program::Program;
+use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
+use vmig::dirty::cursor::Cursor;
+use vmig::dirty::hub::Hub;
+use vmig::dirty::kvm_log::KvmLog;
+use vmig::ram::{BlockSpec, PAGE, Ram};
+use vmig::sys::kvm::{CLEAR_MAX, Vm};
 
 fn start(dir: &Path, name: &str, args: &[&str]) -> Program {
     let program = Program::start(name, dir, &c_program("slots"), args);
@@ -201,4 +211,67 @@ fn ram_that_nobody_tracks_is_refused_by_name() {
     source.must("register 2");
     moves_well(&dir, &mut source);
     source.quit();
+}
+
+/// A VM whose only slot, number 3, has so many pages.
+fn vm_with_slot(pages: usize) -> (VmFd, *mut u8) {
+    let vm = Kvm::new().unwrap().create_vm().unwrap();
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let len = pages as u64 * PAGE;
+    // SAFETY: a new mapping of our own, which stays until the process ends.
+    let host = unsafe { libc::mmap(std::ptr::null_mut(), len.try_into().unwrap(), prot, flags, -1, 0) };
+    assert_ne!(host, libc::MAP_FAILED);
+    let (guest_phys_addr, userspace_addr) = (0x1000_0000, host as u64);
+    let region = kvm_userspace_memory_region { slot: 3, flags: 0, guest_phys_addr, memory_size: len, userspace_addr };
+    // SAFETY: the mapping stays until the process ends.
+    unsafe { vm.set_user_memory_region(region) }.unwrap();
+    (vm, host.cast())
+}
+
+/// The pages KVM calls dirty, as (first, end). With manual protection asking changes nothing.
+fn kernel_log(vm: &VmFd, pages: usize) -> Vec<(usize, usize)> {
+    let words = vm.get_dirty_log(3, pages * 4096).unwrap();
+    let dirty: Vec<usize> = (0..pages).filter(|page| words[page / 64] >> (page % 64) & 1 != 0).collect();
+    dirty.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], run[run.len() - 1] + 1)).collect()
+}
+
+/// No call into the kernel makes a vCPU wait for long: switching logging on protects nothing, reading protects nothing,
+/// and one clearing protects a bounded number of pages.
+#[test]
+fn no_call_arms_a_whole_slot() {
+    if without_kvm() {
+        return;
+    }
+    let most = usize::try_from(CLEAR_MAX).unwrap();
+    let pages = 3 * most + 100;
+    let (vm, host) = vm_with_slot(pages);
+    if vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) & 3 != 3 {
+        let _ = skip("kvm", "the kernel has no dirty logs that begin all set");
+        return;
+    }
+    let (ram, hub) = (Ram::default(), Hub::default());
+    let len = pages as u64 * PAGE;
+    let spec = BlockSpec { name: "ram".into(), host, len, gpa: 0, marked: false, shared_storage: false, file: None };
+    let block = ram.add(spec).unwrap();
+    let log = KvmLog::new(Vm::dup(vm.as_raw_fd()).unwrap(), None).unwrap();
+    log.add_slot(3, 0, &block, 0, len, 0x1000_0000).unwrap();
+    hub.add_tracker(Arc::new(log)).unwrap();
+
+    let set = hub.subscribe(&ram.list()).unwrap();
+    assert_eq!(kernel_log(&vm, pages), [(0, pages)], "what is dirty is not protected");
+    let mut cursor = Cursor::default();
+    assert!(cursor.take(&set, &hub, 1).unwrap());
+    assert_eq!(kernel_log(&vm, pages), [(most, pages)], "protected just before it is sent");
+    hub.sync().unwrap();
+    assert_eq!(kernel_log(&vm, pages), [(most, pages)]);
+
+    let ours = Vm::dup(vm.as_raw_fd()).unwrap();
+    let error = ours.clear_dirty_log(3, 0, CLEAR_MAX + 64, &vec![!0; most / 64 + 1]).unwrap_err();
+    assert_eq!(error.errno(), libc::EINVAL);
+    assert_eq!(kernel_log(&vm, pages), [(most, pages)], "nothing was asked of the kernel");
+    // More than one call may clear: in pieces.
+    hub.clear(&block, most - 1..2 * most + 1).unwrap();
+    assert_eq!(kernel_log(&vm, pages), [(3 * most, pages)]);
+    hub.unsubscribe(&set);
+    assert!(vm.get_dirty_log(3, pages * 4096).is_err(), "switched off");
 }
