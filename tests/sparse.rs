@@ -45,7 +45,7 @@ fn check(program: &mut Program, what: &str) {
     let [high, now, tables, file] = memory(program);
     println!("{what}: {} MiB at most, {} now, file {}, tables {}", high >> 10, now >> 10, file >> 10, tables >> 10);
     // The sanitizer's own memory is not ours to judge.
-    if env::var("VMIG_ASAN").is_ok_and(|v| v == "1") {
+    if under_asan() {
         return;
     }
     assert!(now >= 1 << 20, "{what}: less than its contents, {now} KiB");
@@ -53,9 +53,16 @@ fn check(program: &mut Program, what: &str) {
     assert!(tables <= TABLES_KIB, "{what}: {tables} KiB of page tables");
 }
 
+fn under_asan() -> bool {
+    env::var("VMIG_ASAN").is_ok_and(|v| v == "1")
+}
+
 #[test]
 fn a_sparse_guest_costs_what_it_uses() {
-    for point in points("sparse", KINDS.len() * PATTERNS.len() * STREAMS.len(), 6) {
+    let points = points("sparse", KINDS.len() * PATTERNS.len() * STREAMS.len(), 6);
+    // What the sanitizer looks for hardly depends on the pattern.
+    let some = if under_asan() { points.len().min(8) } else { points.len() };
+    for point in points.into_iter().take(some) {
         let (kind, rest) = (KINDS[point % 2], point / 2);
         let (pattern, (stream, both, source)) = (PATTERNS[rest % PATTERNS.len()], STREAMS[rest / PATTERNS.len()]);
         let what = format!("{kind} memory, {pattern}, {stream}");
