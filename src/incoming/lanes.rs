@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::Job;
 use super::ahead::{Ahead, Scout};
 use super::door::Door;
-use super::target::Targets;
+use super::target::{Target, Targets};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::{Block, PAGE};
@@ -22,6 +22,8 @@ use crate::wire::ram::NAME;
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// A lane that waits for the rest of a packet gives up first: it knows better what is missing.
+const GRACE: Duration = Duration::from_millis(250);
 /// How long a connection that has not said what it is may hold up the end: it may be a channel too many.
 const LAST_LOOK: Duration = Duration::from_secs(1);
 
@@ -56,6 +58,8 @@ struct Shared {
     normal: AtomicU64,
     zero: AtomicU64,
     targets: Targets,
+    /// The source may send runs of zero pages.
+    zero_runs: bool,
     limit: Duration,
 }
 
@@ -119,6 +123,7 @@ impl Lanes {
         channels: Vec<Arc<dyn Channel>>,
         targets: &Targets,
         ahead: Option<&Ahead>,
+        zero_runs: bool,
     ) -> Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State { standing: vec![Standing::Quiet; channels.len()], ..State::default() }),
@@ -127,6 +132,7 @@ impl Lanes {
             normal: AtomicU64::new(0),
             zero: AtomicU64::new(0),
             targets: Arc::clone(targets),
+            zero_runs,
             limit: job.options.time(Opt::StallTimeout),
         });
         let count = u8::try_from(channels.len()).unwrap_or(u8::MAX);
@@ -189,7 +195,7 @@ impl Lanes {
 
     /// The main stream reached a meeting point: waits for every lane, then lets them go on.
     pub(super) fn meet(&self) -> Result<()> {
-        let deadline = Instant::now() + self.shared.limit;
+        let deadline = Instant::now() + self.shared.limit + GRACE;
         let mut progress = (self.shared.received.load(Ordering::Relaxed), deadline);
         let mut state = self.shared.lock();
         while state.absent().next().is_some() {
@@ -203,7 +209,7 @@ impl Lanes {
             }
             let received = self.shared.received.load(Ordering::Relaxed);
             if received != progress.0 {
-                progress = (received, Instant::now() + self.shared.limit);
+                progress = (received, Instant::now() + self.shared.limit + GRACE);
             } else if Instant::now() >= progress.1 {
                 let absent: Vec<String> = state.absent().map(|id| id.to_string()).collect();
                 let text =
@@ -289,6 +295,7 @@ impl Lane<'_> {
                     }
                 }
                 Kind::Pages { normal, zero } => self.pages(normal, zero)?,
+                Kind::ZeroRuns(count) => self.zero_runs(count)?,
             }
         }
         self.shared.stands(self.id, Standing::Ended);
@@ -319,13 +326,35 @@ impl Lane<'_> {
         Ok(true)
     }
 
+    fn target(&self) -> Result<&Arc<Target>> {
+        let name = self.header.block()?;
+        self.shared.targets.get(name).ok_or_else(|| {
+            Error::new(libc::ENOENT, format!("there is no RAM block '{}' here", name.escape_default()))
+        })
+    }
+
+    /// Runs of zero pages.
+    fn zero_runs(&self, count: usize) -> Result<()> {
+        if !self.shared.zero_runs {
+            return Err(Error::invalid("a packet of zero runs, which nobody agreed on"));
+        }
+        let target = self.target()?;
+        for (offset, pages) in (0..count).map(|index| self.header.zero_run(index)) {
+            let first = checked(&target.block, offset)?;
+            let left = target.block.pages() - first;
+            let Some(pages) = usize::try_from(pages).ok().filter(|pages| (1..=left).contains(pages)) else {
+                let text = format!("a run of zero pages that does not fit RAM block '{}'", target.block.name());
+                return Err(Error::invalid(text).expected_got(format!("1 to {left} pages"), pages));
+            };
+            target.zero_run(first, pages);
+            self.shared.zero.fetch_add(pages as u64, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     /// The pages of a packet, each run of contiguous ones in one piece, straight into guest memory.
     fn pages(&mut self, normal: usize, zero: usize) -> Result<()> {
-        let name = self.header.block()?;
-        let Some(target) = self.shared.targets.get(name) else {
-            let shown = name.escape_default();
-            return Err(Error::new(libc::ENOENT, format!("there is no RAM block '{shown}' here")));
-        };
+        let target = self.target()?;
         let block = &target.block;
         let mut pages = [0; PAGES_MAX];
         for (index, page) in pages[..normal + zero].iter_mut().enumerate() {

@@ -79,6 +79,8 @@ impl<'a> Loader<'a> {
     /// Loads everything, up to the last byte of the description. True: the guest ran at the source.
     pub(super) fn load(&mut self, input: &mut StreamInput) -> Result<bool> {
         let result = self.prepare().and_then(|()| self.elements(input));
+        // A source whose channel broke says no more on its main stream: what broke first is the reason.
+        let result = result.map_err(|error| self.lanes.as_ref().and_then(|l| l.check().err()).unwrap_or(error));
         let ok = result.is_ok();
         let cleaned = self.clean_up(ok);
         result?;

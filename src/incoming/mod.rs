@@ -191,8 +191,8 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            let mut lanes =
-                Lanes::start(job, channels, &targets, memory.ahead.as_ref()).map_err(|e| e.in_phase("connect"))?;
+            let mut lanes = Lanes::start(job, channels, &targets, memory.ahead.as_ref(), peer.is_vmig)
+                .map_err(|e| e.in_phase("connect"))?;
             if parallel.meet_each_section {
                 lanes.meet_each_section();
             }

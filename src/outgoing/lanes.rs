@@ -18,7 +18,7 @@ use crate::thread::Handle;
 use crate::thread::lock;
 use crate::transport::Channel;
 use crate::transport::stream::StreamOutput;
-use crate::wire::packet::{self, Header, PAGES_MAX};
+use crate::wire::packet::{self, Header, PAGES_MAX, ZERO_RUNS_MAX};
 
 /// Batches waiting or under way, for each lane: one on the wire, one that waits for it.
 const BATCHES_PER_LANE: usize = 2;
@@ -58,6 +58,8 @@ struct Shared {
     zero: AtomicU64,
     packets: AtomicU64,
     find_zeros: bool,
+    /// The destination takes runs of zero pages.
+    zero_runs: bool,
     toll: Arc<Toll>,
     limit: Duration,
     #[cfg(feature = "fault-injection")]
@@ -130,7 +132,12 @@ impl Shared {
 
 impl Lanes {
     /// Connects `count` channels to the destination and starts their threads.
-    pub(super) fn connect(job: &Job, count: u8, find_zeros: bool, toll: &Arc<Toll>) -> Result<Self> {
+    pub(super) fn connect(
+        job: &Job,
+        count: u8,
+        (find_zeros, zero_runs): (bool, bool),
+        toll: &Arc<Toll>,
+    ) -> Result<Self> {
         let limit = job.options.time(Opt::StallTimeout);
         let batches = BATCHES_PER_LANE * usize::from(count);
         let free = (0..batches)
@@ -149,6 +156,7 @@ impl Lanes {
             zero: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             find_zeros,
+            zero_runs,
             toll: Arc::clone(toll),
             limit,
             #[cfg(feature = "fault-injection")]
@@ -254,10 +262,27 @@ impl Drop for Lanes {
 
 /// The body of a lane.
 fn run(shared: &Shared, channel: Arc<dyn Channel>, id: u8) {
-    let mut lane = Lane { shared, out: StreamOutput::new(channel, shared.limit), header: Header::default() };
+    let out = StreamOutput::new(channel, shared.limit);
+    let mut lane = Lane { shared, out, header: Header::default(), zeros: Zeros::default() };
     if let Err(error) = lane.work(id) {
         let error = error.context(format_args!("channel {id}"));
         shared.fail(error);
+    }
+}
+
+/// Zero pages a lane found and has not told yet: a packet that carries nothing else is worth its while only full.
+#[derive(Default)]
+struct Zeros {
+    block: Option<Arc<Block>>,
+    runs: Vec<(usize, usize)>,
+}
+
+impl Zeros {
+    fn add(&mut self, page: usize) {
+        match self.runs.last_mut() {
+            Some((first, pages)) if *first + *pages == page => *pages += 1,
+            _ => self.runs.push((page, 1)),
+        }
     }
 }
 
@@ -265,6 +290,7 @@ struct Lane<'a> {
     shared: &'a Shared,
     out: StreamOutput,
     header: Header,
+    zeros: Zeros,
 }
 
 impl Lane<'_> {
@@ -279,6 +305,7 @@ impl Lane<'_> {
                     sent?;
                 }
                 Next::Meet => {
+                    self.tell_zeros()?;
                     self.header.set_sync(self.shared.packets.fetch_add(1, Ordering::Relaxed));
                     self.out.write(self.header.bytes())?;
                     self.account();
@@ -304,6 +331,11 @@ impl Lane<'_> {
                 !zero
             });
         }
+        self.shared.zero.fetch_add(batch.zeros.len() as u64, Ordering::Relaxed);
+        // Beside pages they cost nothing.
+        if self.shared.zero_runs && batch.pages.is_empty() {
+            return self.keep_zeros(block, &mut batch.zeros);
+        }
         let number = self.shared.packets.fetch_add(1, Ordering::Relaxed);
         self.header.set_pages(number, block.name(), &batch.pages, &batch.zeros);
         let mut pieces = Vec::with_capacity(1 + batch.pages.len());
@@ -318,8 +350,38 @@ impl Lane<'_> {
             fault.sent(block, &batch.pages);
         }
         self.shared.normal.fetch_add(batch.pages.len() as u64, Ordering::Relaxed);
-        self.shared.zero.fetch_add(batch.zeros.len() as u64, Ordering::Relaxed);
         self.account();
+        Ok(())
+    }
+
+    /// Keeps zero pages for a packet of runs; tells them when it is full.
+    fn keep_zeros(&mut self, block: &Arc<Block>, zeros: &mut Vec<usize>) -> Result<()> {
+        if !self.zeros.block.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, block)) {
+            self.tell_zeros()?;
+            self.zeros.block = Some(Arc::clone(block));
+        }
+        zeros.sort_unstable();
+        for page in zeros.drain(..) {
+            self.zeros.add(page);
+            // A run that may grow is told with the next ones.
+            if self.zeros.runs.len() > ZERO_RUNS_MAX {
+                let growing = self.zeros.runs.pop();
+                self.tell_zeros()?;
+                self.zeros.runs.extend(growing);
+            }
+        }
+        Ok(())
+    }
+
+    fn tell_zeros(&mut self) -> Result<()> {
+        if let Some(block) = self.zeros.block.as_ref().filter(|_| !self.zeros.runs.is_empty()) {
+            let number = self.shared.packets.fetch_add(1, Ordering::Relaxed);
+            self.header.set_zero_runs(number, block.name(), &self.zeros.runs);
+            self.zeros.runs.clear();
+            self.shared.toll.pay(self.header.bytes().len() as u64)?;
+            self.out.write(self.header.bytes())?;
+            self.account();
+        }
         Ok(())
     }
 

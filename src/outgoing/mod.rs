@@ -268,7 +268,12 @@ impl<'a> Migration<'a> {
         let channels = self.channels();
         if channels > 0 {
             let find_zeros = self.job.options.get(Opt::ZeroPageDetection) == 2;
-            self.sender.use_lanes(Lanes::connect(self.job, channels, find_zeros, &self.toll)?);
+            self.sender.use_lanes(Lanes::connect(
+                self.job,
+                channels,
+                (find_zeros, self.sender.has_zero_runs()),
+                &self.toll,
+            )?);
         }
         let mut bytes = Vec::new();
         stream::put_header(&mut bytes, &self.job.options.machine())?;

@@ -104,6 +104,11 @@ impl RamSender {
         self.zero_runs = true;
     }
 
+    /// Whether it does.
+    pub(super) fn has_zero_runs(&self) -> bool {
+        self.zero_runs
+    }
+
     /// Pages whose dirty bits were taken and that were not sent yet.
     pub(super) fn owed(&self) -> usize {
         self.stretches.owed()

@@ -1,7 +1,7 @@
 //! The bandwidth limit at work: whoever writes while the guest runs pays here first, whatever connection it is.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Job;
@@ -15,10 +15,21 @@ use crate::thread::lock;
 /// How long a payer sleeps at most before it looks whether the limit was changed.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// Who wants to write: how many came, and how many of them were served.
+#[derive(Debug, Default)]
+struct Line {
+    came: u64,
+    served: u64,
+}
+
 /// One bucket for all connections of a migration.
 #[derive(Debug)]
 pub(super) struct Toll {
     bucket: Mutex<Bucket>,
+    /// First come, first served: else the main stream, which pays little and often, would find the bucket empty every time
+    /// it looks.
+    line: Mutex<Line>,
+    moved: Condvar,
     began: Instant,
     live: Arc<Options>,
     wake: Arc<Wake>,
@@ -30,6 +41,8 @@ impl Toll {
     pub(super) fn new(job: &Job) -> Arc<Self> {
         Arc::new(Self {
             bucket: Mutex::default(),
+            line: Mutex::default(),
+            moved: Condvar::new(),
             began: Instant::now(),
             live: Arc::clone(&job.live),
             wake: Arc::clone(&job.wake),
@@ -57,6 +70,29 @@ impl Toll {
 
     /// Waits until `bytes` may be written. Fails when the migration ends meanwhile.
     pub(super) fn pay(&self, bytes: u64) -> Result<()> {
+        if self.limit() == 0 {
+            return Ok(());
+        }
+        self.wait_in_line()?;
+        let paid = self.pay_now(bytes);
+        lock(&self.line).served += 1;
+        self.moved.notify_all();
+        paid
+    }
+
+    /// Nobody leaves the line before it is their turn, but all at once when the migration ends.
+    fn wait_in_line(&self) -> Result<()> {
+        let mut line = lock(&self.line);
+        let number = line.came;
+        line.came += 1;
+        while line.served != number {
+            self.wake.check()?;
+            line = self.moved.wait_timeout(line, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    fn pay_now(&self, bytes: u64) -> Result<()> {
         loop {
             let wait = lock(&self.bucket).take(self.began.elapsed(), self.limit(), bytes);
             let Some(wait) = wait else { return Ok(()) };

@@ -19,6 +19,10 @@ pub const PAGES_MAX: usize = 128;
 pub const CHANNELS_MAX: u8 = 64;
 
 const FLAG_SYNC: u32 = 1;
+/// Ours, between two vmigs that agreed on it: the offsets are pairs of an offset and a number of zero pages.
+const FLAG_ZERO_RUNS: u32 = 0x100;
+/// Runs of zero pages in one packet.
+pub const ZERO_RUNS_MAX: usize = PAGES_MAX / 2;
 const NAME_AT: usize = 64;
 const OFFSETS_AT: usize = 320;
 
@@ -71,6 +75,8 @@ pub enum Kind {
         /// Zero pages.
         zero: usize,
     },
+    /// So many runs of zero pages.
+    ZeroRuns(usize),
     /// A point at which all channels meet.
     Sync,
 }
@@ -128,12 +134,30 @@ impl Header {
         }
     }
 
+    /// Makes it a packet of runs of zero pages of `block`, by first page and number of pages.
+    pub fn set_zero_runs(&mut self, number: u64, block: &str, runs: &[(usize, usize)]) {
+        debug_assert!(runs.len() <= ZERO_RUNS_MAX && block.len() < 256);
+        self.start(FLAG_ZERO_RUNS, number);
+        self.put(12, u32::try_from(PAGES_MAX).unwrap_or(u32::MAX));
+        self.put(32, u32::try_from(runs.len()).unwrap_or(u32::MAX));
+        self.0[NAME_AT..NAME_AT + block.len()].copy_from_slice(block.as_bytes());
+        for (slot, (first, pages)) in self.0[OFFSETS_AT..].chunks_exact_mut(16).zip(runs) {
+            slot[..8].copy_from_slice(&(*first as u64 * PAGE).to_be_bytes());
+            slot[8..].copy_from_slice(&(*pages as u64).to_be_bytes());
+        }
+    }
+
+    /// Offset and number of pages of run `index`.
+    pub fn zero_run(&self, index: usize) -> (u64, u64) {
+        (self.offset(2 * index), self.offset(2 * index + 1))
+    }
+
     /// Checks a received header.
     pub fn kind(&self) -> Result<Kind> {
         let bytes = self.bytes();
         check_start(bytes)?;
         let flags = word(bytes, 8);
-        if flags & !FLAG_SYNC != 0 {
+        if flags & !FLAG_SYNC != 0 && flags != FLAG_ZERO_RUNS {
             return Err(Error::invalid(
                 "a channel's packet is compressed or carries device state, which is not supported",
             )
@@ -157,6 +181,11 @@ impl Header {
                 Err(Error::invalid("a sync packet with pages is not supported (QEMU before 9.0 sends them)"))
             }
             FLAG_SYNC => Ok(Kind::Sync),
+            FLAG_ZERO_RUNS if normal > 0 || !(1..=ZERO_RUNS_MAX).contains(&zero) => {
+                Err(Error::invalid("a packet of zero runs with pages, or with too many of them")
+                    .expected_got(format!("1 to {ZERO_RUNS_MAX} runs"), format!("{zero}, {normal} pages")))
+            }
+            FLAG_ZERO_RUNS => Ok(Kind::ZeroRuns(zero)),
             _ => Ok(Kind::Pages { normal, zero }),
         }
     }
@@ -193,6 +222,11 @@ mod tests {
         assert_eq!(header.block().unwrap(), "pc.ram");
         let offsets: Vec<u64> = (0..4).map(|i| header.offset(i)).collect();
         assert_eq!(offsets, [0x5000, 0x6000, 0x9000, 0x1000]);
+        header.set_zero_runs(3, "pc.ram", &[(5, 7), (100, 1)]);
+        assert_eq!(header.kind().unwrap(), Kind::ZeroRuns(2));
+        assert_eq!((header.block().unwrap(), header.zero_run(1)), ("pc.ram", (100 * PAGE, 1)));
+        header.put(16, 1);
+        assert!(header.kind().is_err(), "runs and pages");
         header.set_sync(8);
         assert_eq!(header.kind().unwrap(), Kind::Sync);
         assert_eq!(header.bytes()[24..32], 8u64.to_be_bytes());
