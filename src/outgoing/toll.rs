@@ -39,13 +39,17 @@ pub(super) struct Toll {
 
 impl Toll {
     pub(super) fn new(job: &Job) -> Arc<Self> {
+        Self::of(&job.live, &job.wake)
+    }
+
+    fn of(live: &Arc<Options>, wake: &Arc<Wake>) -> Arc<Self> {
         Arc::new(Self {
             bucket: Mutex::default(),
             line: Mutex::default(),
             moved: Condvar::new(),
             began: Instant::now(),
-            live: Arc::clone(&job.live),
-            wake: Arc::clone(&job.wake),
+            live: Arc::clone(live),
+            wake: Arc::clone(wake),
             lifted: AtomicBool::new(false),
         })
     }
@@ -71,6 +75,8 @@ impl Toll {
     /// Waits until `bytes` may be written. Fails when the migration ends meanwhile.
     pub(super) fn pay(&self, bytes: u64) -> Result<()> {
         if self.limit() == 0 {
+            // The bucket has to know: what is written without a limit is no debt.
+            lock(&self.bucket).take(self.began.elapsed(), 0, bytes);
             return Ok(());
         }
         self.wait_in_line()?;
@@ -100,5 +106,27 @@ impl Toll {
                 self.wake.check()?;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_without_a_limit_is_no_debt() {
+        let (live, wake) = (Arc::new(Options::default()), Arc::new(Wake::new().unwrap()));
+        let toll = Toll::of(&live, &wake);
+        let limit = |text| live.set_text("max-bandwidth", text, true).unwrap();
+        limit("1G");
+        toll.pay(1).unwrap();
+        limit("0");
+        toll.pay(0).unwrap();
+        toll.charge(1 << 50);
+        limit("1G");
+        assert!(lock(&toll.bucket).take(toll.began.elapsed(), toll.limit(), 1).is_none());
+        toll.charge(1 << 50);
+        wake.raise();
+        assert_eq!(toll.pay(1).unwrap_err().errno(), libc::ECANCELED, "in debt, and ended by the migration's end");
     }
 }
