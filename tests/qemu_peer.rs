@@ -5,9 +5,9 @@
 mod common;
 mod qemu;
 
-use common::{Rng, c_program, run, scratch, without_qemu};
+use common::{c_program, run, scratch, without_qemu};
 use qemu::decode::{Decoded, decode};
-use qemu::peer::{Peer, assert_same_memory, path, saved};
+use qemu::peer::{Peer, assert_same_memory, drawn_ram, path, saved};
 use qemu::{Launch, Qemu};
 use serde_json::json;
 use std::{
@@ -29,22 +29,6 @@ const PAGE: usize = 4096;
 /// What the destination's memory is full of before anything arrives.
 const GARBAGE: &str = "fill=165";
 const PAUSED_BY_USER: u32 = 1;
-
-/// Memory with random pages, sparse pages and zero pages, all drawn from the seed; in a file.
-fn random_ram(dir: &Path, bytes: u64) -> PathBuf {
-    let mut rng = Rng::new("qemu ram");
-    let mut ram = vec![0; usize::try_from(bytes).unwrap()];
-    for page in ram.chunks_mut(PAGE) {
-        match rng.below(4) {
-            0 => (),
-            1 => page[rng.below(PAGE)] = 1,
-            _ => page.chunks_mut(8).for_each(|word| word.copy_from_slice(&rng.next().to_le_bytes())),
-        }
-    }
-    let file = dir.join("ram.bin");
-    fs::write(&file, ram).unwrap();
-    file
-}
 
 /// Our destination, full of garbage.
 fn destination(uri: &str, settings: &[String], stdin: impl Into<Stdio>) -> Peer {
@@ -100,7 +84,7 @@ fn qemu_to_us() {
     for (kind, return_path) in [("tcp", true), ("tcp", false), ("unix", true), ("unix", false), ("tcp6", true)] {
         let what = format!("{kind}, return path {}", on_off(return_path));
         let dir = scratch("to-us");
-        let (ram, arrived) = (random_ram(&dir, RAM), dir.join("arrived"));
+        let (ram, arrived) = (drawn_ram(&dir, RAM), dir.join("arrived"));
         let uri = match kind {
             "tcp" => "tcp:127.0.0.1:0".to_string(),
             "tcp6" => "tcp:[::1]:0".to_string(),
@@ -123,7 +107,7 @@ fn qemu_to_us_over_a_pipe() {
         return;
     }
     let dir = scratch("to-us");
-    let (ram, arrived, pipe) = (random_ram(&dir, RAM), dir.join("arrived"), dir.join("pipe"));
+    let (ram, arrived, pipe) = (drawn_ram(&dir, RAM), dir.join("arrived"), dir.join("pipe"));
     run(Command::new("mkfifo").arg(&pipe));
     let both = File::options().read(true).write(true).open(&pipe).unwrap(); // does not wait for the other end
     let peer = destination("fd:0", &[path("save", &arrived)], both);
@@ -158,7 +142,7 @@ fn pages_written_meanwhile_arrive() {
         return;
     }
     let dir = scratch("dirty");
-    let (ram, arrived) = (random_ram(&dir, RAM), dir.join("arrived"));
+    let (ram, arrived) = (drawn_ram(&dir, RAM), dir.join("arrived"));
     let (qemu, memory) = qemu_with_a_file(&ram, &dir);
     // The first round finds no page as it will be in the end: none that is zero then, and zeros elsewhere.
     let last = saved(&ram);
@@ -183,7 +167,7 @@ fn a_guest_that_does_not_run_at_qemu_arrives_paused() {
     }
     for before in ["prelaunch", "paused"] {
         let dir = scratch("paused");
-        let (ram, arrived) = (random_ram(&dir, RAM), dir.join("arrived"));
+        let (ram, arrived) = (drawn_ram(&dir, RAM), dir.join("arrived"));
         let more: &[&str] = if before == "prelaunch" { &["-S"] } else { &[] };
         let mut qemu = Launch { more, ..Launch::loaded(RAM, &ram) }.start();
         qemu.capabilities(&["return-path"]);
@@ -206,7 +190,7 @@ fn qemu_waits_for_our_ack() {
         return;
     }
     let dir = scratch("ack");
-    let (ram, arrived) = (random_ram(&dir, RAM), dir.join("arrived"));
+    let (ram, arrived) = (drawn_ram(&dir, RAM), dir.join("arrived"));
     let peer = listen_tcp(&[path("save", &arrived), "switchover-ack=on".into()]);
     let mut qemu = Launch::loaded(RAM, &ram).start();
     qemu.capabilities(&["return-path", "switchover-ack"]);
@@ -222,7 +206,7 @@ fn the_clock_arrives() {
         return;
     }
     let dir = scratch("clock");
-    let ram = random_ram(&dir, RAM);
+    let ram = drawn_ram(&dir, RAM);
     let stream = to_file(&mut qemu_source(&ram, RAM, false), &dir);
     let sent = decode(&fs::read(&stream).unwrap()).device("timer").u64("cpu_clock_offset");
     let end = destination("fd:0", &["autostart=off".into()], File::open(&stream).unwrap()).end().completed();
@@ -247,7 +231,7 @@ fn what_differs_is_refused_and_qemu_goes_on() {
     if without_qemu() {
         return;
     }
-    let ram = random_ram(&scratch("differs"), RAM);
+    let ram = drawn_ram(&scratch("differs"), RAM);
     for return_path in [true, false] {
         let qemu = || qemu_source(&ram, RAM, return_path);
         refused(qemu(), &["ram=0x800000".into()], &["RAM block 'ram'", "length", "0x800000", "0x1000000"]);
@@ -261,7 +245,7 @@ fn what_we_do_not_speak_is_refused_and_qemu_goes_on() {
     if without_qemu() {
         return;
     }
-    let ram = random_ram(&scratch("capability"), RAM);
+    let ram = drawn_ram(&scratch("capability"), RAM);
     let cases: [(&[&str], &str); 3] =
         [(&["multifd"], "multifd"), (&["postcopy-ram"], "postcopy"), (&["x-ignore-shared"], "x-ignore-shared")];
     for (capabilities, words) in cases {
@@ -278,7 +262,7 @@ fn delta_pages_are_refused_and_qemu_goes_on() {
         return;
     }
     let dir = scratch("xbzrle");
-    let ram = random_ram(&dir, RAM);
+    let ram = drawn_ram(&dir, RAM);
     let (qemu, memory) = qemu_with_a_file(&ram, &dir);
     let peer = listen_tcp(&[]);
     let mut qemu = slow_qemu(qemu, &["return-path", "xbzrle", "switchover-ack"], &peer.address);
@@ -300,7 +284,7 @@ fn a_mapped_ram_file_is_refused() {
         return;
     }
     let dir = scratch("mapped");
-    let mut qemu = qemu_source(&random_ram(&dir, RAM), RAM, false);
+    let mut qemu = qemu_source(&drawn_ram(&dir, RAM), RAM, false);
     qemu.capabilities(&["mapped-ram"]);
     let stream = File::open(to_file(&mut qemu, &dir)).unwrap();
     destination("fd:0", &[], stream).end().failed(&["capability mapped-ram is on at the source"]);
@@ -311,7 +295,7 @@ fn qemu_that_dies_or_cancels_is_an_error_here() {
     if without_qemu() {
         return;
     }
-    let ram = random_ram(&scratch("gone"), RAM);
+    let ram = drawn_ram(&scratch("gone"), RAM);
     for return_path in [true, false] {
         let capabilities: &[&str] = if return_path { &["return-path"] } else { &[] };
         let peer = listen_tcp(&[]);
@@ -332,7 +316,7 @@ fn qemu_that_dies_or_cancels_is_an_error_here() {
 /// Our guest, which writes to its memory all the time, moves to QEMU.
 fn leave(qemu: &mut Qemu, uri: &str, settings: &[String], stdin: impl Into<Stdio>) {
     let dir = scratch("leave");
-    let (ram, left) = (random_ram(&dir, RAM), dir.join("left"));
+    let (ram, left) = (drawn_ram(&dir, RAM), dir.join("left"));
     // Slow enough for the guest to be quicker than the first round.
     let mut all = vec![path("load", &ram), path("save", &left), "dirty=2048".into(), "max-bandwidth=64M".into()];
     all.extend_from_slice(settings);
@@ -391,7 +375,7 @@ fn our_paused_guest_arrives_paused_at_qemu() {
         return;
     }
     let dir = scratch("paused");
-    let ram = random_ram(&dir, RAM);
+    let ram = drawn_ram(&dir, RAM);
     let mut qemu = qemu_destination("none", RAM);
     let uri = qemu.incoming("tcp:127.0.0.1:0");
     source(&uri, &[path("load", &ram), "pause=1".into()], Stdio::null()).end().completed();
@@ -405,7 +389,7 @@ fn qemu_that_cannot_take_our_guest_leaves_it_running() {
     if without_qemu() {
         return;
     }
-    let ram = random_ram(&scratch("refuses"), RAM);
+    let ram = drawn_ram(&scratch("refuses"), RAM);
     // QEMU has no words for us: it says that it failed, or, before it knows that we listen, just goes.
     let cases = [
         ("none", RAM / 2, "block=ram", "destination failed"),
@@ -447,7 +431,7 @@ fn qemu_that_dies_leaves_our_guest_running() {
     if without_qemu() {
         return;
     }
-    let ram = random_ram(&scratch("dies"), RAM);
+    let ram = drawn_ram(&scratch("dies"), RAM);
     for return_path in [true, false] {
         let mut qemu = qemu_destination("none", RAM);
         let uri = qemu.incoming("tcp:127.0.0.1:0");
@@ -482,7 +466,7 @@ fn a_guest_is_not_handed_over_to_somebody_who_never_answered() {
 
 /// Our stream in a file, decoded; also the memory as it was at the stop, and the clock.
 fn our_file(dir: &Path, settings: &[&str]) -> (PathBuf, Decoded, Vec<u8>, u64) {
-    let (ram, left, stream) = (random_ram(dir, RAM), dir.join("left"), dir.join("stream"));
+    let (ram, left, stream) = (drawn_ram(dir, RAM), dir.join("left"), dir.join("stream"));
     let mut all = vec![path("load", &ram), path("save", &left), "dirty=2048".into()];
     all.extend(settings.iter().map(ToString::to_string));
     let end = source("fd:0", &all, File::create(&stream).unwrap()).end().completed();
