@@ -63,7 +63,7 @@ impl Guest {
     /// Takes all that is dirty, as the sender of pages does: a packet at a time.
     fn take(&self) -> usize {
         let (mut cursor, mut taken) = (Cursor::default(), 0);
-        while cursor.take(&self.set, &self.hub, PAGES_MAX).expect("no tracker that could fail") {
+        while cursor.take(&self.set, PAGES_MAX).expect("no tracker that could fail") {
             taken += black_box(cursor.runs()).iter().map(|run| run.pages).sum::<usize>();
         }
         taken

@@ -148,7 +148,7 @@ fn migrate(shared: &Shared<'_>, hub: &Hub, ram: &Ram) -> [(f64, f64); PHASES.len
     for round in 0..ROUNDS {
         let (gap, took, ()) = shared.during(|| {
             let mut cursor = Cursor::default();
-            while cursor.take(&set, hub, PAGES_MAX).unwrap() {}
+            while cursor.take(&set, PAGES_MAX).unwrap() {}
         });
         put(if round == 0 { 2 } else { 4 }, gap, took);
         let (gap, took, ()) = shared.during(|| hub.sync().unwrap());

@@ -63,7 +63,7 @@ impl Hub {
             let text = format!("RAM block '{}' is not tracked by the migration that runs", block.name());
             return Err(Error::new(libc::EBUSY, text));
         }
-        let set = Arc::new(DirtySet::all(list)?);
+        let set = Arc::new(DirtySet::all(list, &inner.trackers)?);
         if inner.readers.is_empty() {
             for (i, tracker) in inner.trackers.iter().enumerate() {
                 if let Err(error) = tracker.start(list) {
@@ -104,11 +104,6 @@ impl Hub {
         }
         inner.harvest_marks();
         Ok(())
-    }
-
-    /// Pages are about to be read: writes to them from here on are reported anew.
-    pub fn clear(&self, block: &Block, pages: Range<usize>) -> Result<()> {
-        self.lock().trackers.iter().try_for_each(|t| t.clear(block, pages.clone()))
     }
 
     /// Looks for writes after the last sync, when all pages were sent and nobody may write any more; names the first.

@@ -20,7 +20,8 @@ pub type Found<'a> = dyn FnMut(&Arc<Block>, usize, &[u64]) + 'a;
 
 /// Something that knows which pages the guest wrote.
 ///
-/// All calls come from one thread at a time, without the big lock.
+/// Calls come without the big lock, one at a time but for `clear`: that comes at any time, also beside a `sync`, and must
+/// not clear what no reader has been told of yet.
 pub trait Tracker: Send + Sync {
     /// Starts tracking the blocks of `list`. What was written before may or may not be reported.
     fn start(&self, list: &RamList) -> Result<()>;

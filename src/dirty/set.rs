@@ -1,22 +1,30 @@
 //! The dirty pages of one reader.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::Tracker;
 use crate::bitmap::{Bitmap, Scan};
 use crate::error::Result;
 use crate::ram::{Block, RamList};
 
 /// One bitmap per block. The hub adds to it, its reader takes from it.
-#[derive(Debug)]
 pub struct DirtySet {
     blocks: Vec<(Arc<Block>, Bitmap)>,
+    trackers: Vec<Arc<dyn Tracker>>,
     count: AtomicUsize,
 }
 
+impl std::fmt::Debug for DirtySet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DirtySet({} blocks, {} pages)", self.len(), self.pages())
+    }
+}
+
 impl DirtySet {
-    /// The blocks of `list` whose bytes travel, every page dirty.
-    pub fn all(list: &RamList) -> Result<Self> {
+    /// The blocks of `list` whose bytes travel, every page dirty; these trackers know of writes to them.
+    pub(super) fn all(list: &RamList, trackers: &[Arc<dyn Tracker>]) -> Result<Self> {
         let mut blocks = Vec::new();
         let mut count = 0;
         for block in list.iter().filter(|b| b.is_sent()) {
@@ -24,7 +32,7 @@ impl DirtySet {
             count += map.set_range(0, block.pages());
             blocks.push((Arc::clone(block), map));
         }
-        Ok(Self { blocks, count: AtomicUsize::new(count) })
+        Ok(Self { blocks, trackers: trackers.to_vec(), count: AtomicUsize::new(count) })
     }
 
     /// Blocks, by index.
@@ -79,6 +87,11 @@ impl DirtySet {
         let taken = self.blocks[index].1.take_runs(scan, max, give);
         self.count.fetch_sub(taken, Ordering::AcqRel);
         taken
+    }
+
+    /// Pages are about to be read: writes to them from here on are reported anew.
+    pub fn clear(&self, index: usize, pages: Range<usize>) -> Result<()> {
+        self.trackers.iter().try_for_each(|tracker| tracker.clear(self.block(index), pages.clone()))
     }
 
     /// Takes a run: what is read after this call is newer than every mark taken.

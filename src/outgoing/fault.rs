@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hasher};
 use std::sync::Mutex;
 
-use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
 use crate::ram::Block;
@@ -41,13 +40,13 @@ impl LostPage {
     }
 
     /// After each sync: forgets the page, as if its dirty bit had never been seen.
-    pub(super) fn lose(&self, set: &DirtySet, hub: &Hub) -> Result<()> {
+    pub(super) fn lose(&self, set: &DirtySet) -> Result<()> {
         let mut lost = lock(&self.lost);
         if self.wanted && lost.is_none() {
             *lost = self.changed_page(set);
         }
         let Some((block, page)) = *lost else { return Ok(()) };
-        hub.clear(set.block(block), page..page + 1)?;
+        set.clear(block, page..page + 1)?;
         set.take(block, page, 1);
         Ok(())
     }

@@ -440,7 +440,7 @@ impl<'a> Migration<'a> {
         let most = pacing::at_once(self.toll.limit(), u64::MAX).max(WRITE_MIN) / PAGE;
         // With lanes it is these that pay, when they know what is zero.
         self.toll.pay(0)?;
-        let sent = self.sender.send_batch(set, &self.job.dirty, &mut self.out, most)?;
+        let sent = self.sender.send_batch(set, &mut self.out, most)?;
         self.account();
         Ok(sent)
     }
@@ -452,7 +452,7 @@ impl<'a> Migration<'a> {
         self.sync_took = begin.elapsed();
         #[cfg(feature = "fault-injection")]
         if let Some(set) = &self.set {
-            self.sender.lose_a_page(set, &self.job.dirty)?;
+            self.sender.lose_a_page(set)?;
         }
         self.sender.new_round();
         let age = self.last_sync.elapsed();

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
 use crate::ram::PAGE;
@@ -182,22 +181,16 @@ impl RamSender {
     }
 
     /// Sends one batch of at most about `most` pages, and at least one. False: no page is dirty.
-    pub(super) fn send_batch(
-        &mut self,
-        set: &DirtySet,
-        hub: &Hub,
-        out: &mut StreamOutput,
-        most: u64,
-    ) -> Result<bool> {
+    pub(super) fn send_batch(&mut self, set: &DirtySet, out: &mut StreamOutput, most: u64) -> Result<bool> {
         let most = usize::try_from(most).unwrap_or(BATCH).clamp(1, BATCH);
         match self.lanes.is_some() {
-            true => self.send_packet(set, hub, out, most.min(PAGES_MAX)),
-            false => self.send_records(set, hub, out, most),
+            true => self.send_packet(set, out, most.min(PAGES_MAX)),
+            false => self.send_records(set, out, most),
         }
     }
 
     /// A packet's worth of pages, all of one block, to the lanes.
-    fn send_packet(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<bool> {
+    fn send_packet(&mut self, set: &DirtySet, out: &mut StreamOutput, most: usize) -> Result<bool> {
         let Some(lanes) = &self.lanes else { return Ok(false) };
         let mut batch = lanes.empty_batch()?;
         self.heads.clear();
@@ -210,7 +203,7 @@ impl RamSender {
                 break;
             }
             let most_absent = if self.zero_runs { usize::MAX } else { left };
-            let Some(stretch) = self.stretches.next(set, hub, here, (room, most_absent))? else { break };
+            let Some(stretch) = self.stretches.next(set, here, (room, most_absent))? else { break };
             stretches += 1;
             let pages = stretch.first..stretch.first + stretch.pages;
             if stretch.absent && self.zero_runs {
@@ -259,12 +252,12 @@ impl RamSender {
     }
 
     /// Records of the plain stream in one vectored write.
-    fn send_records(&mut self, set: &DirtySet, hub: &Hub, out: &mut StreamOutput, most: usize) -> Result<bool> {
+    fn send_records(&mut self, set: &DirtySet, out: &mut StreamOutput, most: usize) -> Result<bool> {
         self.heads.clear();
         self.order.clear();
         let (mut room, mut stretches) = (most, 0);
         while room > 0 && stretches < STRETCHES {
-            let Some(stretch) = self.stretches.next(set, hub, None, (room, room))? else { break };
+            let Some(stretch) = self.stretches.next(set, None, (room, room))? else { break };
             stretches += 1;
             if stretch.absent && self.zero_runs {
                 let start = self.heads.len();
@@ -321,7 +314,7 @@ impl RamSender {
 
     /// Test builds only: forgets a page that was dirtied since it was sent.
     #[cfg(feature = "fault-injection")]
-    pub(super) fn lose_a_page(&mut self, set: &DirtySet, hub: &Hub) -> Result<()> {
-        self.fault.lose(set, hub)
+    pub(super) fn lose_a_page(&mut self, set: &DirtySet) -> Result<()> {
+        self.fault.lose(set)
     }
 }

@@ -1,7 +1,6 @@
 //! What goes out next: stretches of dirty pages that were taken, told apart by whether they exist at all.
 
 use crate::dirty::cursor::Cursor;
-use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
 use crate::ram::presence::Presence;
@@ -60,11 +59,10 @@ impl Stretches {
     pub(super) fn next(
         &mut self,
         set: &DirtySet,
-        hub: &Hub,
         here: Option<usize>,
         (most, most_absent): (usize, usize),
     ) -> Result<Option<Stretch>> {
-        if self.owed == 0 && !self.take(set, hub, here, most)? {
+        if self.owed == 0 && !self.take(set, here, most)? {
             return Ok(None);
         }
         let run = self.cursor.runs()[self.run];
@@ -85,11 +83,11 @@ impl Stretches {
         Ok(Some(Stretch { block: run.block, first, pages, absent }))
     }
 
-    fn take(&mut self, set: &DirtySet, hub: &Hub, here: Option<usize>, most: usize) -> Result<bool> {
+    fn take(&mut self, set: &DirtySet, here: Option<usize>, most: usize) -> Result<bool> {
         let most = if self.presence.is_empty() { most } else { TAKEN_MAX };
         let more = match here {
-            None => self.cursor.take(set, hub, most)?,
-            Some(_) => self.cursor.take_here(set, hub, most)?,
+            None => self.cursor.take(set, most)?,
+            Some(_) => self.cursor.take_here(set, most)?,
         };
         self.owed = self.cursor.runs().iter().map(|run| run.pages).sum();
         (self.run, self.at) = (0, 0);
