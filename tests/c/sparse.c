@@ -2,7 +2,7 @@
  *                                                                                       SPDX: MIT OR Apache-2.0
  *   sparse KIND PATTERN [incoming]      KIND: private (anonymous memory) or shared (a memfd)
  *
- * Each page in use has contents of its own. Commands beside those of program.h: "check" says whether memory is what it
+ * Each page in use has contents of its own; a destination has other ones here and there. Commands beside those of program.h: "check" says whether memory is what it
  * ought to be, "memory" what the process uses, in KiB. */
 #include "program.h"
 #include <fcntl.h>
@@ -10,7 +10,7 @@
 
 #define RAM_PAGES (UINT64_C(64) << 18)
 #define USED_PAGES (UINT64_C(1) << 18)
-enum { PAGE = 4096, WORDS = PAGE / 8, GRANULE = 512, CHUNK = 8192 };
+enum { PAGE = 4096, WORDS = PAGE / 8, GRANULE = 512, CHUNK = 8192, LITTER = 2000 };
 
 struct machine {
     vmig *m;
@@ -89,6 +89,13 @@ static void fill(struct machine *vm)
     for (uint64_t page = 0; page < RAM_PAGES; page++)
         for (uint64_t word = 0; is_used(vm, page) && word < WORDS; word++)
             vm->ram[page * WORDS + word] = content(page, word);
+}
+
+/* What was there before a guest arrives: pages all over the place that have to become something else, or zero. */
+static void litter(struct machine *vm)
+{
+    for (uint64_t n = 0; n < LITTER; n++)
+        memset(vm->ram + mixed(n) % RAM_PAGES * WORDS, 0xa5, PAGE);
 }
 
 /* ---- what there is ---- */
@@ -207,6 +214,8 @@ int main(int argc, char **argv)
         /* The guest's own writes shall cost no more than they are, on any machine. */
         (void)madvise(vm.ram, RAM_PAGES * PAGE, MADV_NOHUGEPAGE);
         fill(&vm);
+    } else {
+        litter(&vm);
     }
     ops.stop = nothing, ops.start = nothing;
     need(vmig_new(&ops, &vm, &vm.m), "vmig_new");
