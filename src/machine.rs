@@ -270,6 +270,7 @@ impl Machine {
         self.status.check_idle()?;
         self.sections.check_unblocked()?;
         self.tell_kvm();
+        self.dirty.rest();
         let wake = Arc::new(Wake::new()?);
         let listener = transport::listen(&uri, &wake)?;
         let before = self.vmm.expect_arrival()?;
@@ -361,7 +362,9 @@ impl Machine {
         if let Some(kvm) = &*lock(&self.kvm) {
             kvm.kvm.rest();
         }
-        self.threads.join_all(None)
+        let joined = self.threads.join_all(None);
+        self.dirty.rest();
+        joined
     }
 }
 

@@ -49,7 +49,12 @@ fn absent_of(presence: &Presence, pages: Range<usize>) -> Vec<usize> {
     presence.each_existing(pages.clone(), |range| existing.extend(range));
     let mut both = [list.clone(), existing].concat();
     both.sort_unstable();
-    assert_eq!(both, pages.collect::<Vec<_>>(), "each page is absent or exists");
+    assert_eq!(both, pages.clone().collect::<Vec<_>>(), "each page is absent or exists");
+    assert_eq!(presence.is_absent(pages.clone()), list.len() == pages.len());
+    for some in (pages.start..pages.end).step_by(16).map(|at| at..pages.end.min(at + 16)) {
+        let all = some.clone().all(|page| list.binary_search(&page).is_ok());
+        assert_eq!(presence.is_absent(some.clone()), all, "{some:?}");
+    }
     list
 }
 

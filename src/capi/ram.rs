@@ -170,7 +170,9 @@ unsafe impl SizedStruct for vmig_kvm_slot {
 /// Registers a KVM memory slot, after vmig_use_kvm() and its RAM block. Several slots may show one block, from any
 /// offset. While a migration runs the slot's dirty log is on: switched by the hook `log_dirty`, or, without that hook,
 /// by the library itself, which sets the slot again with the values given here. Do not change or delete the slot while
-/// a migration runs: that is noticed where KVM lets us, and fails the migration. -EBUSY while a migration runs. \[bql\]
+/// a migration runs: that is noticed where KVM lets us, and fails the migration. When the guest left, the log stays on
+/// (switching it off can take 20 ms a GiB) until a guest is to arrive, or vmig_free(). -EBUSY while a migration runs.
+/// \[bql\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_add_kvm_slot(m: *mut vmig, slot: *const vmig_kvm_slot) -> c_int {
     enter("vmig_add_kvm_slot", || {

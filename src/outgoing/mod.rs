@@ -568,7 +568,10 @@ impl<'a> Migration<'a> {
             replies.join();
         }
         if let Some(set) = self.set.take() {
-            self.job.dirty.unsubscribe(&set);
+            match &result {
+                Ok(Outcome::Completed) => self.job.dirty.leave(&set),
+                _ => self.job.dirty.unsubscribe(&set),
+            }
         }
         match self.job.vmm.bql().guard() {
             Ok(_bql) => self.sections.cleanup(),

@@ -105,6 +105,33 @@ impl Presence {
         existing
     }
 
+    /// Whether all of `pages` are absent, and so zero, now; as [`each_absent`](Self::each_absent), but looks no further
+    /// than the first page that exists.
+    pub fn is_absent(&self, pages: Range<usize>) -> bool {
+        let host = |page: usize| self.block.host_address(0) + page as u64 * PAGE;
+        let mut proven = 0;
+        for part in self.parts_of(&pages) {
+            let wanted = clip(&part.pages, &pages);
+            let (tables, swapped) = match (&part.backing, &self.tables, &self.entries) {
+                (Backing::Private, Some(tables), _) => (Some(tables), true),
+                (Backing::PrivateHuge, _, Some(entries)) => (Some(entries), true),
+                (Backing::Memory(_), tables, _) => (tables.as_ref(), false),
+                _ => return false,
+            };
+            let shown = tables.map_or(Ok(false), |t| t.any(host(wanted.start)..host(wanted.end), swapped));
+            if !matches!(shown, Ok(false)) {
+                return false;
+            }
+            if let Backing::Memory(file) = &part.backing {
+                if !matches!(is_hole(file, part, &wanted), Ok(true)) {
+                    return false;
+                }
+            }
+            proven += wanted.len();
+        }
+        proven == pages.len()
+    }
+
     /// How much of each granule exists: what the source tells the destination to prepare.
     ///
     /// A hint may be wrong: what is unproven counts as far as our page tables show it.
@@ -188,6 +215,19 @@ fn in_file(file: &std::fs::File, part: &Part, pages: Range<usize>, f: &mut dyn F
         at = page + 1;
     }
     Ok(())
+}
+
+/// Whether the file has none of the pages.
+fn is_hole(file: &std::fs::File, part: &Part, pages: &Range<usize>) -> Result<bool> {
+    let byte = |page: usize| part.offset + (page - part.pages.start) as u64 * PAGE;
+    match pagemap::next_data(file, byte(pages.start))? {
+        Some(found) => Ok(found >= byte(pages.end)),
+        None => {
+            let mut beyond = false;
+            beyond_end(file, part, pages.clone(), &mut |_| beyond = true)?;
+            Ok(!beyond)
+        }
+    }
 }
 
 /// A page past the end of its file is not zero: it cannot be read at all, and the reader shall learn that.

@@ -36,6 +36,22 @@ struct ScanArg {
     return_mask: u64,
 }
 
+impl ScanArg {
+    /// For pages that are there; `vec_len` is still to be set.
+    fn looking(range: Range<u64>, swapped: bool, regions: *mut Region) -> Self {
+        Self {
+            size: size_of::<Self>() as u64,
+            start: range.start,
+            end: range.end,
+            vec: regions.expose_provenance() as u64,
+            category_inverted: ZERO_PAGE,
+            category_mask: ZERO_PAGE,
+            category_anyof_mask: if swapped { PRESENT | SWAPPED } else { PRESENT },
+            ..Self::default()
+        }
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct Region {
@@ -108,17 +124,8 @@ impl Pagemap {
         let mut regions = [Region::default(); REGIONS];
         let mut at = range.start;
         while at < range.end {
-            let mut arg = ScanArg {
-                size: size_of::<ScanArg>() as u64,
-                start: at,
-                end: range.end,
-                vec: regions.as_mut_ptr().expose_provenance() as u64,
-                vec_len: REGIONS as u64,
-                category_inverted: ZERO_PAGE,
-                category_mask: ZERO_PAGE,
-                category_anyof_mask: if swapped { PRESENT | SWAPPED } else { PRESENT },
-                ..ScanArg::default()
-            };
+            let mut arg = ScanArg::looking(at..range.end, swapped, regions.as_mut_ptr());
+            arg.vec_len = REGIONS as u64;
             let found = self.scan(&mut arg).map_err(|e| Error::from_io("PAGEMAP_SCAN", &e))?;
             for region in regions.iter().take(found) {
                 f(region.start..region.end);
@@ -129,6 +136,18 @@ impl Pagemap {
             at = arg.walk_end;
         }
         Ok(())
+    }
+
+    /// Whether [`each`](Self::each) would find something in `range`. Cheaper: looks no further than the first page.
+    pub fn any(&self, range: Range<u64>, swapped: bool) -> Result<bool> {
+        if self.way == Way::Entries {
+            let mut any = false;
+            self.each(range, swapped, &mut |_| any = true)?;
+            return Ok(any);
+        }
+        let mut region = Region::default();
+        let mut arg = ScanArg { vec_len: 1, max_pages: 1, ..ScanArg::looking(range, swapped, &raw mut region) };
+        Ok(self.scan(&mut arg).map_err(|e| Error::from_io("PAGEMAP_SCAN", &e))? > 0)
     }
 
     fn scan(&self, arg: &mut ScanArg) -> io::Result<usize> {

@@ -454,5 +454,7 @@ int main(int argc, char **argv)
     pthread_mutex_unlock(&vm.lock);
     pthread_join(vm.thread, NULL);
     vmig_free(vm.m);
+    printf("freed: ");
+    answer_logging(&vm);
     return 0;
 }
