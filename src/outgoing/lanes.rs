@@ -43,6 +43,8 @@ struct State {
     arrived: usize,
     closing: bool,
     error: Option<Error>,
+    /// Connections made so far, to be shut down at the end.
+    channels: Vec<Arc<dyn Channel>>,
 }
 
 /// What the lanes share with the migration thread.
@@ -70,7 +72,7 @@ struct Shared {
 #[derive(Debug)]
 pub(super) struct Lanes {
     shared: Arc<Shared>,
-    lanes: Vec<(Arc<dyn Channel>, Handle<()>)>,
+    lanes: Vec<Handle<()>>,
 }
 
 /// What a lane does next.
@@ -131,7 +133,8 @@ impl Shared {
 }
 
 impl Lanes {
-    /// Connects `count` channels to the destination and starts their threads.
+    /// Starts the threads of `count` channels, each of which connects to the destination; the first meeting waits for
+    /// all of them.
     pub(super) fn connect(
         job: &Job,
         count: u8,
@@ -173,14 +176,17 @@ impl Lanes {
     }
 
     fn add(&mut self, job: &Job, id: u8) -> Result<()> {
-        let channel = job.target.connect(&job.wake, job.options.time(Opt::ConnectTimeout))?;
-        let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
+        let (shared, on_panic) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
+        let (target, wake, limit) =
+            (job.target.clone(), Arc::clone(&job.wake), job.options.time(Opt::ConnectTimeout));
         let body = move || {
-            run(&shared, wire, id);
+            if let Err(error) = target.connect(&wake, limit).and_then(|channel| run(&shared, channel, id)) {
+                shared.fail(error.context(format_args!("channel {id}")));
+            }
             Ok(())
         };
         let handle = job.threads.spawn_with(&format!("channel-{id}"), body, move |e| on_panic.fail(e.clone()))?;
-        self.lanes.push((channel, handle));
+        self.lanes.push(handle);
         Ok(())
     }
 
@@ -242,12 +248,14 @@ impl Lanes {
 
     /// Ends the threads: at once after a failure, else when they have nothing left.
     pub(super) fn close(&mut self) {
-        self.shared.lock().closing = true;
+        let channels = {
+            let mut state = self.shared.lock();
+            state.closing = true;
+            std::mem::take(&mut state.channels)
+        };
         self.shared.wake_all();
-        for (channel, _) in &self.lanes {
-            channel.shutdown();
-        }
-        for (_, handle) in self.lanes.drain(..) {
+        channels.iter().for_each(|channel| channel.shutdown());
+        for handle in self.lanes.drain(..) {
             // What went wrong is in the shared state already.
             let _ = handle.join(None);
         }
@@ -260,14 +268,17 @@ impl Drop for Lanes {
     }
 }
 
-/// The body of a lane.
-fn run(shared: &Shared, channel: Arc<dyn Channel>, id: u8) {
-    let out = StreamOutput::new(channel, shared.limit);
-    let mut lane = Lane { shared, out, header: Header::default(), zeros: Zeros::default() };
-    if let Err(error) = lane.work(id) {
-        let error = error.context(format_args!("channel {id}"));
-        shared.fail(error);
+/// The body of a lane that is connected.
+fn run(shared: &Shared, channel: Arc<dyn Channel>, id: u8) -> Result<()> {
+    {
+        let mut state = shared.lock();
+        if state.closing {
+            return Ok(());
+        }
+        state.channels.push(Arc::clone(&channel));
     }
+    let out = StreamOutput::new(channel, shared.limit);
+    Lane { shared, out, header: Header::default(), zeros: Zeros::default() }.work(id)
 }
 
 /// Zero pages a lane found and has not told yet: a packet that carries nothing else is worth its while only full.

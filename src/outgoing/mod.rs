@@ -245,10 +245,12 @@ impl<'a> Migration<'a> {
         self.hand = HandOver::new(self.job, &*self.channel)?;
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
         if self.to_vmig {
-            let hints = self.hints();
+            let survey = Survey::new().ok();
             let mut bytes = Vec::new();
-            hello::put(&mut bytes, &self.hello(hints.is_some()))?;
+            hello::put(&mut bytes, &self.hello(survey.as_ref()))?;
             self.out.write(&bytes)?;
+            // Looked for while the destination compares.
+            let hints = survey.as_ref().map(|survey| self.hints(survey)).transpose()?;
             answers.set_limit(Some(self.job.options.time(Opt::StallTimeout)));
             match hello::read_answer(&mut answers)? {
                 hello::Answer::Welcome(welcome) => {
@@ -303,15 +305,14 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Where the blocks that certainly travel have content; none if that cannot be found out.
-    fn hints(&self) -> Option<Vec<Hint>> {
-        let survey = Survey::new().ok()?;
+    /// Where the blocks that certainly travel have content.
+    fn hints(&self, survey: &Survey) -> Result<Vec<Hint>> {
         let blocks = self.job.ram.iter().filter(|b| b.is_sent() && !self.hand.is_offered(b));
         blocks
             .map(|block| {
-                let mut hint = Presence::new(block, &survey, None).hint().ok()?;
+                let mut hint = Presence::new(block, survey, None).hint()?;
                 forget_zeros(block, &mut hint);
-                Some(hint)
+                Ok(hint)
             })
             .collect()
     }
@@ -320,7 +321,7 @@ impl<'a> Migration<'a> {
         self.job.ram.iter().filter(|b| b.is_sent()).flat_map(|block| survey.identities(block)).collect()
     }
 
-    fn hello(&self, hints: bool) -> hello::Hello {
+    fn hello(&self, survey: Option<&Survey>) -> hello::Hello {
         hello::Hello {
             machine: self.job.options.machine(),
             page_size: PAGE,
@@ -328,8 +329,8 @@ impl<'a> Migration<'a> {
             sections: self.sections.devices(),
             channels: self.channels(),
             meet_each_section: self.job.options.on(Opt::MultifdFlushAfterEachSection),
-            memory: Survey::new().map_or_else(|_| Vec::new(), |survey| self.identities(&survey)),
-            hints,
+            memory: survey.map_or_else(Vec::new, |survey| self.identities(survey)),
+            hints: survey.is_some(),
             hand_over: self.hand.offers(),
         }
     }

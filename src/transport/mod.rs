@@ -75,7 +75,7 @@ pub fn check(uri: &Uri) -> Result<()> {
 }
 
 /// Where a migration goes to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Target {
     /// Somebody listens there.
     Address(Uri),
