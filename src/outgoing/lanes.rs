@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::Job;
+use super::stretch::TAKEN_MAX;
 use super::toll::Toll;
 use crate::error::{Error, Result};
 use crate::options::Opt;
@@ -20,8 +21,9 @@ use crate::transport::Channel;
 use crate::transport::stream::StreamOutput;
 use crate::wire::packet::{self, Header, PAGES_MAX, ZERO_RUNS_MAX};
 
-/// Batches waiting or under way, for each lane: one on the wire, one that waits for it.
-const BATCHES_PER_LANE: usize = 2;
+/// Batches waiting or under way. They hold as many pages as are taken at once (see [`TAKEN_MAX`]), twice: lanes that
+/// find only zeros, or write to a fast network, have work while the next pages are taken.
+const BATCHES: usize = 2 * TAKEN_MAX / PAGES_MAX;
 
 /// Dirty pages of one block that were taken and must be sent.
 #[derive(Debug, Default)]
@@ -43,6 +45,9 @@ struct State {
     arrived: usize,
     closing: bool,
     error: Option<Error>,
+    /// Lanes that wait for work, and whether the migration thread waits: a wake-up that nobody needs is a system call.
+    idle: usize,
+    awaited: bool,
     /// Connections made so far, to be shut down at the end.
     channels: Vec<Arc<dyn Channel>>,
 }
@@ -88,8 +93,20 @@ impl Shared {
     }
 
     /// The migration thread waits for the lanes.
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.back.wait(state).unwrap_or_else(PoisonError::into_inner)
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.awaited = true;
+        let mut state = self.back.wait(state).unwrap_or_else(PoisonError::into_inner);
+        state.awaited = false;
+        state
+    }
+
+    /// Wakes the migration thread, if it waits.
+    fn tell_back(&self, state: MutexGuard<'_, State>) {
+        let awaited = state.awaited;
+        drop(state);
+        if awaited {
+            self.back.notify_one();
+        }
     }
 
     fn wake_all(&self) {
@@ -111,7 +128,9 @@ impl Shared {
             if met < state.meeting {
                 return Next::Meet;
             }
+            state.idle += 1;
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
         }
     }
 
@@ -121,7 +140,7 @@ impl Shared {
         let mut state = self.lock();
         state.under_way -= 1;
         state.free.push(batch);
-        self.back.notify_one();
+        self.tell_back(state);
     }
 
     fn fail(&self, error: Error) {
@@ -142,8 +161,7 @@ impl Lanes {
         toll: &Arc<Toll>,
     ) -> Result<Self> {
         let limit = job.options.time(Opt::StallTimeout);
-        let batches = BATCHES_PER_LANE * usize::from(count);
-        let free = (0..batches)
+        let free = (0..BATCHES)
             .map(|_| Batch {
                 block: None,
                 pages: Vec::with_capacity(PAGES_MAX),
@@ -217,7 +235,11 @@ impl Lanes {
             true => state.free.push(batch),
             false => state.queue.push_back(batch),
         }
-        self.shared.work.notify_one();
+        let idle = state.idle > 0;
+        drop(state);
+        if idle {
+            self.shared.work.notify_one();
+        }
     }
 
     /// Waits until every page given so far is written, followed by one sync packet on every channel.
@@ -321,8 +343,9 @@ impl Lane<'_> {
                     self.out.write(self.header.bytes())?;
                     self.account();
                     met += 1;
-                    self.shared.lock().arrived += 1;
-                    self.shared.back.notify_one();
+                    let mut state = self.shared.lock();
+                    state.arrived += 1;
+                    self.shared.tell_back(state);
                 }
                 Next::End => return Ok(()),
             }

@@ -7,7 +7,7 @@ use crate::ram::presence::Presence;
 use crate::ram::survey::Survey;
 
 /// Pages taken at once while the kernel is asked which of them exist: as many as KVM's dirty log is cleared for at once.
-const TAKEN_MAX: usize = 4096;
+pub(super) const TAKEN_MAX: usize = 4096;
 
 /// Pages of a block that follow each other, whose dirty bits were taken.
 #[derive(Clone, Copy, Debug)]
