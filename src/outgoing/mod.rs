@@ -127,16 +127,16 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
 
 /// Touched memory may be all zeros, which the destination need not have: a few pages of each full granule tell. Others
 /// are not looked at, because looking at a page that does not exist may make it.
-fn forget_zeros(block: &Block, hint: &mut Hint) {
+fn without_zeros(block: &Block, hint: &Hint) -> Hint {
     const SAMPLES: usize = 4;
-    for granule in 0..hint.counts().len() {
-        let pages = hint.granule_pages(granule);
-        let first = granule * GRANULE;
-        let full = usize::from(hint.counts()[granule]) == pages;
-        if full && (0..SAMPLES).all(|n| block.is_zero(first + n * pages / SAMPLES)) {
-            hint.set(granule, 0);
+    let mut without = hint.clone();
+    for (granule, _) in hint.full().enumerate().filter(|(_, full)| *full) {
+        let (first, pages) = (granule * GRANULE, hint.granule_pages(granule));
+        if (0..SAMPLES).all(|n| block.is_zero(first + n * pages / SAMPLES)) {
+            without.set(granule, 0);
         }
     }
+    without
 }
 
 /// Lets the guest run on here. Should that fail it is left as paused by the user, so that vmig_start can try again.
@@ -168,6 +168,8 @@ struct Migration<'a> {
     sections: SectionSaver<'a>,
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
+    /// Where blocks had pages when they were first looked at.
+    existing: Vec<(Arc<Block>, Hint)>,
     hand: HandOver,
     rate: Rate,
     toll: Arc<Toll>,
@@ -204,6 +206,7 @@ impl<'a> Migration<'a> {
                 },
                 job.options.on(Opt::MultifdFlushAfterEachSection),
             ),
+            existing: Vec::new(),
             hand: HandOver::nothing(job),
             rate: Rate::new(Duration::ZERO),
             toll: Toll::new(job),
@@ -250,7 +253,7 @@ impl<'a> Migration<'a> {
             hello::put(&mut bytes, &self.hello(survey.as_ref()))?;
             self.out.write(&bytes)?;
             // Looked for while the destination compares.
-            let hints = survey.as_ref().map(|survey| self.hints(survey)).transpose()?;
+            self.existing = survey.as_ref().map(|survey| self.existing(survey)).transpose()?.unwrap_or_default();
             answers.set_limit(Some(self.job.options.time(Opt::StallTimeout)));
             match hello::read_answer(&mut answers)? {
                 hello::Answer::Welcome(welcome) => {
@@ -264,7 +267,7 @@ impl<'a> Migration<'a> {
                 hello::Answer::Refused(errors) => return Err(hello::join(&errors)),
             }
             let mut bytes = Vec::new();
-            hints.unwrap_or_default().iter().for_each(|hint| hello::put_hint(&mut bytes, hint));
+            self.existing.iter().for_each(|(block, hint)| hello::put_hint(&mut bytes, &without_zeros(block, hint)));
             self.out.write(&bytes)?;
         }
         let channels = self.channels();
@@ -305,16 +308,10 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Where the blocks that certainly travel have content.
-    fn hints(&self, survey: &Survey) -> Result<Vec<Hint>> {
+    /// Where the blocks that certainly travel have pages.
+    fn existing(&self, survey: &Survey) -> Result<Vec<(Arc<Block>, Hint)>> {
         let blocks = self.job.ram.iter().filter(|b| b.is_sent() && !self.hand.is_offered(b));
-        blocks
-            .map(|block| {
-                let mut hint = Presence::new(block, survey, None).hint()?;
-                forget_zeros(block, &mut hint);
-                Ok(hint)
-            })
-            .collect()
+        blocks.map(|block| Ok((Arc::clone(block), Presence::new(block, survey, None).hint()?))).collect()
     }
 
     fn identities(&self, survey: &Survey) -> Vec<String> {
@@ -341,7 +338,7 @@ impl<'a> Migration<'a> {
         self.set = Some(Arc::clone(&set));
         let total: u64 = set.blocks().map(|b| b.len()).sum();
         self.job.status.counters.total.store(total, Ordering::Relaxed);
-        self.sender.setup(&set, &mut self.out)?;
+        self.sender.setup(&set, &self.existing, &mut self.out)?;
         let mut bytes = Vec::new();
         {
             let _bql = self.job.vmm.bql().guard()?;

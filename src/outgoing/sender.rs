@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
-use crate::ram::PAGE;
+use crate::ram::presence::Hint;
+use crate::ram::{Block, PAGE};
 use crate::sys::io::{IOV_MAX, Piece};
 use crate::transport::stream::StreamOutput;
 use crate::wire::packet::PAGES_MAX;
@@ -136,10 +137,15 @@ impl RamSender {
         self.stretches.new_round();
     }
 
-    /// The START section. The first meeting comes before any page.
-    pub(super) fn setup(&mut self, set: &DirtySet, out: &mut StreamOutput) -> Result<()> {
+    /// The START section. The first meeting comes before any page. `existing`: see [`Stretches::look_for_absent`].
+    pub(super) fn setup(
+        &mut self,
+        set: &DirtySet,
+        existing: &[(Arc<Block>, Hint)],
+        out: &mut StreamOutput,
+    ) -> Result<()> {
         if self.find_zeros != FindZeros::Nobody {
-            self.stretches.look_for_absent(set);
+            self.stretches.look_for_absent(set, existing);
         }
         let mut bytes = Vec::new();
         let name = SectionName { name: ram::NAME.to_owned(), instance: 0, version: ram::VERSION };

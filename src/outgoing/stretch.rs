@@ -1,9 +1,12 @@
 //! What goes out next: stretches of dirty pages that were taken, told apart by whether they exist at all.
 
+use std::sync::Arc;
+
 use crate::dirty::cursor::Cursor;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
-use crate::ram::presence::Presence;
+use crate::ram::Block;
+use crate::ram::presence::{GRANULE, Hint, Presence};
 use crate::ram::survey::Survey;
 
 /// Pages taken at once while the kernel is asked which of them exist: as many as KVM's dirty log is cleared for at once.
@@ -26,6 +29,8 @@ pub(super) struct Stretches {
     cursor: Cursor,
     /// In the first round: which pages of each block exist at all. Later everything that is dirty does.
     presence: Vec<Presence>,
+    /// Of each block, granules (2 MiB) all of whose pages existed once: they are not asked for again.
+    full: Vec<Vec<bool>>,
     /// Of the cursor's runs: the one at hand, how far it is given, and which of its pages are absent.
     run: usize,
     at: usize,
@@ -35,11 +40,16 @@ pub(super) struct Stretches {
 }
 
 impl Stretches {
-    /// From here on absent pages are told apart, until the round is over.
-    pub(super) fn look_for_absent(&mut self, set: &DirtySet) {
-        if let Ok(survey) = Survey::new() {
-            self.presence = set.blocks().map(|block| Presence::new(block, &survey, None)).collect();
-        }
+    /// From here on absent pages are told apart, until the round is over. `existing`: where blocks were seen to have
+    /// pages before; what is gone since reads as zero.
+    pub(super) fn look_for_absent(&mut self, set: &DirtySet, existing: &[(Arc<Block>, Hint)]) {
+        let Ok(survey) = Survey::new() else { return };
+        self.presence = set.blocks().map(|block| Presence::new(block, &survey, None)).collect();
+        let full = |block: &Arc<Block>| {
+            let hint = existing.iter().find(|(seen, _)| Arc::ptr_eq(seen, block)).map(|(_, hint)| hint);
+            hint.map_or_else(Vec::new, |hint| hint.full().collect())
+        };
+        self.full = set.blocks().map(full).collect();
     }
 
     /// A new round: from the start. What was taken is given first.
@@ -103,8 +113,19 @@ impl Stretches {
         let run = self.cursor.runs()[self.run];
         let Some(presence) = self.presence.get(run.block).filter(|p| !p.is_hopeless()) else { return };
         self.absent.resize(run.pages, false);
-        presence.each_absent(run.first..run.first + run.pages, |range| {
-            self.absent[range.start - run.first..range.end - run.first].fill(true);
-        });
+        let full = |page: usize| self.full[run.block].get(page / GRANULE).is_some_and(|full| *full);
+        let (mut at, end) = (run.first, run.first + run.pages);
+        while at < end {
+            let is_full = full(at);
+            let first = at;
+            while at < end && full(at) == is_full {
+                at = end.min((at / GRANULE + 1) * GRANULE);
+            }
+            if !is_full {
+                presence.each_absent(first..at, |range| {
+                    self.absent[range.start - run.first..range.end - run.first].fill(true);
+                });
+            }
+        }
     }
 }

@@ -292,6 +292,11 @@ impl Hint {
         &self.counts
     }
 
+    /// Of each granule, whether all its pages have content.
+    pub fn full(&self) -> impl Iterator<Item = bool> {
+        self.counts.iter().enumerate().map(|(granule, count)| usize::from(*count) == self.granule_pages(granule))
+    }
+
     /// Pages with content.
     pub fn content(&self) -> usize {
         self.counts.iter().map(|n| usize::from(*n)).sum()
