@@ -11,6 +11,7 @@ START_LIMIT = 60                # seconds until the guest filled its memory and 
 MOVE_LIMIT = 60
 STEADY = 0.3                    # seconds it runs before it moves
 HOLD_MORE = 128                 # MiB held ready beyond the guest's size
+TICK = 0.001                    # seconds between two beats of a guest that does not stall
 GUEST_CORE, OTHER_CORE = 0, 1   # of pinned runs
 SAMPLE = 0.01                   # seconds between two looks at the wire of throttled runs
 PR_SET_PDEATHSIG = 1
@@ -248,7 +249,7 @@ class Pair:
                 'total_ms': (done - begin) * 1e3,
                 'gb_per_s': self.mib * 2**20 / (done - begin) / 1e9,
                 'blackout_ms': (destination.beats[0] - source.beats[-1]) * 1e3,
-                'stall_ms': max((b - a for a, b in zip(during, during[1:])), default=0) * 1e3,
+                'stall_ms': max((b - a - TICK for a, b in zip(during, during[1:])), default=0) * 1e3,
                 'cpu_s_per_gib': cpu * 1024 / self.mib,
                 'last_mb': (destination.wire[0] - source.wire[-1]) / 1e6,
             }

@@ -334,9 +334,10 @@ int vmig_use_kvm(vmig *m,
 /* Registers a KVM memory slot, after vmig_use_kvm() and its RAM block. Several slots may show one block, from any
  * offset. While a migration runs the slot's dirty log is on: switched by the hook `log_dirty`, or, without that hook,
  * by the library itself, which sets the slot again with the values given here. Do not change or delete the slot while
- * a migration runs: that is noticed where KVM lets us, and fails the migration. -EBUSY while a migration runs. [bql] */
-int vmig_add_kvm_slot(vmig *m,
-                      const vmig_kvm_slot *slot);
+ * a migration runs: that is noticed where KVM lets us, and fails the migration. When the guest left, the log stays on
+ * (switching it off can take 20 ms a GiB) until a guest is to arrive, or vmig_free(). -EBUSY while a migration runs.
+ * [bql] */
+int vmig_add_kvm_slot(vmig *m, const vmig_kvm_slot *slot);
 
 /* Forgets a KVM memory slot. -ENOENT: it is not registered; -EBUSY while a migration runs. [bql] */
 int vmig_remove_kvm_slot(vmig *m, uint32_t slot);

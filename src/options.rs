@@ -63,6 +63,7 @@ pub enum Opt {
     ConnectTimeout,
     StallTimeout,
     StopTimeout,
+    WorkerNice,
     ConvergenceRounds,
     ConvergenceTime,
     Machine,
@@ -78,7 +79,7 @@ const fn row(name: &'static str, kind: Type, default: u64, range: (u64, u64), li
 }
 
 /// Every option, in the order of [`Opt`].
-pub static TABLE: [Row; 20] = [
+pub static TABLE: [Row; 21] = [
     Row {
         qemu: 128 << 20,
         ..row(
@@ -215,6 +216,18 @@ pub static TABLE: [Row; 20] = [
     Row {
         qemu: 0,
         ..row(
+            "worker-nice",
+            Type::Number,
+            10,
+            (0, 19),
+            false,
+            "Nice value, relative to the VMM's, of the threads that move and prepare pages (channels, populating), so \
+             that vCPUs on busy processors come first; see nice(2).",
+        )
+    },
+    Row {
+        qemu: 0,
+        ..row(
             "convergence-rounds",
             Type::Number,
             8,
@@ -286,6 +299,11 @@ impl Options {
     /// A time option.
     pub fn time(&self, option: Opt) -> std::time::Duration {
         std::time::Duration::from_millis(self.get(option))
+    }
+
+    /// See `worker-nice`.
+    pub fn nice(&self) -> i32 {
+        i32::try_from(self.get(Opt::WorkerNice)).unwrap_or(0)
     }
 
     /// Connections for pages: 0 = the plain stream.

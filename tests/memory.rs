@@ -438,7 +438,7 @@ fn population_keeps_its_distance_and_stops_at_once() {
     hint.add(0..pages);
     let threads = Threads::new();
     let survey = Survey::new().unwrap();
-    let limits = Limits { threads: 2, ahead: 32 << 20, huge: true };
+    let limits = Limits { threads: 2, ahead: 32 << 20, huge: true, nice: 0 };
     let start = |hint: &Hint| {
         Preparer::start(&threads, vec![Target::new(&map.block(), hint.clone(), &survey, false)], limits).unwrap()
     };
@@ -553,7 +553,7 @@ fn measure_population(kind: Kind, bytes: usize, count: usize, huge: bool) {
     hint.add(0..map.pages());
     let survey = Survey::new().unwrap();
     let threads = Threads::new();
-    let limits = Limits { threads: count, ahead: u64::MAX, huge };
+    let limits = Limits { threads: count, ahead: u64::MAX, huge, nice: 0 };
     let began = Instant::now();
     let what = Target::new(&map.block(), hint, &survey, false);
     let preparer = Preparer::start(&threads, vec![what], limits).unwrap();

@@ -13,6 +13,7 @@ use super::Job;
 use crate::error::{Error, Result};
 use crate::ram::Block;
 use crate::ram::presence::GRANULE;
+use crate::sys::thread_sys;
 use crate::thread::{Handle, lock};
 
 /// Whole pages that make a granule (2 MiB) full: what it then has in vain is next to nothing.
@@ -86,7 +87,9 @@ impl Ahead {
     pub(super) fn start<'a>(job: &Job, blocks: impl Iterator<Item = &'a Arc<Block>>) -> Result<Self> {
         let shared = Arc::new(Shared::new(blocks)?);
         let ours = Arc::clone(&shared);
+        let nice = job.options.nice();
         let thread = job.threads.spawn("prepare_ram", move || {
+            thread_sys::stand_back(nice);
             ours.work();
             Ok(())
         })?;

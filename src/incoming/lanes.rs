@@ -13,6 +13,7 @@ use crate::options::Opt;
 use crate::ram::{Block, PAGE};
 use crate::sys::eventfd::Wake;
 use crate::sys::io::Room;
+use crate::sys::thread_sys;
 use crate::thread::Handle;
 use crate::thread::lock;
 use crate::transport::Channel;
@@ -152,7 +153,9 @@ impl Lanes {
 
     fn add(&mut self, job: &Job, id: u8, channel: Arc<dyn Channel>, scout: Option<Scout>) -> Result<()> {
         let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
+        let nice = job.options.nice();
         let body = move || {
+            thread_sys::stand_back(nice);
             let mut lane = Lane { shared: &shared, id, channel: wire.as_ref(), header: Header::default(), scout };
             if let Err(error) = lane.work() {
                 shared.fail(error.in_section(NAME).context(format_args!("channel {id}")));

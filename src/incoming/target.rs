@@ -111,7 +111,11 @@ pub(super) fn populate(job: &Job, targets: &Targets, hints: Vec<(String, Hint)>,
             blocks.push(target);
         }
     }
-    let preparer = Arc::new(Preparer::start(&job.threads, plans, Limits { threads, ..Limits::default() })?);
+    let preparer = Arc::new(Preparer::start(
+        &job.threads,
+        plans,
+        Limits { threads, nice: job.options.nice(), ..Limits::default() },
+    )?);
     for (number, target) in blocks.into_iter().enumerate() {
         let _ = target.ahead.set((Arc::clone(&preparer), number));
     }

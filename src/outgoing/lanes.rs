@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::Block;
 use crate::sys::io::Piece;
+use crate::sys::thread_sys;
 use crate::thread::Handle;
 use crate::thread::lock;
 use crate::transport::Channel;
@@ -197,7 +198,9 @@ impl Lanes {
         let (shared, on_panic) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
         let (target, wake, limit) =
             (job.target.clone(), Arc::clone(&job.wake), job.options.time(Opt::ConnectTimeout));
+        let nice = job.options.nice();
         let body = move || {
+            thread_sys::stand_back(nice);
             if let Err(error) = target.connect(&wake, limit).and_then(|channel| run(&shared, channel, id)) {
                 shared.fail(error.context(format_args!("channel {id}")));
             }

@@ -15,6 +15,7 @@ use super::presence::{GRANULE, GRANULE_BYTES, Hint};
 use super::survey::{Backing, Part, Survey};
 use crate::error::{Error, Result};
 use crate::sys::memory::{self, Advice};
+use crate::sys::thread_sys;
 use crate::thread::{Handle, Threads, lock};
 
 /// Memory populated without need is at most the content divided by this.
@@ -36,11 +37,13 @@ pub struct Limits {
     pub ahead: u64,
     /// Whether huge pages may be asked for.
     pub huge: bool,
+    /// Added to the nice value of the threads.
+    pub nice: i32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { threads: 1, ahead: 128 << 20, huge: true }
+        Self { threads: 1, ahead: 128 << 20, huge: true, nice: 0 }
     }
 }
 
@@ -228,6 +231,7 @@ impl Preparer {
         for n in 0..limits.threads.max(1) {
             let shared = Arc::clone(&preparer.shared);
             let spawned = threads.spawn(&format!("populate_{n}"), move || {
+                thread_sys::stand_back(limits.nice);
                 shared.work();
                 Ok(())
             });

@@ -1,5 +1,5 @@
 //! What std does not say about threads: signal masks and kernel ids.
-#![allow(unsafe_code, reason = "signal masks and gettid have no safe wrapper in std")]
+#![allow(unsafe_code, reason = "signal masks, priorities and gettid have no safe wrapper in std")]
 
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -30,6 +30,15 @@ pub fn wait_gone(tid: i32, limit: Duration) -> bool {
         }
         std::thread::sleep(Duration::from_micros(20));
     }
+}
+
+/// Lets the calling thread, and no other, stand back by so much for whoever wants its processor. It cannot come forward
+/// again without a privilege, so this is for threads that live as long as a migration.
+pub fn stand_back(nice: i32) {
+    // SAFETY: getpriority takes no pointers; for PRIO_PROCESS Linux takes 0 as the calling thread.
+    let now = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    // SAFETY: setpriority takes no pointers, and 0 as above.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, now + nice) };
 }
 
 /// What a thread raises by its own doing. Blocking these would not keep them away: the kernel kills the process
