@@ -148,6 +148,10 @@ fn resume(vmm: &Vmm) -> Result<()> {
     })
 }
 
+fn silent(limit: Duration) -> Error {
+    Error::new(libc::ETIMEDOUT, format!("the destination did not answer within {} seconds", limit.as_secs_f32()))
+}
+
 /// Everything between connecting and the outcome. What was set up is undone on every path.
 fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
     let limit = job.options.time(Opt::ConnectTimeout);
@@ -405,9 +409,14 @@ impl<'a> Migration<'a> {
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::Ping(self.pings));
         self.out.write(&bytes)?;
-        let deadline = Instant::now() + self.job.options.time(Opt::StallTimeout);
-        while !replies.has_caught_up(self.pings, SLICE) && Instant::now() < deadline {
+        let limit = self.job.options.time(Opt::StallTimeout);
+        let deadline = Instant::now() + limit;
+        while !replies.has_caught_up(self.pings, SLICE.min(limit)) {
             self.job.status.check()?;
+            // The guest must not be handed over to somebody who is silent already.
+            if Instant::now() > deadline {
+                return Err(silent(limit));
+            }
         }
         Ok(())
     }
@@ -499,8 +508,7 @@ impl<'a> Migration<'a> {
         let Some(replies) = &self.replies else { return Ok(true) };
         let limit = self.job.options.time(Opt::StallTimeout);
         if !replies.answered() && self.begun.elapsed() > limit {
-            let text = format!("the destination did not answer within {} seconds", limit.as_secs_f32());
-            return Err(Error::new(libc::ETIMEDOUT, text));
+            return Err(silent(limit));
         }
         Ok(replies.answered() && (!self.job.options.on(Opt::SwitchoverAck) || replies.acknowledged()))
     }

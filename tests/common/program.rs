@@ -218,6 +218,11 @@ impl Program {
         std::fs::read_to_string(&self.errors).unwrap_or_default()
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends it as kill -9 does.
     pub fn kill(&mut self) {
         let _ = self.child.kill();

@@ -1,0 +1,400 @@
+//! One guest's life: the process it lives in, the board that sees through every mistake (tests/c/mortal.c), and who must
+//! have it after a migration that went wrong. Judged by what can be seen from outside: states and who runs.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use super::relay::{Fault, Point, Relay};
+use crate::program::Program;
+
+/// States in which a migration has ended, or waits for somebody's decision.
+const SETTLED: [&str; 6] = ["none", "completed", "failed", "cancelled", "switchover-unknown", "held"];
+/// States in which nobody may own the guest.
+const UNDECIDED: [&str; 2] = ["switchover-unknown", "held"];
+/// How long anything may take on a busy machine before it counts as hanging.
+const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(2);
+/// Bodies of tests/c/mortal.c and of the library's own sections.
+pub(crate) const BODIES: [(&str, usize); 5] =
+    [("timer", 24), ("globalstate", 104), ("rtc", 24), ("nic", 76), ("gpu", 0)];
+
+/// The file all processes of a guest's life share; see `struct board`.
+pub(crate) struct Board {
+    path: PathBuf,
+    file: File,
+}
+
+impl Board {
+    fn new(dir: &Path, life: usize) -> Board {
+        let path = dir.join(format!("board-{life}"));
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        Board { path, file }
+    }
+
+    fn word(&self, index: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes, index * 8).unwrap();
+        u64::from_ne_bytes(bytes)
+    }
+
+    pub(crate) fn runner(&self) -> u64 {
+        self.word(0)
+    }
+
+    pub(crate) fn starts(&self) -> u64 {
+        self.word(4)
+    }
+
+    /// What the guest or its disk found wrong.
+    fn violation(&self) -> Option<String> {
+        let mut words = [0; 512];
+        self.file.read_exact_at(&mut words, 56).unwrap();
+        let end = words.iter().position(|b| *b == 0).unwrap_or(words.len());
+        (self.word(6) > 0).then(|| String::from_utf8_lossy(&words[..end]).into_owned())
+    }
+
+    /// A dead process holds no disk.
+    fn release(&self) {
+        self.file.write_all_at(&[0; 8], 0).unwrap();
+    }
+}
+
+/// What a process says of itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Look {
+    pub(crate) state: String,
+    pub(crate) reasons: u32,
+    pub(crate) runs: bool,
+}
+
+/// Who had the guest in the end, and what it took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Outcome {
+    /// It ran on at the source.
+    Stayed,
+    /// It went to the destination.
+    Moved,
+    /// A named state was resolved to the source, or to the destination.
+    ResolvedHere,
+    ResolvedThere,
+    /// It died with the process that held it.
+    Lost,
+}
+
+/// How the two sides talk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) channels: usize,
+    pub(crate) tcp: bool,
+}
+
+/// A guest, where it lives now, and its board.
+pub(crate) struct World {
+    dir: PathBuf,
+    board: Board,
+    program: PathBuf,
+    pub(crate) source: Option<Program>,
+    processes: usize,
+    lives: usize,
+}
+
+impl World {
+    pub(crate) fn new(dir: PathBuf, program: PathBuf) -> World {
+        let board = Board::new(&dir, 0);
+        World { dir, board, program, source: None, processes: 0, lives: 0 }
+    }
+
+    fn spawn(&mut self, guest: bool) -> Program {
+        self.processes += 1;
+        let board = self.board.path.to_str().unwrap().to_owned();
+        let args: &[&str] = if guest { &[&board, "guest"] } else { &[&board] };
+        let program = Program::start(&format!("vmm-{}", self.processes), &self.dir, &self.program, args);
+        assert_eq!(program.reply(), "ready");
+        program
+    }
+
+    /// The process in which the guest lives; a new guest if the last one died.
+    fn source(&mut self) -> Program {
+        self.source.take().unwrap_or_else(|| {
+            self.lives += 1;
+            self.board = Board::new(&self.dir, self.lives);
+            self.spawn(true)
+        })
+    }
+
+    /// One migration over a network that fails at this point. What was seen there; the outcome.
+    pub(crate) fn suffer(&mut self, shape: Shape, point: Point) -> (bool, super::relay::Counts, usize, Outcome) {
+        let mut source = Some(self.source());
+        let mut destination = Some(self.spawn(false));
+        for program in [&mut source, &mut destination].into_iter().flatten() {
+            hasten(program);
+        }
+        let from = source.as_mut().unwrap();
+        from.must(if shape.channels > 0 { "set multifd on" } else { "set multifd off" });
+        from.must(&format!("set multifd-channels {}", shape.channels));
+        let uri = self.listen(destination.as_mut().unwrap(), shape.tcp);
+        let relay = Relay::new(&self.dir, &uri, point, &BODIES);
+        let starts = self.board.starts();
+        from.must(&format!("migrate {}", relay.uri));
+        self.watch(&relay, point.fault, &mut source, &mut destination);
+        self.await_settled(&mut source, &mut destination);
+        let seen = relay.seen();
+        let what = format!("{shape:?} {point:?}");
+        let outcome = self.judge(&what, &mut source, &mut destination, starts);
+        drop(relay);
+        self.go_on(&what, outcome, source, destination);
+        (seen.0, seen.1, seen.2, outcome)
+    }
+
+    pub(crate) fn listen(&self, destination: &mut Program, tcp: bool) -> String {
+        let uri = match tcp {
+            true => "tcp:127.0.0.1:0".to_owned(),
+            false => format!("unix:{}", self.dir.join(format!("d{}", self.processes)).display()),
+        };
+        destination.send(&format!("incoming {uri}"));
+        destination.listening()
+    }
+
+    /// Until the source has settled or is dead; does at the point what the relay cannot.
+    fn watch(&self, relay: &Relay, fault: Fault, source: &mut Option<Program>, destination: &mut Option<Program>) {
+        let end = Instant::now() + PATIENCE;
+        while let Some(from) = source {
+            if relay.reached.recv_timeout(LOOK).is_ok() {
+                match fault {
+                    Fault::KillSource => {
+                        self.bury(source.take());
+                        relay.thaw();
+                        return;
+                    }
+                    Fault::KillDestination => {
+                        self.bury(destination.take());
+                        relay.thaw();
+                    }
+                    Fault::Cancel => {
+                        // Refused once the guest was handed over.
+                        from.command("cancel");
+                        relay.thaw();
+                    }
+                    _ => (),
+                }
+                continue;
+            }
+            if is_settled(&self.look(from)) {
+                break;
+            }
+            if Instant::now() > end {
+                from.fail("the migration does not end");
+            }
+        }
+        // What was frozen arrives after the source gave up waiting for it.
+        relay.thaw();
+    }
+
+    fn bury(&self, program: Option<Program>) {
+        if let Some(mut program) = program {
+            let pid = program.id();
+            program.kill();
+            if self.board.runner() == u64::from(pid) {
+                self.board.release();
+            }
+        }
+    }
+
+    /// What a process says; the guest's own complaints come first.
+    pub(crate) fn look(&self, program: &mut Program) -> Look {
+        if let Some(words) = self.board.violation() {
+            program.fail(&words);
+        }
+        let line = program.command("look");
+        let word = |key: &str| line.split(' ').find_map(|w| w.strip_prefix(key)?.strip_prefix('=')).unwrap_or("");
+        let number = |key: &str| word(key).parse::<u32>().unwrap_or_else(|_| program.fail(&line));
+        Look { state: word("state").to_owned(), reasons: number("reasons"), runs: number("runs") != 0 }
+    }
+
+    /// Until neither side works any more. A destination nobody came to is called off.
+    fn await_settled(&self, source: &mut Option<Program>, destination: &mut Option<Program>) {
+        for (program, is_source) in [(source, true), (destination, false)] {
+            let Some(program) = program else { continue };
+            let end = Instant::now() + PATIENCE;
+            loop {
+                let look = self.look(program);
+                if is_settled(&look) {
+                    break;
+                }
+                if !is_source && look.state == "setup" {
+                    program.must("cancel");
+                }
+                if Instant::now() > end {
+                    program.fail(&format!("it does not settle: {look:?}"));
+                }
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+
+    /// Who must have the guest now; a named state is resolved as an operator would who looks at both sides.
+    fn judge(
+        &self,
+        what: &str,
+        source: &mut Option<Program>,
+        destination: &mut Option<Program>,
+        starts: u64,
+    ) -> Outcome {
+        let here = source.as_mut().map(|s| self.look(s));
+        let there = destination.as_mut().map(|d| self.look(d));
+        assert!(
+            !(here.as_ref().is_some_and(|l| l.runs) && there.as_ref().is_some_and(|l| l.runs)),
+            "{what}: two guests run, {here:?}, {there:?}"
+        );
+        for (program, look) in [(&mut *source, &here), (&mut *destination, &there)] {
+            if let (Some(program), Some(look)) = (program, look)
+                && (look.state == "failed" || UNDECIDED.contains(&look.state.as_str()))
+            {
+                let error = program.command("error");
+                assert!(
+                    error.contains("\"text\"") && error.contains("\"errno\""),
+                    "{what}: {look:?} without a reason: {error}"
+                );
+            }
+        }
+        let ran_there = self.board.starts() > starts && !here.as_ref().is_some_and(|l| l.runs);
+        match (source, destination) {
+            (Some(source), Some(destination)) => {
+                let (here, there) = (here.unwrap(), there.unwrap());
+                self.both_live(what, (source, &here), (destination, &there))
+            }
+            (Some(source), None) => match here.unwrap().state.as_str() {
+                "completed" => Outcome::Lost,
+                state if UNDECIDED.contains(&state) && ran_there => {
+                    source.must("resolve 0");
+                    Outcome::Lost
+                }
+                state if UNDECIDED.contains(&state) => {
+                    source.must("resolve 1");
+                    Outcome::ResolvedHere
+                }
+                _ => Outcome::Stayed,
+            },
+            (None, Some(destination)) => match there.unwrap().state.as_str() {
+                "completed" => Outcome::Moved,
+                state if UNDECIDED.contains(&state) => {
+                    destination.must("resolve 1");
+                    Outcome::ResolvedThere
+                }
+                _ => Outcome::Lost,
+            },
+            (None, None) => panic!("{what}: both are dead"),
+        }
+    }
+
+    fn both_live(
+        &self,
+        what: &str,
+        (source, here): (&mut Program, &Look),
+        (destination, there): (&mut Program, &Look),
+    ) -> Outcome {
+        let undecided = |look: &Look| UNDECIDED.contains(&look.state.as_str());
+        if !here.runs && !there.runs {
+            // Nobody runs: then one of them says so by its state.
+            assert!(
+                undecided(here) || undecided(there),
+                "{what}: nobody runs and no state says so: {here:?}, {there:?}"
+            );
+        }
+        let mut outcome = Outcome::Stayed;
+        if undecided(there) {
+            // Right in any order of events while the source lives.
+            destination.must("resolve 0");
+        }
+        if undecided(here) {
+            let moved = there.state == "completed";
+            source.must(if moved { "resolve 0" } else { "resolve 1" });
+            outcome = if moved { Outcome::ResolvedThere } else { Outcome::ResolvedHere };
+        } else if here.state == "completed" {
+            assert_eq!(there.state, "completed", "{what}: the source let go, {here:?}, {there:?}");
+            outcome = Outcome::Moved;
+        } else {
+            assert!(
+                here.runs && here.reasons == 0,
+                "{what}: the guest does not run at the source, {here:?}, {there:?}"
+            );
+            assert_ne!(there.state, "completed", "{what}: both have it, {here:?}, {there:?}");
+        }
+        outcome
+    }
+
+    /// The survivor's guest is whole, runs, and can be moved to a fresh destination, where it lives from now on.
+    fn go_on(&mut self, what: &str, outcome: Outcome, source: Option<Program>, destination: Option<Program>) {
+        let (survivor, other) = match outcome {
+            Outcome::Stayed | Outcome::ResolvedHere => (source, destination),
+            Outcome::Moved | Outcome::ResolvedThere => (destination, source),
+            Outcome::Lost => (None, source.or(destination)),
+        };
+        if let Some(other) = other {
+            other.quit();
+        }
+        let Some(mut survivor) = survivor else { return };
+        self.check(what, &mut survivor);
+        self.source = Some(self.move_on(what, survivor));
+    }
+
+    /// The guest runs and all of it is what it should be.
+    pub(crate) fn check(&self, what: &str, program: &mut Program) {
+        let look = self.look(program);
+        if !look.runs || look.reasons != 0 {
+            program.fail(&format!("{what}: the guest does not run where it survived: {look:?}"));
+        }
+        program.must("check");
+        let disk = self.board.word(1);
+        let end = Instant::now() + PATIENCE;
+        while self.board.word(1) == disk {
+            if Instant::now() > end {
+                program.fail(&format!("{what}: the guest takes no step"));
+            }
+            std::thread::sleep(LOOK / 10);
+        }
+        self.look(program);
+    }
+
+    /// To a fresh destination, over a network that works.
+    pub(crate) fn move_on(&mut self, what: &str, mut survivor: Program) -> Program {
+        let mut fresh = self.spawn(false);
+        for program in [&mut survivor, &mut fresh] {
+            program.must("set stall-timeout 30000");
+            program.must("set connect-timeout 10000");
+            program.command("set switchover-timeout 30000");
+        }
+        let uri = self.listen(&mut fresh, false);
+        survivor.must(&format!("migrate {uri}"));
+        let (mut one, mut two) = (Some(survivor), Some(fresh));
+        self.await_settled(&mut one, &mut two);
+        let (mut survivor, mut fresh) = (one.unwrap(), two.unwrap());
+        for program in [&mut survivor, &mut fresh] {
+            let look = self.look(program);
+            if look.state != "completed" {
+                let error = program.command("error");
+                program.fail(&format!("{what}: the next attempt ended {look:?}: {error}"));
+            }
+        }
+        survivor.quit();
+        self.check(what, &mut fresh);
+        fresh
+    }
+}
+
+fn is_settled(look: &Look) -> bool {
+    SETTLED.contains(&look.state.as_str())
+}
+
+/// Silence is noticed soon.
+fn hasten(program: &mut Program) {
+    program.must("set stall-timeout 250");
+    program.must("set connect-timeout 250");
+    // Unknown to versions without it.
+    program.command("set switchover-timeout 250");
+}
