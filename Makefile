@@ -28,6 +28,11 @@ WARN := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Werror
 # Programs of the tests, each one file; header_*.c are compiled by tests/header.rs in its own ways.
 C_TESTS := $(filter-out header_%,$(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c)))
 C_SOURCES := include/vmig.h $(wildcard c-examples/*.[ch] c-examples/*/* tests/c/*.[ch])
+# Functions whose callers inside the library are led through tests/c/doors in `make c-fault`.
+DOORS := accept4 bind connect eventfd fchmod fcntl fstat fstat64 fstatfs getsockname getsockopt ioctl listen lseek lseek64 \
+    lstat64 madvise memfd_create mmap mmap64 mprotect open open64 poll pread64 pthread_create read readlink readv recv \
+    recvmsg sendmsg setsockopt socket stat64 statx write writev
+DOORS_OBJ := $(TARGET)/fault/doors.o
 # The programs `make demo` runs; nothing else is built into these directories.
 C := $(TARGET)/c
 C_ASAN := $(TARGET)/c-asan
@@ -53,9 +58,14 @@ $(LIB) $(LIB_FAULT): %/lib/libvmig.a: %/release/libvmig.a Makefile
 	nm -D --defined-only $(<:.a=.so) | awk '{ print "--undefined=" $$3 }' >$(@D)/exports
 	$(LD) -r --force-group-allocation @$(@D)/exports -o $(@D)/vmig.o $<
 	$(OBJCOPY) --remove-section=.llvmbc --remove-section=.llvmcmd $(@D)/vmig.o
-	$(OBJCOPY) --wildcard --keep-global-symbol='vmig_*' $(@D)/vmig.o
+	$(OBJCOPY) --wildcard --keep-global-symbol='vmig_*' $(REDIRECT) $(@D)/vmig.o
 	rm -f $@
 	$(AR) rcs $@ $(@D)/vmig.o
+
+$(LIB_FAULT): REDIRECT = $(foreach f,$(DOORS),--redefine-sym $(f)=door_$(f))
+$(DOORS_OBJ): tests/c/doors/doors.c Makefile
+	mkdir -p $(@D)
+	$(CC) $(WARN) $(CFLAGS) -c -o $@ $<
 
 # $(call programs,directory,library,extra flags): all C programs, from scratch, for they are few and small.
 define programs
@@ -79,10 +89,10 @@ c-asan: $(C_ASAN)/.built
 $(C_ASAN)/.built: $(LIB) $(C_SOURCES) Makefile
 	$(call programs,$(C_ASAN),$(LIB),$(SANITIZE))
 
-## c-fault: the same with the library that can lose a dirty bit on purpose (never installed), into target/c-fault
+## c-fault: the same with the library that loses a dirty bit or fails at a system call on purpose, into target/c-fault
 c-fault: $(C_FAULT)/.built
-$(C_FAULT)/.built: $(LIB_FAULT) $(C_SOURCES) Makefile
-	$(call programs,$(C_FAULT),$(LIB_FAULT),)
+$(C_FAULT)/.built: $(LIB_FAULT) $(DOORS_OBJ) $(C_SOURCES) Makefile
+	$(call programs,$(C_FAULT),$(DOORS_OBJ) $(LIB_FAULT),)
 
 ## check: all tests, samples drawn by a printed seed (VMIG_SEED=N repeats a run)
 check: c c-asan c-fault

@@ -36,6 +36,8 @@ pub(super) struct Door {
     unsorted: Vec<Unsorted>,
     main: Option<Arc<dyn Channel>>,
     channels: Vec<Arc<dyn Channel>>,
+    /// Why the last connection was dropped that had not said what it is.
+    broken: Option<Error>,
 }
 
 impl Door {
@@ -44,7 +46,7 @@ impl Door {
             Listener::Socket(listener) => (Some(listener), None),
             Listener::Ready(channel) => (None, Some(channel)),
         };
-        Self { listener, ready, unsorted: Vec::new(), main: None, channels: Vec::new() }
+        Self { listener, ready, unsorted: Vec::new(), main: None, channels: Vec::new(), broken: None }
     }
 
     /// Waits for the main connection; only a raised wake ends the wait.
@@ -69,12 +71,19 @@ impl Door {
             }
             let have = self.channels.len();
             self.turn(wake, Some(deadline), false).map_err(|e| match e.errno() {
-                libc::ETIMEDOUT => Error::new(libc::ETIMEDOUT, "not all channels of the source came in time")
-                    .expected_got(count, have),
+                libc::ETIMEDOUT => self.too_few().expected_got(count, have),
                 _ => e,
             })?;
         }
         Ok(self.channels.drain(..usize::from(count)).collect())
+    }
+
+    fn too_few(&self) -> Error {
+        let text = "not all channels of the source came in time";
+        match &self.broken {
+            None => Error::new(libc::ETIMEDOUT, text),
+            Some(why) => Error::new(libc::ETIMEDOUT, format!("{text}, and a connection broke: {}", why.text())),
+        }
     }
 
     /// Whether one more channel came. Only connections that have not said what they are are waited for, for `patience`.
@@ -133,8 +142,9 @@ impl Door {
         let mut first = [0; 4];
         let there = match self.unsorted[index].channel.peek(&mut first) {
             Ok(n) => n,
-            Err(_) => {
-                // It closed before it said anything.
+            Err(error) => {
+                // Most likely it closed before it said anything.
+                self.broken = Some(error);
                 self.unsorted.swap_remove(index);
                 return Ok(());
             }

@@ -148,6 +148,11 @@ fn resume(vmm: &Vmm) -> Result<()> {
     })
 }
 
+/// Whether a connection that breaks in this way was closed or left alone by the peer, who may have said why.
+fn is_peers_doing(errno: i32) -> bool {
+    matches!(errno, libc::EPIPE | libc::ECONNRESET | libc::ETIMEDOUT)
+}
+
 fn silent(limit: Duration) -> Error {
     Error::new(libc::ETIMEDOUT, format!("the destination did not answer within {} seconds", limit.as_secs_f32()))
 }
@@ -558,6 +563,7 @@ impl<'a> Migration<'a> {
     fn hang_up(mut self, result: Result<Outcome>) -> Result<Outcome> {
         let result = result.map_err(|error| {
             let broken = (self.out.is_broken() || self.sender.is_broken()) && !self.job.wake.is_raised();
+            let broken = broken && is_peers_doing(error.errno());
             let error = match &self.replies {
                 Some(replies) if broken => replies.reason(LAST_WORDS).unwrap_or(error),
                 _ => error,

@@ -109,7 +109,7 @@ impl Heard {
             }
             (None, None, Some(ended)) if ended.errno() == libc::ECANCELED => None,
             (None, None, Some(ended)) => {
-                let text = "the destination closed the connection without a reason";
+                let text = format!("the destination closed the connection without a reason ({})", ended.text());
                 let errno = if ended.errno() == libc::EIO { libc::ECONNRESET } else { ended.errno() };
                 match ended.errno() {
                     libc::EIO | libc::ECONNRESET => Some(Error::new(errno, text)),

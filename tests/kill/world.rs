@@ -15,6 +15,8 @@ use crate::program::Program;
 const SETTLED: [&str; 6] = ["none", "completed", "failed", "cancelled", "switchover-unknown", "held"];
 /// States in which nobody may own the guest.
 const UNDECIDED: [&str; 2] = ["switchover-unknown", "held"];
+/// VMIG_STOPPED_BY_USER and nothing else.
+const PAUSED: u32 = 1;
 /// How long anything may take on a busy machine before it counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(2);
@@ -68,8 +70,20 @@ impl Board {
 #[derive(Clone, Debug)]
 pub(crate) struct Look {
     pub(crate) state: String,
+    /// VMIG_SIDE_...: what the state is about may be an earlier migration that went the other way.
+    side: u32,
     pub(crate) reasons: u32,
     pub(crate) runs: bool,
+}
+
+impl Look {
+    /// What it says of a migration on this side.
+    fn of_side(mut self, side: u32) -> Look {
+        if self.side != side {
+            self.state = "none".to_owned();
+        }
+        self
+    }
 }
 
 /// Who had the guest in the end, and what it took.
@@ -93,11 +107,32 @@ pub(crate) struct Shape {
     pub(crate) tcp: bool,
 }
 
+/// What fails in one of the two processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// The n-th call of this door (see tests/c/doors), from 1.
+    Door(usize, usize),
+    /// The n-th callback.
+    Callback(usize),
+}
+
+/// What became of it.
+pub(crate) struct Struck {
+    pub(crate) hit: bool,
+    pub(crate) outcome: Outcome,
+    /// Calls of each door, or of callbacks, at the side that was to fail.
+    pub(crate) calls: Vec<usize>,
+    /// What both sides say, and whether it was the one that was struck that failed.
+    pub(crate) words: String,
+    pub(crate) failed: bool,
+}
+
 /// A guest, where it lives now, and its board.
 pub(crate) struct World {
     dir: PathBuf,
     board: Board,
     program: PathBuf,
+    doors: bool,
     pub(crate) source: Option<Program>,
     processes: usize,
     lives: usize,
@@ -106,14 +141,28 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(dir: PathBuf, program: PathBuf) -> World {
         let board = Board::new(&dir, 0);
-        World { dir, board, program, source: None, processes: 0, lives: 0 }
+        World { dir, board, program, doors: false, source: None, processes: 0, lives: 0 }
+    }
+
+    /// With programs of `make c-fault`, whose system calls may fail.
+    pub(crate) fn with_doors(dir: PathBuf, program: PathBuf) -> World {
+        World { doors: true, ..World::new(dir, program) }
     }
 
     fn spawn(&mut self, guest: bool) -> Program {
         self.processes += 1;
+        let name = format!("vmm-{}", self.processes);
         let board = self.board.path.to_str().unwrap().to_owned();
-        let args: &[&str] = if guest { &[&board, "guest"] } else { &[&board] };
-        let program = Program::start(&format!("vmm-{}", self.processes), &self.dir, &self.program, args);
+        let mut args: Vec<&str> = if guest { vec![&board, "guest"] } else { vec![&board] };
+        let (doors, program) =
+            (format!("VMIG_DOORS={}", self.dir.join(&name).display()), self.program.to_str().unwrap());
+        let program = if self.doors {
+            std::fs::write(self.dir.join(&name), [0; 4096]).unwrap();
+            args.splice(0..0, [doors.as_str(), program]);
+            Program::start(&name, &self.dir, Path::new("env"), &args)
+        } else {
+            Program::start(&name, &self.dir, &self.program, &args)
+        };
         assert_eq!(program.reply(), "ready");
         program
     }
@@ -149,6 +198,54 @@ impl World {
         drop(relay);
         self.go_on(&what, outcome, source, destination);
         (seen.0, seen.1, seen.2, outcome)
+    }
+
+    /// One migration in which something fails at the source or at the destination.
+    pub(crate) fn strike(&mut self, at_source: bool, multifd: bool, way: Way) -> Struck {
+        let what = format!("{way:?} at the {}", if at_source { "source" } else { "destination" });
+        let (mut source, mut destination) = (self.source(), self.spawn(false));
+        for program in [&mut source, &mut destination] {
+            hasten(program);
+            program.must(if multifd { "set multifd on" } else { "set multifd off" });
+        }
+        let before = [left(&mut source), left(&mut destination)];
+        let victim = if at_source { &mut source } else { &mut destination };
+        let doors = Doors::of(&self.dir, victim);
+        match way {
+            Way::Door(door, call) => doors.arm(door, call),
+            Way::Callback(call) => victim.must(&format!("fail {call}")),
+        }
+        let path = self.dir.join(format!("d{}", self.processes));
+        let answer = destination.command(&format!("incoming unix:{}", path.display()));
+        let mut words = answer.clone();
+        if let Some(uri) = answer.strip_prefix("listening ") {
+            words = source.command(&format!("migrate {uri}"));
+        }
+        let (mut one, mut two) = (Some(source), Some(destination));
+        self.await_settled(&mut one, &mut two);
+        let (mut source, mut destination) = (one.unwrap(), two.unwrap());
+        let victim = if at_source { &mut source } else { &mut destination };
+        let (hit, calls) = match way {
+            Way::Door(..) => doors.disarm(),
+            Way::Callback(call) => {
+                let calls = victim.command("calls").strip_prefix("value ").unwrap().parse().unwrap();
+                victim.must("fail 0");
+                (call > 0 && calls >= call, vec![calls])
+            }
+        };
+        let mut failed = false;
+        for (program, is_source) in [(&mut source, true), (&mut destination, false)] {
+            let error = program.command("error");
+            failed |= is_source == at_source && error != "value none";
+            words = format!("{words}\n{}: {error}", program.name);
+        }
+        for (program, before) in [&mut source, &mut destination].into_iter().zip(before) {
+            await_left(&what, program, before);
+        }
+        let (mut source, mut destination) = (Some(source), Some(destination));
+        let outcome = self.judge(&what, &mut source, &mut destination, self.board.starts());
+        self.go_on(&what, outcome, source, destination);
+        Struck { hit, outcome, calls, words, failed }
     }
 
     pub(crate) fn listen(&self, destination: &mut Program, tcp: bool) -> String {
@@ -213,7 +310,8 @@ impl World {
         let line = program.command("look");
         let word = |key: &str| line.split(' ').find_map(|w| w.strip_prefix(key)?.strip_prefix('=')).unwrap_or("");
         let number = |key: &str| word(key).parse::<u32>().unwrap_or_else(|_| program.fail(&line));
-        Look { state: word("state").to_owned(), reasons: number("reasons"), runs: number("runs") != 0 }
+        let (reasons, runs) = (number("reasons"), number("runs") != 0);
+        Look { state: word("state").to_owned(), side: number("side"), reasons, runs }
     }
 
     /// Until neither side works any more. A destination nobody came to is called off.
@@ -245,8 +343,8 @@ impl World {
         destination: &mut Option<Program>,
         starts: u64,
     ) -> Outcome {
-        let here = source.as_mut().map(|s| self.look(s));
-        let there = destination.as_mut().map(|d| self.look(d));
+        let here = source.as_mut().map(|s| self.look(s).of_side(1));
+        let there = destination.as_mut().map(|d| self.look(d).of_side(2));
         assert!(
             !(here.as_ref().is_some_and(|l| l.runs) && there.as_ref().is_some_and(|l| l.runs)),
             "{what}: two guests run, {here:?}, {there:?}"
@@ -299,6 +397,12 @@ impl World {
         (destination, there): (&mut Program, &Look),
     ) -> Outcome {
         let undecided = |look: &Look| UNDECIDED.contains(&look.state.as_str());
+        if here.state == "completed" && there.state == "failed" {
+            // It arrived and did not start: it is paused where it is, and nowhere else.
+            assert!(!there.runs && there.reasons == PAUSED, "{what}: {here:?}, {there:?}");
+            destination.must("resume");
+            return Outcome::Moved;
+        }
         if !here.runs && !there.runs {
             // Nobody runs: then one of them says so by its state.
             assert!(
@@ -384,6 +488,55 @@ impl World {
         survivor.quit();
         self.check(what, &mut fresh);
         fresh
+    }
+}
+
+/// The file by which a process is told to fail.
+struct Doors(File);
+
+impl Doors {
+    fn of(dir: &Path, program: &Program) -> Doors {
+        let path = dir.join(&program.name);
+        Doors(OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap())
+    }
+
+    fn arm(&self, door: usize, call: usize) {
+        let mut bytes = [0; 8 * (8 + DOORS)];
+        bytes[..8].copy_from_slice(&door.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&call.to_ne_bytes());
+        self.0.write_all_at(&bytes, 0).unwrap();
+    }
+
+    /// Whether the call was made, and how many there were of each door.
+    fn disarm(&self) -> (bool, Vec<usize>) {
+        self.0.write_all_at(&[0; 8], 8).unwrap();
+        let mut bytes = [0; 8 * (8 + DOORS)];
+        self.0.read_exact_at(&mut bytes, 0).unwrap();
+        let words: Vec<usize> = bytes.chunks(8).map(|w| usize::from_ne_bytes(w.try_into().unwrap())).collect();
+        (words[2] > 0, words[8..].to_vec())
+    }
+}
+
+/// Kinds of calls in tests/c/doors.
+pub(crate) const DOORS: usize = 9;
+
+/// Descriptors and threads of a process.
+fn left(program: &mut Program) -> String {
+    program.command("left")
+}
+
+/// Nothing of a migration that ended is left behind; its last thread may take a moment.
+fn await_left(what: &str, program: &mut Program, before: String) {
+    let end = Instant::now() + PATIENCE / 4;
+    loop {
+        let now = left(program);
+        if now == before {
+            return;
+        }
+        if Instant::now() > end {
+            program.fail(&format!("{what}: before {before}, afterwards {now}"));
+        }
+        std::thread::sleep(LOOK);
     }
 }
 
