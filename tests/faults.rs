@@ -2,7 +2,6 @@
 //! crashes or hangs, the error says what failed, the guest is where it belongs, nothing is left behind, and the next
 //! attempt succeeds.
 #![allow(clippy::unwrap_used, reason = "a test")]
-#![allow(dead_code, reason = "shared with tests/kill_everywhere.rs")]
 
 mod common;
 mod kill;

@@ -1,4 +1,5 @@
 //! Migrations that go wrong on purpose, and what must hold afterwards.
+#![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub(crate) mod messages;
 pub(crate) mod relay;
