@@ -99,23 +99,22 @@ impl Life {
     }
 }
 
-fn state(program: &mut Program) -> String {
-    program.status_text("state")
-}
-
-fn is_settled(state: &str) -> bool {
-    UNDECIDED.contains(&state) || ["none", "completed", "failed", "cancelled"].contains(&state)
+/// The state, once nothing goes on by itself: what is undecided is told with its reason then.
+fn settled(program: &mut Program) -> Option<String> {
+    let state = program.status_text("state");
+    let ended = ["none", "completed", "failed", "cancelled"].contains(&state.as_str());
+    let stuck = UNDECIDED.contains(&state.as_str()) && program.command("error") != "failure none";
+    (ended || stuck).then_some(state)
 }
 
 fn await_settled(program: &mut Program) -> String {
     let end = Instant::now() + MOVE;
     loop {
-        let state = state(program);
-        if is_settled(&state) {
+        if let Some(state) = settled(program) {
             return state;
         }
         if Instant::now() > end {
-            program.fail(&format!("the move does not end, state {state}"));
+            program.fail("the move does not end");
         }
         std::thread::sleep(LOOK);
     }
@@ -143,13 +142,12 @@ fn watch(
             }
             relay.thaw();
         }
-        let state = state(source);
-        if is_settled(&state) {
+        if let Some(state) = settled(source) {
             relay.thaw();
             return state;
         }
         if Instant::now() > end {
-            source.fail(&format!("the move does not end, state {state}"));
+            source.fail("the move does not end");
         }
     }
 }
@@ -176,7 +174,7 @@ fn turn(life: &mut Life, number: usize, mut source: Program, other: Option<Progr
     let here = watch(&relay, point.fault, &mut source, &mut destination, life);
     let what = format!("move {number}, {point:?}, the source {here}");
     let there = destination.as_mut().map(|to| {
-        if here != "completed" && !UNDECIDED.contains(&here.as_str()) && state(to) == "setup" {
+        if here != "completed" && !UNDECIDED.contains(&here.as_str()) && to.status_text("state") == "setup" {
             to.must("cancel"); // nobody came
         }
         await_settled(to)
@@ -198,7 +196,8 @@ fn decide(what: &str, source: &mut Program, to: Option<&mut Program>, here: &str
     if let Some(to) = to
         && there.is_some_and(|there| UNDECIDED.contains(&there))
     {
-        to.must("resolve there");
+        // Refused if its own deadline was faster.
+        to.command("resolve there");
     }
     match here {
         "completed" => assert!(arrived, "{what}: the source let go, the destination {there:?}"),

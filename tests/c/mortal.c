@@ -417,8 +417,8 @@ static void look(void)
     vmig_status s = VMIG_SIZED(vmig_status);
 
     need(vmig_get_status(vmm.m, &s), "status");
-    printf("look state=%s side=%" PRIu32 " reasons=%d runs=%d\n", vmig_state_name(s.state), s.side,
-           vmig_get_stop_reasons(vmm.m), vmm.run);
+    printf("look state=%s side=%" PRIu32 " ended=%d reasons=%d runs=%d\n", vmig_state_name(s.state), s.side,
+           vmig_wait(vmm.m, 0), vmig_get_stop_reasons(vmm.m), vmm.run);
 }
 
 /* The guest is paused, which verifies it, and runs again; only where it runs. */

@@ -11,8 +11,6 @@ use std::{
 use super::relay::{Fault, Point, Relay};
 use crate::program::Program;
 
-/// States in which a migration has ended, or waits for somebody's decision.
-const SETTLED: [&str; 6] = ["none", "completed", "failed", "cancelled", "switchover-unknown", "held"];
 /// States in which nobody may own the guest.
 const UNDECIDED: [&str; 2] = ["switchover-unknown", "held"];
 /// VMIG_STOPPED_BY_USER and nothing else.
@@ -70,6 +68,8 @@ impl Board {
 #[derive(Clone, Debug)]
 pub(crate) struct Look {
     pub(crate) state: String,
+    /// Nothing goes on by itself any more.
+    ended: bool,
     /// VMIG_SIDE_...: what the state is about may be an earlier migration that went the other way.
     side: u32,
     pub(crate) reasons: u32,
@@ -239,9 +239,8 @@ impl World {
             failed |= is_source == at_source && error != "value none";
             words = format!("{words}\n{}: {error}", program.name);
         }
-        for (program, before) in [&mut source, &mut destination].into_iter().zip(before) {
-            await_left(&what, program, before);
-        }
+        await_left(&what, &mut source, before[0]);
+        await_left(&what, &mut destination, before[1].map(|n| n + 1));
         let (mut source, mut destination) = (Some(source), Some(destination));
         let outcome = self.judge(&what, &mut source, &mut destination, self.board.starts());
         self.go_on(&what, outcome, source, destination);
@@ -281,7 +280,7 @@ impl World {
                 }
                 continue;
             }
-            if is_settled(&self.look(from)) {
+            if self.look(from).ended {
                 break;
             }
             if Instant::now() > end {
@@ -311,17 +310,19 @@ impl World {
         let word = |key: &str| line.split(' ').find_map(|w| w.strip_prefix(key)?.strip_prefix('=')).unwrap_or("");
         let number = |key: &str| word(key).parse::<u32>().unwrap_or_else(|_| program.fail(&line));
         let (reasons, runs) = (number("reasons"), number("runs") != 0);
-        Look { state: word("state").to_owned(), side: number("side"), reasons, runs }
+        Look { state: word("state").to_owned(), ended: number("ended") != 0, side: number("side"), reasons, runs }
     }
 
-    /// Until neither side works any more. A destination nobody came to is called off.
+    /// Until neither side works any more. A destination nobody came to is called off; one whose source is dead is not
+    /// waited for when it has said that it does not know.
     fn await_settled(&self, source: &mut Option<Program>, destination: &mut Option<Program>) {
+        let alone = source.is_none();
         for (program, is_source) in [(source, true), (destination, false)] {
             let Some(program) = program else { continue };
             let end = Instant::now() + PATIENCE;
             loop {
                 let look = self.look(program);
-                if is_settled(&look) {
+                if look.ended || alone && is_undecided(&look) {
                     break;
                 }
                 if !is_source && look.state == "setup" {
@@ -351,7 +352,8 @@ impl World {
         );
         for (program, look) in [(&mut *source, &here), (&mut *destination, &there)] {
             if let (Some(program), Some(look)) = (program, look)
-                && (look.state == "failed" || UNDECIDED.contains(&look.state.as_str()))
+                && look.ended
+                && (look.state == "failed" || is_undecided(look))
             {
                 let error = program.command("error");
                 assert!(
@@ -366,24 +368,18 @@ impl World {
                 let (here, there) = (here.unwrap(), there.unwrap());
                 self.both_live(what, (source, &here), (destination, &there))
             }
-            (Some(source), None) => match here.unwrap().state.as_str() {
-                "completed" => Outcome::Lost,
-                state if UNDECIDED.contains(&state) && ran_there => {
-                    source.must("resolve 0");
-                    Outcome::Lost
-                }
-                state if UNDECIDED.contains(&state) => {
-                    source.must("resolve 1");
-                    Outcome::ResolvedHere
+            (Some(source), None) => match here.unwrap() {
+                look if look.state == "completed" => Outcome::Lost,
+                look if is_undecided(&look) => {
+                    source.must(if ran_there { "resolve 0" } else { "resolve 1" });
+                    if ran_there { Outcome::Lost } else { Outcome::ResolvedHere }
                 }
                 _ => Outcome::Stayed,
             },
-            (None, Some(destination)) => match there.unwrap().state.as_str() {
-                "completed" => Outcome::Moved,
-                state if UNDECIDED.contains(&state) => {
-                    destination.must("resolve 1");
-                    Outcome::ResolvedThere
-                }
+            (None, Some(destination)) => match there.unwrap() {
+                look if look.state == "completed" => Outcome::Moved,
+                // Its own deadline may come first: then it has refused the guest for ever.
+                look if is_undecided(&look) && destination.command("resolve 1") == "ok" => Outcome::ResolvedThere,
                 _ => Outcome::Lost,
             },
             (None, None) => panic!("{what}: both are dead"),
@@ -396,7 +392,6 @@ impl World {
         (source, here): (&mut Program, &Look),
         (destination, there): (&mut Program, &Look),
     ) -> Outcome {
-        let undecided = |look: &Look| UNDECIDED.contains(&look.state.as_str());
         if here.state == "completed" && there.state == "failed" {
             // It arrived and did not start: it is paused where it is, and nowhere else.
             assert!(!there.runs && there.reasons == PAUSED, "{what}: {here:?}, {there:?}");
@@ -406,16 +401,16 @@ impl World {
         if !here.runs && !there.runs {
             // Nobody runs: then one of them says so by its state.
             assert!(
-                undecided(here) || undecided(there),
+                is_undecided(here) || is_undecided(there),
                 "{what}: nobody runs and no state says so: {here:?}, {there:?}"
             );
         }
         let mut outcome = Outcome::Stayed;
-        if undecided(there) {
+        if is_undecided(there) {
             // Right in any order of events while the source lives.
             destination.must("resolve 0");
         }
-        if undecided(here) {
+        if is_undecided(here) {
             let moved = there.state == "completed";
             source.must(if moved { "resolve 0" } else { "resolve 1" });
             outcome = if moved { Outcome::ResolvedThere } else { Outcome::ResolvedHere };
@@ -521,27 +516,30 @@ impl Doors {
 pub(crate) const DOORS: usize = 9;
 
 /// Descriptors and threads of a process.
-fn left(program: &mut Program) -> String {
-    program.command("left")
+fn left(program: &mut Program) -> [usize; 2] {
+    let line = program.command("left");
+    let number = |key: &str| line.split(' ').find_map(|word| word.strip_prefix(key)?.parse().ok());
+    [number("fds=").unwrap(), number("threads=").unwrap()]
 }
 
-/// Nothing of a migration that ended is left behind; its last thread may take a moment.
-fn await_left(what: &str, program: &mut Program, before: String) {
+/// Nothing of a migration that ended is left behind, but what answers a source that asks what became of its guest: a
+/// descriptor and a thread at the destination. The last thread of a migration may take a moment.
+fn await_left(what: &str, program: &mut Program, most: [usize; 2]) {
     let end = Instant::now() + PATIENCE / 4;
     loop {
         let now = left(program);
-        if now == before {
+        if now[0] <= most[0] && now[1] <= most[1] {
             return;
         }
         if Instant::now() > end {
-            program.fail(&format!("{what}: before {before}, afterwards {now}"));
+            program.fail(&format!("{what}: at most {most:?} descriptors and threads may be left, not {now:?}"));
         }
         std::thread::sleep(LOOK);
     }
 }
 
-fn is_settled(look: &Look) -> bool {
-    SETTLED.contains(&look.state.as_str())
+fn is_undecided(look: &Look) -> bool {
+    UNDECIDED.contains(&look.state.as_str())
 }
 
 /// Silence is noticed soon.
