@@ -782,7 +782,7 @@ int vmig_get_expected_downtime(vmig *m,
 const char *vmig_state_name(uint32_t state);
 
 /* Why the present (or last) migration failed, as JSON with the keys text, errno and, as far as known, side, phase,
- * section, field, expected, got; `message` is all of it as one sentence. NULL if there is no error. Free it with
+ * section, field, expected, got, option (whose time ran out, where errno is ETIMEDOUT); `message` is all of it as one sentence. NULL if there is no error. Free it with
  * vmig_string_free(). [any][cb] */
 char *vmig_get_error(vmig *m);
 

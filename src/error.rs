@@ -33,6 +33,8 @@ pub struct Place {
     pub expected: Option<String>,
     /// What was found.
     pub got: Option<String>,
+    /// The option that decides: whose time ran out, say.
+    pub option: Option<String>,
 }
 
 impl Error {
@@ -61,6 +63,12 @@ impl Error {
     /// Memory that follows guest, peer or file could not be had.
     pub fn no_memory(what: impl fmt::Display, bytes: u64) -> Self {
         Self::new(libc::ENOMEM, format!("no memory for {what} ({bytes} bytes)"))
+    }
+
+    /// `ETIMEDOUT`: `what`, which ends in "for" or "within", the time, and the option that sets it.
+    pub fn timeout(option: &str, limit: std::time::Duration, what: impl fmt::Display) -> Self {
+        let text = format!("{what} {} seconds (option '{option}')", limit.as_secs_f32());
+        Self::new(libc::ETIMEDOUT, text).by_option(option)
     }
 
     /// The positive errno.
@@ -108,6 +116,12 @@ impl Error {
         self
     }
 
+    /// Names the option that decides.
+    pub fn by_option(mut self, option: &str) -> Self {
+        self.place.option = Some(option.to_owned());
+        self
+    }
+
     /// Adds what was expected and what was found.
     pub fn expected_got(mut self, expected: impl fmt::Display, got: impl fmt::Display) -> Self {
         self.place.expected = Some(expected.to_string());
@@ -115,7 +129,8 @@ impl Error {
         self
     }
 
-    /// The error as a JSON object with the keys side, phase, section, field, expected, got, errno, text.
+    /// The error as a JSON object with the keys side, phase, section, field, expected, got, option, errno,
+    /// text.
     pub fn to_json(&self) -> serde_json::Value {
         let mut map = serde_json::Map::new();
         let parts = [
@@ -125,6 +140,7 @@ impl Error {
             ("field", &self.place.field),
             ("expected", &self.place.expected),
             ("got", &self.place.got),
+            ("option", &self.place.option),
         ];
         for (key, value) in parts {
             if let Some(value) = value {
@@ -155,6 +171,7 @@ impl Error {
                 field: get("field"),
                 expected: get("expected"),
                 got: get("got"),
+                option: get("option"),
             }),
         })
     }
@@ -247,6 +264,7 @@ mod tests {
     #[test]
     fn json_round_trip_keeps_everything() {
         let error = Error::new(libc::ENOENT, "no such block").in_section("ram").expected_got("a", "b");
+        let error = error.by_option("peer");
         assert_eq!(Error::from_json(&error.to_json()), Some(error));
     }
 

@@ -61,6 +61,7 @@ pub enum Opt {
     Peer,
     HandOver,
     ConnectTimeout,
+    TotalTimeout,
     StallTimeout,
     StopTimeout,
     WorkerNice,
@@ -68,6 +69,13 @@ pub enum Opt {
     ConvergenceTime,
     Machine,
     Defaults,
+}
+
+impl Opt {
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        TABLE[self as usize].name
+    }
 }
 
 const ANY: (u64, u64) = (0, u64::MAX);
@@ -196,7 +204,24 @@ pub static TABLE: [Row; 21] = [
         "Hand guest memory over to another process of this host instead of copying it: RAM blocks registered with \
          VMIG_RAM_FD go by their file, over a unix socket. On at both sides or at neither; needs return-path.",
     ),
-    row("connect-timeout", Type::Millis, 10_000, (1, HOUR), false, "Milliseconds to wait for a connection."),
+    row(
+        "connect-timeout",
+        Type::Millis,
+        10_000,
+        (1, HOUR),
+        false,
+        "Milliseconds a source waits for its connection and then for a vmig's answer to its hello, together; and a \
+         destination for the parallel connections that it was told of.",
+    ),
+    row(
+        "total-timeout",
+        Type::Millis,
+        0,
+        (0, 24 * HOUR),
+        false,
+        "Milliseconds from vmig_outgoing to the decision to stop the guest; after them the attempt fails, and the guest \
+         runs on. 0 = no limit.",
+    ),
     row(
         "stall-timeout",
         Type::Millis,

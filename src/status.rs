@@ -236,6 +236,11 @@ impl Status {
         lock(&self.shared)
     }
 
+    /// When the present or last migration was asked for.
+    pub fn began(&self) -> Option<Instant> {
+        self.lock().started
+    }
+
     /// `EBUSY` while a migration runs.
     pub fn check_idle(&self) -> Result<()> {
         check_idle(&self.lock())

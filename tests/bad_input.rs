@@ -377,7 +377,7 @@ fn plays() -> Vec<Play> {
     let error = |json: &str| [&b"\x56\0\0\0"[..], &(json.len() as u64).to_be_bytes(), json.as_bytes()].concat();
     vec![
         play("closes", vec![], b"", libc::EIO, "the stream ends at byte 0x0"),
-        play("stalls", vec![], b"", libc::ETIMEDOUT, "sent no byte for 0.4 seconds"),
+        play("stalls", vec![], b"", libc::ETIMEDOUT, "did not answer within 0.4 seconds (option 'connect-timeout')"),
         play("no vmig", b"HTTP/1.1 400 no".to_vec(), b"", libc::EPROTO, "did not answer as a vmig does"),
         play("other version", frame(2, "{}"), b"", libc::ENOTSUP, "another version of the hello"),
         play("huge length", huge, b"", libc::EINVAL, "longer than its limit"),
@@ -399,6 +399,7 @@ fn plays() -> Vec<Play> {
 fn a_source_outlives_any_destination() {
     let mut source = Vmm::source(&[]);
     source.does("set stall-timeout 400");
+    source.does("set connect-timeout 400");
     for play in plays() {
         // Slow enough that the migration is still under way when the peer misbehaves.
         source.does("set max-bandwidth 20K");

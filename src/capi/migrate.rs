@@ -315,7 +315,7 @@ pub extern "C" fn vmig_state_name(state: u32) -> *const c_char {
 }
 
 /// Why the present (or last) migration failed, as JSON with the keys text, errno and, as far as known, side, phase,
-/// section, field, expected, got; `message` is all of it as one sentence. NULL if there is no error. Free it with
+/// section, field, expected, got, option (whose time ran out, where errno is ETIMEDOUT); `message` is all of it as one sentence. NULL if there is no error. Free it with
 /// vmig_string_free(). \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_error(m: *mut vmig) -> *mut c_char {

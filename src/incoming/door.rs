@@ -13,7 +13,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::transport::channel::FdChannel;
 use crate::transport::socket;
-use crate::transport::{Channel, Listener};
+use crate::transport::{CONNECT, Channel, Listener};
 use crate::wire::packet;
 
 /// How long a connection may take to say what it is.
@@ -71,19 +71,21 @@ impl Door {
             }
             let have = self.channels.len();
             self.turn(wake, Some(deadline), false).map_err(|e| match e.errno() {
-                libc::ETIMEDOUT => self.too_few().expected_got(count, have),
+                libc::ETIMEDOUT => self.too_few(limit).expected_got(count, have),
                 _ => e,
             })?;
         }
         Ok(self.channels.drain(..usize::from(count)).collect())
     }
 
-    fn too_few(&self) -> Error {
-        let text = "not all channels of the source came in time";
-        match &self.broken {
-            None => Error::new(libc::ETIMEDOUT, text),
-            Some(why) => Error::new(libc::ETIMEDOUT, format!("{text}, and a connection broke: {}", why.text())),
-        }
+    fn too_few(&self, limit: Duration) -> Error {
+        let secs = limit.as_secs_f32();
+        let text = format!("{secs} seconds (option '{CONNECT}'): not all channels of the source came in time");
+        let text = match &self.broken {
+            None => text,
+            Some(why) => format!("{text}, and a connection broke: {}", why.text()),
+        };
+        Error::new(libc::ETIMEDOUT, text).by_option(CONNECT)
     }
 
     /// Whether one more channel came. Only connections that have not said what they are are waited for, for `patience`.

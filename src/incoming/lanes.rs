@@ -16,7 +16,7 @@ use crate::sys::io::Room;
 use crate::sys::thread_sys;
 use crate::thread::Handle;
 use crate::thread::lock;
-use crate::transport::Channel;
+use crate::transport::{Channel, STALL};
 use crate::wire::packet::{self, Header, INIT_BYTES, Kind, PAGES_MAX};
 use crate::wire::ram::NAME;
 
@@ -215,10 +215,12 @@ impl Lanes {
                 progress = (received, Instant::now() + self.shared.limit + GRACE);
             } else if Instant::now() >= progress.1 {
                 let absent: Vec<String> = state.absent().map(|id| id.to_string()).collect();
-                let text =
-                    format!("channel {} did not reach the meeting point of the main stream", absent.join(", "));
+                let text = format!(
+                    "channel {} did not reach the meeting point of the main stream, and nothing came for",
+                    absent.join(", ")
+                );
                 let arrived = self.lanes.len() - absent.len();
-                return Err(Error::new(libc::ETIMEDOUT, text).expected_got(self.lanes.len(), arrived));
+                return Err(Error::timeout(STALL, self.shared.limit, text).expected_got(self.lanes.len(), arrived));
             }
             state = self.shared.wait(state);
         }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::options::Opt;
 use crate::thread::{Threads, fence, lock};
 
 const PROBING: u8 = 0;
@@ -175,10 +176,9 @@ impl<V> Drop for Bench<V> {
 }
 
 fn still_running(index: usize, detail: &str) -> Error {
-    Error::new(
-        libc::ETIMEDOUT,
-        format!("vCPU {index} is still inside KVM_RUN ({detail}): the stop hook must kick and park every vCPU"),
-    )
+    let text =
+        format!("vCPU {index} is still inside KVM_RUN ({detail}): the stop hook must kick and park every vCPU");
+    Error::new(libc::ETIMEDOUT, text).by_option(Opt::StopTimeout.name())
 }
 
 impl<T: Send + 'static> Job<T> {

@@ -10,6 +10,7 @@ mod sender;
 mod sections;
 mod stretch;
 mod toll;
+mod total;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,7 +31,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
-use crate::transport::{Channel, Target};
+use crate::transport::{Channel, STALL, Target};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::command::Command;
 use crate::wire::{hello, stream};
@@ -40,6 +41,7 @@ use replies::Replies;
 use sections::SectionSaver;
 use sender::{FindZeros, RamSender};
 use toll::Toll;
+use total::TotalTime;
 
 /// Longest a section or the page loop works before the loop looks up (errors, limits, other sections).
 const SLICE: Duration = Duration::from_millis(50);
@@ -153,15 +155,13 @@ fn is_peers_doing(errno: i32) -> bool {
     matches!(errno, libc::EPIPE | libc::ECONNRESET | libc::ETIMEDOUT)
 }
 
-fn silent(limit: Duration) -> Error {
-    Error::new(libc::ETIMEDOUT, format!("the destination did not answer within {} seconds", limit.as_secs_f32()))
-}
-
 /// Everything between connecting and the outcome. What was set up is undone on every path.
 fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
+    let total = TotalTime::start(job).map_err(|e| e.in_phase("connect"))?;
     let limit = job.options.time(Opt::ConnectTimeout);
+    let answer_by = Instant::now() + limit;
     let channel = job.target.connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-    let mut migration = Migration::new(job, Arc::clone(&channel));
+    let mut migration = Migration::new(job, channel, total, answer_by);
     let result = migration.phases(stopped);
     migration.hang_up(result)
 }
@@ -186,6 +186,9 @@ struct Migration<'a> {
     /// Of the main stream, what was charged to the toll.
     charged: u64,
     pings: u32,
+    total: TotalTime,
+    /// When a vmig must have answered the hello.
+    answer_by: Instant,
     begun: Instant,
     last_sync: Instant,
     /// What the last harvest and the last PING took.
@@ -196,7 +199,7 @@ struct Migration<'a> {
 }
 
 impl<'a> Migration<'a> {
-    fn new(job: &'a Job, channel: Arc<dyn Channel>) -> Self {
+    fn new(job: &'a Job, channel: Arc<dyn Channel>, total: TotalTime, answer_by: Instant) -> Self {
         let stall = job.options.time(Opt::StallTimeout);
         let to_vmig = channel.is_two_way() && job.options.get(Opt::Peer) == 0;
         Self {
@@ -222,6 +225,8 @@ impl<'a> Migration<'a> {
             accounted: 0,
             charged: 0,
             pings: 0,
+            total,
+            answer_by,
             begun: Instant::now(),
             last_sync: Instant::now(),
             sync_took: Duration::ZERO,
@@ -235,7 +240,7 @@ impl<'a> Migration<'a> {
         self.greet().map_err(|e| e.in_phase("hello"))?;
         self.setup().map_err(|e| e.in_phase("setup"))?;
         self.job.status.advance(State::Active)?;
-        self.iterate().map_err(|e| e.in_phase("iterate"))?;
+        self.iterate().and_then(|()| self.total.is_kept(self.job)).map_err(|e| e.in_phase("iterate"))?;
         self.job.status.advance(State::Device)?;
         self.complete(stopped)
     }
@@ -261,12 +266,14 @@ impl<'a> Migration<'a> {
             let mut bytes = Vec::new();
             hello::put(&mut bytes, &self.hello(survey.as_ref()))?;
             self.out.write(&bytes)?;
-            // Looked for while the destination compares.
+            // Looked for while the destination compares; what that takes is not the destination's fault.
+            let begun = Instant::now();
             self.existing = survey.as_ref().map(|survey| self.existing(survey)).transpose()?.unwrap_or_default();
-            answers.set_limit(Some(self.job.options.time(Opt::StallTimeout)));
+            let answer_by = self.answer_by + begun.elapsed();
+            answers.set_deadline(Some((answer_by, self.job.options.time(Opt::ConnectTimeout))));
             match hello::read_answer(&mut answers)? {
                 hello::Answer::Welcome(welcome) => {
-                    answers.set_limit(None);
+                    answers.set_deadline(None);
                     hand::check_welcome(&welcome, self.sections.fd_fields())?;
                     self.hand.pass(&welcome, &mut self.out)?;
                     if welcome.zero_runs {
@@ -419,8 +426,9 @@ impl<'a> Migration<'a> {
         while !replies.has_caught_up(self.pings, SLICE.min(limit)) {
             self.job.status.check()?;
             // The guest must not be handed over to somebody who is silent already.
-            if Instant::now() > deadline {
-                return Err(silent(limit));
+            if Instant::now() >= deadline {
+                let what = "the destination, which has everything that was sent, answered no ping for";
+                return Err(Error::timeout(STALL, limit, what));
             }
         }
         Ok(())
@@ -513,7 +521,7 @@ impl<'a> Migration<'a> {
         let Some(replies) = &self.replies else { return Ok(true) };
         let limit = self.job.options.time(Opt::StallTimeout);
         if !replies.answered() && self.begun.elapsed() > limit {
-            return Err(silent(limit));
+            return Err(Error::timeout(STALL, limit, "the destination did not answer the first ping within"));
         }
         Ok(replies.answered() && (!self.job.options.on(Opt::SwitchoverAck) || replies.acknowledged()))
     }

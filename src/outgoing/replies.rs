@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::status::Status;
 use crate::thread::Handle;
 use crate::thread::lock;
+use crate::transport::STALL;
 use crate::transport::stream::StreamInput;
 use crate::wire::reply::{self, Reply};
 
@@ -159,9 +160,9 @@ impl Replies {
         match heard.shut {
             Some(0) => Verdict::Loaded,
             Some(_) => Verdict::Failed(heard.failure().unwrap_or_else(|| Error::new(libc::EIO, "failed"))),
-            None => Verdict::Lost(heard.ended.clone().unwrap_or_else(|| {
-                Error::new(libc::ETIMEDOUT, format!("no answer within {} seconds", limit.as_secs_f32()))
-            })),
+            None => {
+                Verdict::Lost(heard.ended.clone().unwrap_or_else(|| Error::timeout(STALL, limit, "no answer within")))
+            }
         }
     }
 

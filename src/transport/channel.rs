@@ -107,8 +107,9 @@ impl FdChannel {
             Ready::Fd => Ok(()),
             Ready::Woken => self.wake.check(),
             Ready::TimedOut => {
-                let (what, secs) = (if writing { "took" } else { "sent" }, limit.unwrap_or_default().as_secs_f32());
-                Err(Error::new(libc::ETIMEDOUT, format!("the peer {what} no byte for {secs} seconds")))
+                let what = if writing { "took" } else { "sent" };
+                let what = format!("the peer {what} no byte for");
+                Err(Error::timeout(super::STALL, limit.unwrap_or_default(), what))
             }
         }
     }

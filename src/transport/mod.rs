@@ -10,11 +10,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::options::Opt;
 use crate::sys::eventfd::Wake;
 pub use crate::sys::fdpass::FDS_MAX;
 use crate::sys::io::{self, Piece, Room};
 use channel::FdChannel;
 use uri::Uri;
+
+/// The option that every limit of a [`Channel`] comes from, unless its caller says better.
+pub const STALL: &str = Opt::StallTimeout.name();
+/// The option that limits connecting, up to the first answer.
+pub const CONNECT: &str = Opt::ConnectTimeout.name();
 
 /// A connection to the other side. All calls are safe from several threads; one reads, one writes.
 pub trait Channel: Send + Sync + std::fmt::Debug {

@@ -59,7 +59,7 @@ pub fn connect(uri: &Uri, wake: &Arc<Wake>, limit: Duration) -> Result<FdChannel
     let deadline = Instant::now() + limit;
     let mut last = None;
     for (address, words) in addresses(uri)? {
-        match connect_one(&address, &words, wake, deadline) {
+        match connect_one(&address, &words, wake, (deadline, limit)) {
             Ok(socket) => {
                 prepare(&socket);
                 return FdChannel::new(OwnedFd::from(socket), wake);
@@ -71,9 +71,14 @@ pub fn connect(uri: &Uri, wake: &Arc<Wake>, limit: Duration) -> Result<FdChannel
     Err(last.unwrap_or_else(|| Error::new(libc::EHOSTUNREACH, "the host has no address")))
 }
 
-fn connect_one(address: &SockAddr, words: &str, wake: &Wake, deadline: Instant) -> Result<Socket> {
+fn connect_one(
+    address: &SockAddr,
+    words: &str,
+    wake: &Wake,
+    (deadline, limit): (Instant, Duration),
+) -> Result<Socket> {
     let failed = |e: &std::io::Error| Error::from_io(format!("connecting to {words}"), e);
-    let late = || Error::new(libc::ETIMEDOUT, format!("connecting to {words}: no answer in time"));
+    let late = || Error::timeout(super::CONNECT, limit, format!("connecting to {words}: no answer within"));
     let socket = socket(address, words)?;
     loop {
         match socket.connect(address) {

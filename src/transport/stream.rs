@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Channel;
 use crate::error::{Error, Result};
@@ -20,6 +20,8 @@ const BUFFER_SMALL: usize = 4 << 10;
 pub struct StreamInput {
     channel: Arc<dyn Channel>,
     limit: Option<Duration>,
+    /// The moment by which everything wanted must be there, and how long that is from where it was set.
+    deadline: Option<(Instant, Duration)>,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -39,12 +41,27 @@ impl StreamInput {
     }
 
     fn with_room(channel: Arc<dyn Channel>, limit: Option<Duration>, room: usize) -> Self {
-        Self { channel, limit, buffer: vec![0; room].into_boxed_slice(), start: 0, end: 0, position: 0 }
+        let buffer = vec![0; room].into_boxed_slice();
+        Self { channel, limit, deadline: None, buffer, start: 0, end: 0, position: 0 }
     }
 
-    /// Changes how long the peer may be silent.
-    pub fn set_limit(&mut self, limit: Option<Duration>) {
-        self.limit = limit;
+    /// From here on everything must come by `deadline`, which is `limit` after connecting began.
+    pub fn set_deadline(&mut self, deadline: Option<(Instant, Duration)>) {
+        self.deadline = deadline;
+    }
+
+    /// Reads once, as far as the peer may still be waited for.
+    fn receive(&mut self) -> Result<usize> {
+        let room = &mut self.buffer[self.end..];
+        let Some((deadline, limit)) = self.deadline else { return self.channel.read(room, self.limit) };
+        let late =
+            || Error::timeout(super::CONNECT, limit, "the peer took the connection, but did not answer within");
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Bytes that trickle do not make it longer.
+        if left.is_zero() {
+            return Err(late());
+        }
+        self.channel.read(room, Some(left)).map_err(|e| if e.errno() == libc::ETIMEDOUT { late() } else { e })
     }
 
     /// Makes at least `n` bytes available, `n` at most the room.
@@ -56,7 +73,7 @@ impl StreamInput {
                 self.buffer.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             }
-            let got = self.channel.read(&mut self.buffer[self.end..], self.limit)?;
+            let got = self.receive()?;
             if got == 0 {
                 let have = self.end - self.start;
                 return Err(ends_early(self.position + have as u64, (n - have) as u64));
@@ -237,7 +254,7 @@ mod tests {
         let (a, b, _) = pair();
         let short = Duration::from_millis(20);
         let error = StreamInput::new(Arc::clone(&b), short).u8().unwrap_err();
-        assert_eq!(error.to_string(), "the peer sent no byte for 0.02 seconds");
+        assert_eq!(error.to_string(), "the peer sent no byte for 0.02 seconds (option 'stall-timeout')");
         let error = StreamOutput::new(a, short).write(&vec![0; 64 << 20]).unwrap_err();
         assert_eq!(error.errno(), libc::ETIMEDOUT);
     }
