@@ -244,6 +244,11 @@ impl Machine {
         if self.options.on(Opt::HandOver) && !self.options.on(Opt::ReturnPath) {
             return Err(Error::invalid("option 'hand-over' needs option 'return-path'"));
         }
+        if self.options.on(Opt::Checksum) && self.options.get(Opt::Peer) == 1 {
+            return Err(Error::invalid(
+                "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
+            ));
+        }
         self.tell_kvm();
         let wake = Arc::new(Wake::new()?);
         let job = outgoing::Job {

@@ -60,6 +60,7 @@ pub enum Opt {
     Autostart,
     Peer,
     HandOver,
+    Checksum,
     ConnectTimeout,
     TotalTimeout,
     StallTimeout,
@@ -87,7 +88,7 @@ const fn row(name: &'static str, kind: Type, default: u64, range: (u64, u64), li
 }
 
 /// Every option, in the order of [`Opt`].
-pub static TABLE: [Row; 21] = [
+pub static TABLE: [Row; 22] = [
     Row {
         qemu: 128 << 20,
         ..row(
@@ -203,6 +204,15 @@ pub static TABLE: [Row; 21] = [
         false,
         "Hand guest memory over to another process of this host instead of copying it: RAM blocks registered with \
          VMIG_RAM_FD go by their file, over a unix socket. On at both sides or at neither; needs return-path.",
+    ),
+    row(
+        "checksum",
+        Type::Choice(&["none", "crc32c"]),
+        0,
+        (0, 1),
+        false,
+        "Checksums over everything that travels between two vmigs: what arrives other than it was sent fails the attempt. \
+         The source decides; a destination where it is set refuses a source where it is not. TLS has its own.",
     ),
     row(
         "connect-timeout",

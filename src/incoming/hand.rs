@@ -127,7 +127,7 @@ impl<'a> Hand<'a> {
             channel.expect_fds();
         }
         let names = || self.wanted.iter().map(|wanted| wanted.block.name().to_owned()).collect();
-        Welcome { fds: true, zero_runs: true, hand_over: self.on.then(names) }
+        Welcome { fds: true, zero_runs: true, checksum: theirs.checksum.is_some(), hand_over: self.on.then(names) }
     }
 
     /// A source that says no hello cannot hand anything over.

@@ -10,13 +10,14 @@ use super::door::Door;
 use super::target::{Target, Targets};
 use crate::error::{Error, Result};
 use crate::options::Opt;
-use crate::ram::{Block, PAGE};
+use crate::ram::{Block, PAGE, PAGE_BYTES};
 use crate::sys::eventfd::Wake;
 use crate::sys::io::Room;
 use crate::sys::thread_sys;
 use crate::thread::Handle;
 use crate::thread::lock;
 use crate::transport::{Channel, STALL};
+use crate::wire::checksum::{STEP, Sum, altered};
 use crate::wire::packet::{self, Header, INIT_BYTES, Kind, PAGES_MAX};
 use crate::wire::ram::NAME;
 
@@ -61,6 +62,8 @@ struct Shared {
     targets: Targets,
     /// The source may send runs of zero pages.
     zero_runs: bool,
+    /// Packets carry checksums.
+    checksum: bool,
     limit: Duration,
 }
 
@@ -124,7 +127,7 @@ impl Lanes {
         channels: Vec<Arc<dyn Channel>>,
         targets: &Targets,
         ahead: Option<&Ahead>,
-        zero_runs: bool,
+        (zero_runs, checksum): (bool, bool),
     ) -> Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State { standing: vec![Standing::Quiet; channels.len()], ..State::default() }),
@@ -134,6 +137,7 @@ impl Lanes {
             zero: AtomicU64::new(0),
             targets: Arc::clone(targets),
             zero_runs,
+            checksum,
             limit: job.options.time(Opt::StallTimeout),
         });
         let count = u8::try_from(channels.len()).unwrap_or(u8::MAX);
@@ -141,7 +145,7 @@ impl Lanes {
             Self { shared, lanes: Vec::new(), wake: Arc::clone(&job.wake), meet_each_section: false, door: None };
         let mut seen = [false; 256];
         for channel in channels {
-            let id = read_init(channel.as_ref(), count, lanes.shared.limit)
+            let id = read_init(channel.as_ref(), count, lanes.shared.limit, checksum)
                 .map_err(|e| e.context("the first packet of a channel"))?;
             if std::mem::replace(&mut seen[usize::from(id)], true) {
                 return Err(Error::invalid(format!("two channels have the id {id}")));
@@ -270,7 +274,7 @@ impl Drop for Lanes {
     }
 }
 
-fn read_init(channel: &dyn Channel, count: u8, limit: Duration) -> Result<u8> {
+fn read_init(channel: &dyn Channel, count: u8, limit: Duration, checksum: bool) -> Result<u8> {
     let mut init = [0; INIT_BYTES];
     let mut filled = 0;
     while filled < init.len() {
@@ -279,7 +283,7 @@ fn read_init(channel: &dyn Channel, count: u8, limit: Duration) -> Result<u8> {
             n => filled += n,
         }
     }
-    packet::read_init(&init, count)
+    packet::read_init(&init, count, checksum)
 }
 
 struct Lane<'a> {
@@ -293,6 +297,9 @@ struct Lane<'a> {
 impl Lane<'_> {
     fn work(&mut self) -> Result<()> {
         while self.read_header()? {
+            if self.shared.checksum {
+                self.header.check()?;
+            }
             match self.header.kind()? {
                 Kind::Sync => {
                     if !self.shared.meet(self.id) {
@@ -375,12 +382,37 @@ impl Lane<'_> {
             scout.saw(block, whole);
         }
         self.fill(&mut rooms)?;
+        if self.shared.checksum {
+            self.check_pages(block, whole)?;
+        }
         for page in zeros {
             target.zero(*page);
         }
         self.shared.normal.fetch_add(normal as u64, Ordering::Relaxed);
         self.shared.zero.fetch_add(zero as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Compares pages, as they now lie in memory, with the packet's checksum.
+    fn check_pages(&self, block: &Block, pages: &[usize]) -> Result<()> {
+        let mut sum = Sum::default();
+        let mut scratch = Vec::with_capacity(STEP);
+        let runs = || pages.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], run.len()));
+        for (first, count) in runs() {
+            let mut piece = block.piece(first, count);
+            while !piece.is_empty() {
+                scratch.clear();
+                piece.take_into(&mut scratch, STEP);
+                sum.add(&scratch);
+            }
+        }
+        if sum.value() == self.header.pages_sum() {
+            return Ok(());
+        }
+        let range = |(first, count)| format!("{:#x}..{:#x}", first * PAGE_BYTES, (first + count) * PAGE_BYTES);
+        let ranges: Vec<String> = runs().map(range).collect();
+        let what = format!("RAM block '{}', bytes {}:", block.name(), ranges.join(", "));
+        Err(altered(what, self.header.pages_sum(), sum.value()).in_section(NAME).in_field(block.name()))
     }
 
     fn fill(&self, rooms: &mut [Room<'_>]) -> Result<()> {

@@ -16,7 +16,7 @@ use crate::section::list::Bindings;
 use crate::section::{Apply, Part};
 use crate::transport::stream::StreamInput;
 use crate::wire::command::Command;
-use crate::wire::input::Input;
+use crate::wire::input::{Input, Slice};
 use crate::wire::ram;
 use crate::wire::reply::Reply;
 use crate::wire::stream::{self, Element, SectionName};
@@ -162,12 +162,26 @@ impl<'a> Loader<'a> {
     /// A QEMU that may not open the channels of its multifd hangs up, or waits, before it sends a section.
     fn next_element(&self, input: &mut StreamInput) -> Result<Element> {
         stream::read_element(input).map_err(|error| match (error.errno(), self.ram_id) {
+            (libc::EBADMSG, _) => self.name_rejected(error, input),
             (libc::EIO | libc::ETIMEDOUT | libc::ECONNRESET, None) => {
                 let hint = "nothing came of the first section; if the source is QEMU, switch multifd off there";
                 Error::new(error.errno(), format!("{error}: {hint}"))
             }
             _ => error,
         })
+    }
+
+    /// Names the section that the rejected frame began with, if its name can be made out.
+    fn name_rejected(&self, error: Error, input: &StreamInput) -> Error {
+        match stream::read_element(&mut Slice::new(input.rejected().unwrap_or_default())) {
+            Ok(Element::Start(_, name) | Element::Full(_, name)) => error.in_section(name.name),
+            Ok(Element::Part(id) | Element::End(id)) if self.ram_id == Some(id) => error.in_section(ram::NAME),
+            Ok(Element::Part(id) | Element::End(id)) => match self.bindings.find(id) {
+                Ok((entry, ..)) => error.in_section(entry.name.clone()),
+                Err(_) => error,
+            },
+            _ => error,
+        }
     }
 
     /// START or FULL: binds the id and loads the body.

@@ -25,6 +25,7 @@ use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, Listener};
 use crate::vmm::run::Before;
 use crate::vmm::{RunReport, StopReason, Vmm};
+use crate::wire::checksum;
 use crate::wire::hello::{self, Answer, Hello};
 use crate::wire::input::Input;
 use crate::wire::packet;
@@ -180,6 +181,11 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
         // A QEMU says nothing of its channels: both sides must have been told the same.
         false => {
             hand.check_plain()?;
+            if job.options.on(Opt::Checksum) {
+                let text =
+                    "option 'checksum' is set, but the source does not use this library, or is a pipe or a file";
+                return Err(Error::invalid(text).by_option(Opt::Checksum.name()).in_phase("hello"));
+            }
             (Parallel::configured(&job.options), Vec::new())
         }
     };
@@ -191,8 +197,9 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
         count => {
             let limit = job.options.time(Opt::ConnectTimeout);
             let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            let mut lanes = Lanes::start(job, channels, &targets, memory.ahead.as_ref(), peer.is_vmig)
-                .map_err(|e| e.in_phase("connect"))?;
+            let mut lanes =
+                Lanes::start(job, channels, &targets, memory.ahead.as_ref(), (peer.is_vmig, parallel.checksum))
+                    .map_err(|e| e.in_phase("connect"))?;
             if parallel.meet_each_section {
                 lanes.meet_each_section();
             }
@@ -226,13 +233,15 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
 struct Parallel {
     channels: u8,
     meet_each_section: bool,
+    /// Their packets carry checksums.
+    checksum: bool,
 }
 
 impl Parallel {
     /// What the options say: on only if multifd was switched on by name, because a plain QEMU source has no channels.
     fn configured(options: &Options) -> Self {
         let channels = if options.is_set(Opt::Multifd) { options.channels() } else { 0 };
-        Self { channels, meet_each_section: options.on(Opt::MultifdFlushAfterEachSection) }
+        Self { channels, meet_each_section: options.on(Opt::MultifdFlushAfterEachSection), checksum: false }
     }
 }
 
@@ -254,10 +263,15 @@ fn greet(
     hello::put_answer(&mut bytes, &answer)?;
     peer.out.write(&bytes)?;
     match answer {
-        Answer::Welcome(_) => {
+        Answer::Welcome(welcome) => {
+            if welcome.checksum {
+                peer.out.use_frames()?;
+                input.expect_frames()?;
+            }
             hand.receive(input, &*peer.channel)?;
             let hints = if theirs.hints { read_hints(job, &theirs, input)? } else { Vec::new() };
-            Ok((Parallel { channels: theirs.channels, meet_each_section: theirs.meet_each_section }, hints))
+            let checksum = theirs.checksum.is_some();
+            Ok((Parallel { channels: theirs.channels, meet_each_section: theirs.meet_each_section, checksum }, hints))
         }
         Answer::Refused(errors) => Err(hello::join(&errors)),
     }
@@ -317,6 +331,7 @@ fn compare(theirs: &Hello, job: &Job, peer: &Peer, hand: &mut Hand<'_>) -> Vec<E
         let text = "option 'machine' differs between source and destination";
         found.push(Error::invalid(text).expected_got(machine, &theirs.machine));
     }
+    compare_checksum(theirs, job, &mut found);
     if theirs.page_size != PAGE {
         found.push(Error::invalid("the page size differs").expected_got(PAGE, theirs.page_size));
     }
@@ -361,6 +376,18 @@ fn compare_ram(theirs: &Hello, ram: &RamList, hand: &Hand<'_>, found: &mut Vec<E
             found.push(Error::new(libc::ENOENT, text).in_section("ram"));
         }
     }
+}
+
+/// The source decides whether there are checksums, but a destination may insist.
+fn compare_checksum(theirs: &Hello, job: &Job, found: &mut Vec<Error>) {
+    let got = theirs.checksum.as_deref().unwrap_or("none");
+    let text = match got {
+        checksum::NAME => return,
+        "none" if !job.options.on(Opt::Checksum) => return,
+        "none" => "option 'checksum' is set at the destination: set it at the source, too",
+        _ => "the destination does not know the checksum that the source wants",
+    };
+    found.push(Error::invalid(text).by_option(Opt::Checksum.name()).expected_got(checksum::NAME, got));
 }
 
 fn compare_sections(theirs: &Hello, entries: &[Entry], found: &mut Vec<Error>) {

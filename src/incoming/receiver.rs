@@ -10,14 +10,16 @@ use crate::error::{Error, Result};
 use crate::ram::PAGE;
 use crate::status::Status;
 use crate::transport::stream::StreamInput;
-use crate::wire::input::Input;
+use crate::wire::input::{Input, Slice};
 use crate::wire::ram::{self, Record};
 
 /// Receives pages; remembers the block of the last record.
 #[derive(Debug)]
 pub(super) struct RamReceiver {
     targets: Targets,
-    last: Option<Arc<Target>>,
+    last: Option<(Arc<Target>, usize)>,
+    /// Where in the stream it stands.
+    at: u64,
     /// Has memory prepared ahead.
     scout: Option<Scout>,
     normal: u64,
@@ -26,16 +28,43 @@ pub(super) struct RamReceiver {
 
 impl RamReceiver {
     pub(super) fn new(targets: &Targets, scout: Option<Scout>) -> Self {
-        Self { targets: Arc::clone(targets), last: None, scout, normal: 0, zero: 0 }
+        Self { targets: Arc::clone(targets), last: None, at: 0, scout, normal: 0, zero: 0 }
     }
 
     /// Takes one body.
     pub(super) fn load(&mut self, input: &mut StreamInput, status: &Status, lanes: Option<&Lanes>) -> Result<()> {
+        match self.records(input, status, lanes) {
+            Err(error) if error.errno() == libc::EBADMSG => Err(self.name_rejected(error, input)),
+            result => result,
+        }
+    }
+
+    /// Names the block whose pages the rejected frame holds, and the first of them as far as it can be made out.
+    fn name_rejected(&self, error: Error, input: &StreamInput) -> Error {
+        let (mut name, mut offset) = match &self.last {
+            Some((target, page)) => (Some(target.block.name().to_owned()), *page as u64 * PAGE),
+            None => (None, 0),
+        };
+        // It begins with a record, unless one was being read.
+        if input.position() == self.at
+            && let Ok(Record::Page { name: block, offset: first }) =
+                ram::read(&mut Slice::new(input.rejected().unwrap_or_default()))
+        {
+            (name, offset) = (block.or(name), first);
+        }
+        match name {
+            Some(name) => error.context(format_args!("from {offset:#x} of RAM block '{name}' on")).in_field(name),
+            None => error,
+        }
+    }
+
+    fn records(&mut self, input: &mut StreamInput, status: &Status, lanes: Option<&Lanes>) -> Result<()> {
         /// Records between two looks at cancel.
         const LOOK: u32 = 4096;
         let mut since = 0;
         loop {
             let at = input.position();
+            self.at = at;
             match ram::read(input)? {
                 Record::End => break,
                 Record::Flush => match lanes {
@@ -62,7 +91,7 @@ impl RamReceiver {
                     let (target, page) = self.page(at, name, offset)?;
                     target.mark(page, 1);
                     input.page(|bytes| target.block.write_page(page, bytes))?;
-                    if let (Some(scout), Some(target)) = (&self.scout, &self.last) {
+                    if let (Some(scout), Some((target, _))) = (&self.scout, &self.last) {
                         scout.saw(&target.block, &[page]);
                     }
                     self.normal += 1;
@@ -108,9 +137,9 @@ impl RamReceiver {
                 let text = format!("byte {at:#x}: there is no RAM block '{}' here", name.escape_default());
                 return Err(Error::new(libc::ENOENT, text));
             };
-            self.last = Some(Arc::clone(target));
+            self.last = Some((Arc::clone(target), 0));
         }
-        let Some(target) = &self.last else {
+        let Some((target, last)) = &mut self.last else {
             return Err(Error::invalid(format!("byte {at:#x}: the first page names no RAM block")));
         };
         let block = &target.block;
@@ -119,6 +148,7 @@ impl RamReceiver {
                 .expected_got(format!("an offset below {:#x}", block.len()), format!("{offset:#x}")));
         }
         let page = usize::try_from(offset / PAGE).map_err(|_| Error::invalid("a page out of reach"))?;
+        *last = page;
         Ok((target, page))
     }
 }

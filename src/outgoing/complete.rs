@@ -17,6 +17,7 @@ use crate::status::store_time;
 use crate::sys::clock::monotonic_ns;
 use crate::vmm::StopReason;
 use crate::wire::command::Command;
+use crate::wire::frame::Bodies;
 use crate::wire::stream;
 
 /// How long a source that knows the guest is gone waits to hear how its start went: only to report it.
@@ -60,28 +61,29 @@ impl Migration<'_> {
         let mut lap = Lap(Instant::now());
         let devices = self.save_devices().map_err(|e| e.in_phase("save"))?;
         took.devices = lap.time();
-        self.send_rest(&devices, took, &mut lap).map_err(|e| e.in_phase("complete"))?;
+        self.send_rest(devices, took, &mut lap).map_err(|e| e.in_phase("complete"))?;
         self.hand_over(took, &mut lap)
     }
 
     /// END bodies, device bodies and the description, into one buffer. The big lock covers just this.
-    fn save_devices(&mut self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
+    fn save_devices(&mut self) -> Result<Bodies> {
+        let mut bodies = Bodies::default();
         let clock_ns = self.job.vmm.clock_ns();
         {
             let _bql = self.job.vmm.bql().guard()?;
-            self.sections.complete(&mut bytes, clock_ns)?;
+            self.sections.complete(&mut bodies, clock_ns)?;
         }
         // A pause that came during the switchover travels too; from here on there is none.
         let reasons = self.job.vmm.seal()?;
-        self.sections.global_state(&mut bytes, reasons.without(StopReason::Migration).is_empty())?;
+        self.sections.global_state(&mut bodies, reasons.without(StopReason::Migration).is_empty())?;
         let description = self.sections.description(&self.job.options.machine());
-        stream::put_end_of_stream(&mut bytes, &description)?;
-        Ok(bytes)
+        bodies.begin();
+        stream::put_end_of_stream(&mut bodies.bytes, &description)?;
+        Ok(bodies)
     }
 
     /// The last pages, then the devices, up to the last byte but one.
-    fn send_rest(&mut self, devices: &[u8], took: &mut Parts, lap: &mut Lap) -> Result<()> {
+    fn send_rest(&mut self, devices: Bodies, took: &mut Parts, lap: &mut Lap) -> Result<()> {
         self.job.status.check()?;
         self.toll.lift();
         self.sync()?;
@@ -96,9 +98,9 @@ impl Migration<'_> {
         }
         self.sender.end_section(&mut self.out, true)?;
         took.ram = lap.time();
-        let (_, rest) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
+        let (rest, _) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
-        self.write(rest)?;
+        self.write_bodies(&rest)?;
         // As late as it can still be undone: a write that is not seen here is one the destination never gets.
         self.job.dirty.check_quiet(&set)?;
         took.devices += lap.time();

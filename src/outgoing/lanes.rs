@@ -13,13 +13,14 @@ use super::stretch::TAKEN_MAX;
 use super::toll::Toll;
 use crate::error::{Error, Result};
 use crate::options::Opt;
-use crate::ram::Block;
+use crate::ram::{Block, PAGE_BYTES};
 use crate::sys::io::Piece;
 use crate::sys::thread_sys;
 use crate::thread::Handle;
 use crate::thread::lock;
 use crate::transport::Channel;
 use crate::transport::stream::StreamOutput;
+use crate::wire::checksum::{STEP, Sum};
 use crate::wire::packet::{self, Header, PAGES_MAX, ZERO_RUNS_MAX};
 
 /// Batches waiting or under way. They hold as many pages as are taken at once (see [`TAKEN_MAX`]), twice: lanes that
@@ -68,6 +69,8 @@ struct Shared {
     find_zeros: bool,
     /// The destination takes runs of zero pages.
     zero_runs: bool,
+    /// Packets carry checksums.
+    checksum: bool,
     toll: Arc<Toll>,
     limit: Duration,
     #[cfg(feature = "fault-injection")]
@@ -158,7 +161,7 @@ impl Lanes {
     pub(super) fn connect(
         job: &Job,
         count: u8,
-        (find_zeros, zero_runs): (bool, bool),
+        (find_zeros, zero_runs, checksum): (bool, bool, bool),
         toll: &Arc<Toll>,
     ) -> Result<Self> {
         let limit = job.options.time(Opt::StallTimeout);
@@ -179,6 +182,7 @@ impl Lanes {
             packets: AtomicU64::new(0),
             find_zeros,
             zero_runs,
+            checksum,
             toll: Arc::clone(toll),
             limit,
             #[cfg(feature = "fault-injection")]
@@ -303,7 +307,7 @@ fn run(shared: &Shared, channel: Arc<dyn Channel>, id: u8) -> Result<()> {
         state.channels.push(Arc::clone(&channel));
     }
     let out = StreamOutput::new(channel, shared.limit);
-    Lane { shared, out, header: Header::default(), zeros: Zeros::default() }.work(id)
+    Lane { shared, out, header: Header::default(), zeros: Zeros::default(), copy: Vec::new() }.work(id)
 }
 
 /// Zero pages a lane found and has not told yet: a packet that carries nothing else is worth its while only full.
@@ -327,11 +331,17 @@ struct Lane<'a> {
     out: StreamOutput,
     header: Header,
     zeros: Zeros,
+    /// With checksums: the pages of a packet, as they are sent.
+    copy: Vec<u8>,
 }
 
 impl Lane<'_> {
     fn work(&mut self, id: u8) -> Result<()> {
-        self.out.write(&packet::init(id))?;
+        if self.shared.checksum {
+            let room = PAGES_MAX * PAGE_BYTES;
+            self.copy.try_reserve_exact(room).map_err(|_| Error::no_memory("a packet of pages", room as u64))?;
+        }
+        self.out.write(&packet::init(id, self.shared.checksum))?;
         let mut met = 0;
         loop {
             match self.shared.next(met) {
@@ -343,7 +353,7 @@ impl Lane<'_> {
                 Next::Meet => {
                     self.tell_zeros()?;
                     self.header.set_sync(self.shared.packets.fetch_add(1, Ordering::Relaxed));
-                    self.out.write(self.header.bytes())?;
+                    self.write_header()?;
                     self.account();
                     met += 1;
                     let mut state = self.shared.lock();
@@ -376,9 +386,13 @@ impl Lane<'_> {
         let number = self.shared.packets.fetch_add(1, Ordering::Relaxed);
         self.header.set_pages(number, block.name(), &batch.pages, &batch.zeros);
         let mut pieces = Vec::with_capacity(1 + batch.pages.len());
-        pieces.push(Piece::of(self.header.bytes()));
-        for run in batch.pages.chunk_by(|a, b| a + 1 == *b) {
-            pieces.push(block.piece(run[0], run.len()));
+        let runs = batch.pages.chunk_by(|a, b| a + 1 == *b).map(|run| block.piece(run[0], run.len()));
+        if self.shared.checksum {
+            self.header.seal(copy_and_sum(runs, &mut self.copy));
+            pieces.extend([Piece::of(self.header.bytes()), Piece::of(&self.copy)]);
+        } else {
+            pieces.push(Piece::of(self.header.bytes()));
+            pieces.extend(runs);
         }
         self.shared.toll.pay(pieces.iter().map(|p| p.len() as u64).sum())?;
         self.out.write_pieces(&mut pieces)?;
@@ -416,13 +430,35 @@ impl Lane<'_> {
             self.header.set_zero_runs(number, block.name(), &self.zeros.runs);
             self.zeros.runs.clear();
             self.shared.toll.pay(self.header.bytes().len() as u64)?;
-            self.out.write(self.header.bytes())?;
+            self.write_header()?;
             self.account();
         }
         Ok(())
     }
 
+    /// A packet without pages.
+    fn write_header(&mut self) -> Result<()> {
+        if self.shared.checksum {
+            self.header.seal(0);
+        }
+        self.out.write(self.header.bytes())
+    }
+
     fn account(&mut self) {
         self.shared.written.fetch_add(self.out.take_written(), Ordering::Relaxed);
     }
+}
+
+/// Copies pages, which the guest may be writing, so that the very bytes that were summed are sent.
+fn copy_and_sum<'p>(pieces: impl Iterator<Item = Piece<'p>>, copy: &mut Vec<u8>) -> u32 {
+    copy.clear();
+    let mut sum = Sum::default();
+    for mut piece in pieces {
+        while !piece.is_empty() {
+            let start = copy.len();
+            piece.take_into(copy, STEP);
+            sum.add(&copy[start..]);
+        }
+    }
+    sum.value()
 }

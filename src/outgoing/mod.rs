@@ -34,7 +34,8 @@ use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, STALL, Target};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::command::Command;
-use crate::wire::{hello, stream};
+use crate::wire::frame::Bodies;
+use crate::wire::{checksum, hello, stream};
 use hand::HandOver;
 use lanes::Lanes;
 use replies::Replies;
@@ -139,6 +140,24 @@ fn without_zeros(block: &Block, hint: &Hint) -> Hint {
         }
     }
     without
+}
+
+fn needs_vmig() -> Error {
+    let text =
+        "option 'checksum' needs a destination that uses this library and can answer: not a QEMU, a pipe or a file";
+    Error::new(libc::ENOTSUP, text).by_option(Opt::Checksum.name())
+}
+
+/// The destination answered `checksum` with its contrary.
+fn no_checksum(asked: bool) -> Error {
+    let (errno, text) = match asked {
+        true => (
+            libc::ENOTSUP,
+            "the destination's library is older and knows nothing of option 'checksum': set it to none",
+        ),
+        false => (libc::EPROTO, "the destination would send checksums, which nobody asked for"),
+    };
+    Error::new(errno, text).by_option(Opt::Checksum.name())
 }
 
 /// Lets the guest run on here. Should that fail it is left as paused by the user, so that vmig_start can try again.
@@ -258,6 +277,10 @@ impl<'a> Migration<'a> {
             let text = "switchover-ack needs a destination that can answer; a pipe or a file cannot";
             return Err(Error::invalid(text));
         }
+        let checksum = self.job.options.on(Opt::Checksum);
+        if checksum && !self.to_vmig {
+            return Err(needs_vmig());
+        }
         hand::check_devices(self.job, &*self.channel, self.sections.fd_fields())?;
         self.hand = HandOver::new(self.job, &*self.channel)?;
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
@@ -275,6 +298,13 @@ impl<'a> Migration<'a> {
                 hello::Answer::Welcome(welcome) => {
                     answers.set_deadline(None);
                     hand::check_welcome(&welcome, self.sections.fd_fields())?;
+                    if checksum != welcome.checksum {
+                        return Err(no_checksum(checksum));
+                    }
+                    if checksum {
+                        self.out.use_frames()?;
+                        answers.expect_frames()?;
+                    }
                     self.hand.pass(&welcome, &mut self.out)?;
                     if welcome.zero_runs {
                         self.sender.use_zero_runs();
@@ -292,7 +322,7 @@ impl<'a> Migration<'a> {
             self.sender.use_lanes(Lanes::connect(
                 self.job,
                 channels,
-                (find_zeros, self.sender.has_zero_runs()),
+                (find_zeros, self.sender.has_zero_runs(), checksum),
                 &self.toll,
             )?);
         }
@@ -344,6 +374,7 @@ impl<'a> Migration<'a> {
             meet_each_section: self.job.options.on(Opt::MultifdFlushAfterEachSection),
             memory: survey.map_or_else(Vec::new, |survey| self.identities(survey)),
             hints: survey.is_some(),
+            checksum: self.job.options.on(Opt::Checksum).then(|| checksum::NAME.to_owned()),
             hand_over: self.hand.offers(),
         }
     }
@@ -355,13 +386,13 @@ impl<'a> Migration<'a> {
         let total: u64 = set.blocks().map(|b| b.len()).sum();
         self.job.status.counters.total.store(total, Ordering::Relaxed);
         self.sender.setup(&set, &self.existing, &mut self.out)?;
-        let mut bytes = Vec::new();
+        let mut bodies = Bodies::default();
         {
             let _bql = self.job.vmm.bql().guard()?;
-            self.sections.setup(&mut bytes)?;
+            self.sections.setup(&mut bodies)?;
         }
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
-        self.write(&bytes)?;
+        self.write_bodies(&bodies)?;
         self.last_sync = Instant::now();
         self.job.status.counters.iteration.store(1, Ordering::Relaxed);
         store_time(&self.job.status.counters.setup, self.begun.elapsed());
@@ -436,9 +467,9 @@ impl<'a> Migration<'a> {
 
     fn iterate_sections(&mut self) -> Result<bool> {
         let budget = pacing::at_once(self.toll.limit(), SECTION_SLICE);
-        let mut bytes = Vec::new();
-        let done = self.sections.iterate(&mut bytes, budget)?;
-        self.write(&bytes)?;
+        let mut bodies = Bodies::default();
+        let done = self.sections.iterate(&mut bodies, budget)?;
+        self.write_bodies(&bodies)?;
         Ok(done)
     }
 
@@ -537,6 +568,13 @@ impl<'a> Migration<'a> {
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.toll.pay(0)?;
         self.out.write(bytes)?;
+        self.account();
+        Ok(())
+    }
+
+    fn write_bodies(&mut self, bodies: &Bodies) -> Result<()> {
+        self.toll.pay(0)?;
+        self.out.write_bodies(bodies)?;
         self.account();
         Ok(())
     }

@@ -9,6 +9,7 @@ use crate::section::builtin;
 use crate::section::fds::Outbox;
 use crate::section::list::Entry;
 use crate::section::{Pending, Section};
+use crate::wire::frame::Bodies;
 use crate::wire::hello::Device;
 use crate::wire::stream::{self, SectionName};
 
@@ -89,15 +90,16 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// START of iterative sections, FULL of early ones. \[bql\]
-    pub(super) fn setup(&mut self, out: &mut Vec<u8>) -> Result<()> {
+    pub(super) fn setup(&mut self, out: &mut Bodies) -> Result<()> {
         for (index, entry) in self.entries.iter().enumerate() {
             let Some(section) = entry.section().filter(|_| self.takes_part[index]) else { continue };
             let id = FIRST_ID + entry.id;
             if section.is_iterative() {
                 self.set_up = index + 1;
-                stream::put_start(out, id, &name_of(entry))?;
-                section.setup(out).map_err(|e| e.in_section(&entry.name))?;
-                stream::put_footer(out, id);
+                out.begin();
+                stream::put_start(&mut out.bytes, id, &name_of(entry))?;
+                section.setup(&mut out.bytes).map_err(|e| e.in_section(&entry.name))?;
+                stream::put_footer(&mut out.bytes, id);
             } else if section.is_early() {
                 self.full(out, entry, section.as_ref())?;
             }
@@ -106,8 +108,10 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// FULL of one section.
-    fn full(&mut self, out: &mut Vec<u8>, entry: &Entry, section: &dyn Section) -> Result<()> {
+    fn full(&mut self, out: &mut Bodies, entry: &Entry, section: &dyn Section) -> Result<()> {
         let id = FIRST_ID + entry.id;
+        out.begin();
+        let out = &mut out.bytes;
         stream::put_full(out, id, &name_of(entry))?;
         let start = out.len();
         section.complete_with_fds(out, &mut self.fds).map_err(|e| e.in_section(&entry.name))?;
@@ -127,14 +131,16 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// One PART of every section that wants one. True: nothing left for now.
-    pub(super) fn iterate(&self, out: &mut Vec<u8>, budget: u64) -> Result<bool> {
+    pub(super) fn iterate(&self, out: &mut Bodies, budget: u64) -> Result<bool> {
         let mut done = true;
         for (entry, section) in self.active().filter(|(_, s)| s.is_iterative() && s.is_active_iterate()) {
-            let left = budget.saturating_sub(out.len() as u64);
+            let left = budget.saturating_sub(out.bytes.len() as u64);
             if left == 0 {
                 return Ok(false);
             }
             let id = FIRST_ID + entry.id;
+            out.begin();
+            let out = &mut out.bytes;
             let start = out.len();
             stream::put_part(out, id);
             let body = out.len();
@@ -173,9 +179,11 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// Everything that is saved with the guest stopped: END of iterative sections, FULL of devices. \[bql\]
-    pub(super) fn complete(&mut self, out: &mut Vec<u8>, clock_ns: u64) -> Result<()> {
+    pub(super) fn complete(&mut self, out: &mut Bodies, clock_ns: u64) -> Result<()> {
         for (entry, section) in self.active().filter(|(_, s)| s.is_iterative()) {
             let id = FIRST_ID + entry.id;
+            out.begin();
+            let out = &mut out.bytes;
             stream::put_end(out, id);
             section.complete(out).map_err(|e| e.in_section(&entry.name))?;
             stream::put_footer(out, id);
@@ -191,7 +199,7 @@ impl<'a> SectionSaver<'a> {
     }
 
     /// Whether the guest runs: the last section.
-    pub(super) fn global_state(&mut self, out: &mut Vec<u8>, runs: bool) -> Result<()> {
+    pub(super) fn global_state(&mut self, out: &mut Bodies, runs: bool) -> Result<()> {
         self.builtin(out, GLOBAL_STATE_ID, builtin::GLOBAL_STATE, builtin::describe_global_state, |out| {
             builtin::put_global_state(out, runs);
         })
@@ -199,12 +207,14 @@ impl<'a> SectionSaver<'a> {
 
     fn builtin(
         &mut self,
-        out: &mut Vec<u8>,
+        out: &mut Bodies,
         id: u32,
         (name, version): (&str, u32),
         description: fn() -> Value,
         body: impl FnOnce(&mut Vec<u8>),
     ) -> Result<()> {
+        out.begin();
+        let out = &mut out.bytes;
         stream::put_full(out, id, &SectionName { name: name.to_owned(), instance: 0, version })?;
         body(out);
         stream::put_footer(out, id);

@@ -41,6 +41,19 @@ impl<'a> Piece<'a> {
         self.len() == 0
     }
 
+    /// Moves at most `most` bytes to the end of `out`, whose capacity is there already; how many.
+    pub fn take_into(&mut self, out: &mut Vec<u8>, most: usize) -> usize {
+        let n = self.len().min(most).min(out.capacity() - out.len());
+        let room = out.spare_capacity_mut().as_mut_ptr();
+        // SAFETY: the piece is readable for n bytes (its constructor's promise) and the spare capacity is writable for as
+        // many; it is our own, so the two do not overlap. Bytes that change meanwhile are copied in either form.
+        unsafe { std::ptr::copy_nonoverlapping(self.0.iov_base.cast(), room, n) };
+        // SAFETY: n more bytes, within the capacity, were just initialised.
+        unsafe { out.set_len(out.len() + n) };
+        self.advance(n);
+        n
+    }
+
     /// Drops the first `n` bytes (at most all).
     pub fn advance(&mut self, n: usize) {
         let n = n.min(self.0.iov_len);

@@ -8,20 +8,60 @@ use super::Channel;
 use crate::error::{Error, Result};
 use crate::ram::PAGE_BYTES;
 use crate::sys::io::Piece;
+use crate::wire::frame::{self, Bodies};
 use crate::wire::input::{Input, PEEK_MAX, ends_early};
 
 /// Room of a reader: large enough that a system call is rare, small enough to stay in the cache while it is copied out.
 const BUFFER: usize = 256 << 10;
 /// Room for the small messages of a return path.
 const BUFFER_SMALL: usize = 4 << 10;
+/// Room of a writer of frames: for one of the largest.
+const FRAMES_ROOM: usize = frame::HEAD + frame::LEN_MAX;
 
-/// The reading side of a stream.
+/// Where a reader's bytes come from, and how long they may take.
 #[derive(Debug)]
-pub struct StreamInput {
+struct Wire {
     channel: Arc<dyn Channel>,
     limit: Option<Duration>,
     /// The moment by which everything wanted must be there, and how long that is from where it was set.
     deadline: Option<(Instant, Duration)>,
+}
+
+impl Wire {
+    /// Reads once, as far as the peer may still be waited for.
+    fn receive(&self, room: &mut [u8]) -> Result<usize> {
+        let Some((deadline, limit)) = self.deadline else { return self.channel.read(room, self.limit) };
+        let what = "the peer took the connection, but did not answer within";
+        let late = || Error::timeout(super::CONNECT, limit, what);
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Bytes that trickle do not make it longer.
+        if left.is_zero() {
+            return Err(late());
+        }
+        self.channel.read(room, Some(left)).map_err(|e| if e.errno() == libc::ETIMEDOUT { late() } else { e })
+    }
+
+    /// Fills `room`, with bytes that stand at `position` of the stream or just before.
+    fn fill(&self, room: &mut [u8], position: u64) -> Result<()> {
+        let mut filled = 0;
+        while filled < room.len() {
+            match self.receive(&mut room[filled..])? {
+                0 => return Err(ends_early(position, (room.len() - filled) as u64)),
+                n => filled += n,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The reading side of a stream.
+#[derive(Debug)]
+pub struct StreamInput {
+    wire: Wire,
+    /// The stream comes in frames.
+    frames: bool,
+    /// How the frame begins that arrived other than it was sent.
+    rejected: Option<Vec<u8>>,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -42,26 +82,48 @@ impl StreamInput {
 
     fn with_room(channel: Arc<dyn Channel>, limit: Option<Duration>, room: usize) -> Self {
         let buffer = vec![0; room].into_boxed_slice();
-        Self { channel, limit, deadline: None, buffer, start: 0, end: 0, position: 0 }
+        let wire = Wire { channel, limit, deadline: None };
+        Self { wire, frames: false, rejected: None, buffer, start: 0, end: 0, position: 0 }
     }
 
     /// From here on everything must come by `deadline`, which is `limit` after connecting began.
     pub fn set_deadline(&mut self, deadline: Option<(Instant, Duration)>) {
-        self.deadline = deadline;
+        self.wire.deadline = deadline;
     }
 
-    /// Reads once, as far as the peer may still be waited for.
-    fn receive(&mut self) -> Result<usize> {
-        let room = &mut self.buffer[self.end..];
-        let Some((deadline, limit)) = self.deadline else { return self.channel.read(room, self.limit) };
-        let late =
-            || Error::timeout(super::CONNECT, limit, "the peer took the connection, but did not answer within");
-        let left = deadline.saturating_duration_since(Instant::now());
-        // Bytes that trickle do not make it longer.
-        if left.is_zero() {
-            return Err(late());
+    /// From here on the peer sends frames.
+    pub fn expect_frames(&mut self) -> Result<()> {
+        if self.buffered() > 0 {
+            return Err(Error::new(
+                libc::EPROTO,
+                "the peer sent more before it could know that checksums are wanted",
+            ));
         }
-        self.channel.read(room, Some(left)).map_err(|e| if e.errno() == libc::ETIMEDOUT { late() } else { e })
+        // What is left of a frame when the next is needed is less than a page.
+        self.buffer = vec![0; frame::LEN_MAX + PAGE_BYTES].into_boxed_slice();
+        (self.start, self.end, self.frames) = (0, 0, true);
+        Ok(())
+    }
+
+    /// How the frame begins that arrived other than it was sent: no more than a hint what it was.
+    pub fn rejected(&self) -> Option<&[u8]> {
+        self.rejected.as_deref()
+    }
+
+    /// Takes in the next frame, behind what is there.
+    fn next_frame(&mut self) -> Result<()> {
+        let at = self.position + self.buffered() as u64;
+        let mut head = [0; frame::HEAD];
+        self.wire.fill(&mut head, at)?;
+        let head = frame::read_head(&head, at)?;
+        let room = self.end..self.end + head.len;
+        let Some(room) = self.buffer.get_mut(room) else {
+            return Err(Error::new(libc::EPROTO, "a frame came that there is no room for"));
+        };
+        self.wire.fill(room, at)?;
+        head.check(room, at).inspect_err(|_| self.rejected = Some(room[..room.len().min(PEEK_MAX)].to_vec()))?;
+        self.end += head.len;
+        Ok(())
     }
 
     /// Makes at least `n` bytes available, `n` at most the room.
@@ -69,11 +131,15 @@ impl StreamInput {
         while self.end - self.start < n {
             if self.start == self.end {
                 (self.start, self.end) = (0, 0);
-            } else if self.buffer.len() - self.start < n {
+            } else if self.frames || self.buffer.len() - self.start < n {
                 self.buffer.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             }
-            let got = self.receive()?;
+            if self.frames {
+                self.next_frame()?;
+                continue;
+            }
+            let got = self.wire.receive(&mut self.buffer[self.end..])?;
             if got == 0 {
                 let have = self.end - self.start;
                 return Err(ends_early(self.position + have as u64, (n - have) as u64));
@@ -134,12 +200,14 @@ pub struct StreamOutput {
     limit: Duration,
     written: u64,
     broken: bool,
+    /// The stream goes out in frames, which are put together here.
+    frames: Option<Vec<u8>>,
 }
 
 impl StreamOutput {
     /// Writes to `channel`; fails when the peer takes nothing for `limit`.
     pub fn new(channel: Arc<dyn Channel>, limit: Duration) -> Self {
-        Self { channel, limit, written: 0, broken: false }
+        Self { channel, limit, written: 0, broken: false, frames: None }
     }
 
     /// Bytes written so far.
@@ -162,15 +230,79 @@ impl StreamOutput {
         self.write_pieces(&mut [Piece::of(bytes)])
     }
 
+    /// From here on everything goes out in frames. What others may write meanwhile is copied first, so that what was
+    /// summed is what is sent.
+    pub fn use_frames(&mut self) -> Result<()> {
+        let (mut room, len) = (Vec::new(), FRAMES_ROOM);
+        room.try_reserve_exact(len).map_err(|_| Error::no_memory("frames of the stream", len as u64))?;
+        self.frames = Some(room);
+        Ok(())
+    }
+
+    /// Writes all parts, each in frames of its own if there are frames.
+    pub fn write_bodies(&mut self, bodies: &Bodies) -> Result<()> {
+        let Some(mut room) = self.frames.take() else { return self.write(&bodies.bytes) };
+        room.clear();
+        let mut written = Ok(());
+        for some in bodies.iter().flat_map(|part| part.chunks(frame::LEN_MAX)) {
+            if FRAMES_ROOM - room.len() < frame::HEAD + some.len() {
+                written = written.and_then(|()| self.write_raw(&mut [Piece::of(&room)]));
+                room.clear();
+            }
+            let start = room.len();
+            room.extend([0; frame::HEAD]);
+            room.extend(some);
+            frame::seal(&mut room[start..]);
+        }
+        let written = written.and_then(|()| self.write_raw(&mut [Piece::of(&room)]));
+        self.frames = Some(room);
+        written
+    }
+
     /// Writes all bytes; the descriptors, at most [`FDS_MAX`](super::FDS_MAX), arrive with the first.
     pub fn write_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        if self.frames.is_some() {
+            debug_assert!(bytes.len() <= frame::LEN_MAX, "a message with descriptors is short");
+            let mut framed = vec![0; frame::HEAD];
+            framed.extend(bytes);
+            frame::seal(&mut framed);
+            return self.write_fds_raw(&framed, fds);
+        }
+        self.write_fds_raw(bytes, fds)
+    }
+
+    fn write_fds_raw(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         let sent = self.channel.write_fds(bytes, fds, self.limit).inspect_err(|_| self.broken = true)?;
         self.written += sent as u64;
-        self.write(&bytes[sent..])
+        self.write_raw(&mut [Piece::of(&bytes[sent..])])
     }
 
     /// Writes all pieces, in order; leaves them empty.
     pub fn write_pieces(&mut self, pieces: &mut [Piece<'_>]) -> Result<()> {
+        let Some(mut room) = self.frames.take() else { return self.write_raw(pieces) };
+        let written = self.write_framed(pieces, &mut room);
+        self.frames = Some(room);
+        written
+    }
+
+    fn write_framed(&mut self, pieces: &mut [Piece<'_>], room: &mut Vec<u8>) -> Result<()> {
+        let mut next = 0;
+        while next < pieces.len() {
+            room.clear();
+            room.extend([0; frame::HEAD]);
+            while next < pieces.len() && room.len() < FRAMES_ROOM {
+                pieces[next].take_into(room, FRAMES_ROOM - room.len());
+                next += usize::from(pieces[next].is_empty());
+            }
+            if room.len() > frame::HEAD {
+                frame::seal(room);
+                self.write_raw(&mut [Piece::of(room)])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_raw(&mut self, pieces: &mut [Piece<'_>]) -> Result<()> {
         let mut rest = pieces;
         loop {
             let skip = rest.iter().take_while(|p| p.is_empty()).count();

@@ -6,6 +6,7 @@
 
 use serde_json::{Value, json};
 
+use super::checksum;
 use super::input::Input;
 use super::output::Put;
 use super::stream::SectionName;
@@ -38,6 +39,8 @@ pub struct Hello {
     pub memory: Vec<String>,
     /// Behind the welcome come hints: where the blocks have content that are not offered below.
     pub hints: bool,
+    /// The checksum that everything behind the welcome is to have, by its name.
+    pub checksum: Option<String>,
     /// Blocks whose files the source would hand over; none: it has the option off.
     pub hand_over: Option<Vec<Offer>>,
 }
@@ -78,6 +81,8 @@ pub struct Welcome {
     pub fds: bool,
     /// It takes records of many zero pages.
     pub zero_runs: bool,
+    /// From here on everything has the checksum that the source asked for.
+    pub checksum: bool,
     /// Blocks whose files it takes, in the order of the offer: these follow, and no pages of them. None: it knows
     /// nothing of handing over.
     pub hand_over: Option<Vec<String>>,
@@ -137,6 +142,9 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
         "memory": hello.memory,
         "hints": hello.hints,
     });
+    if let Some(name) = &hello.checksum {
+        json["checksum"] = name.clone().into();
+    }
     if let Some(offers) = &hello.hand_over {
         let offer = |o: &Offer| json!({"name": o.name, "length": o.len, "offset": o.offset});
         json["hand-over"] = offers.iter().map(offer).collect();
@@ -169,6 +177,7 @@ fn parse(json: &Value) -> Option<Hello> {
         meet_each_section: json.get("meet-each-section").is_some_and(|v| v == true),
         memory: texts(json.get("memory"))?,
         hints: json.get("hints").is_some_and(|v| v == true),
+        checksum: json.get("checksum").map_or(Some(None), |name| Some(Some(name.as_str()?.to_owned())))?,
         hand_over: match json.get("hand-over") {
             None => None,
             Some(list) => Some(list.as_array()?.iter().map(offer).collect::<Option<_>>()?),
@@ -191,7 +200,11 @@ fn texts(json: Option<&Value>) -> Option<Vec<String>> {
 pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
     let json = match answer {
         Answer::Welcome(welcome) => {
-            let all = [(welcome.fds, FEATURE_FDS), (welcome.zero_runs, FEATURE_ZERO_RUNS)];
+            let all = [
+                (welcome.fds, FEATURE_FDS),
+                (welcome.zero_runs, FEATURE_ZERO_RUNS),
+                (welcome.checksum, checksum::NAME),
+            ];
             let features: Vec<&str> = all.iter().filter(|(takes, _)| *takes).map(|(_, name)| *name).collect();
             let mut json = json!({"library": env!("CARGO_PKG_VERSION"), "features": features});
             if let Some(names) = &welcome.hand_over {
@@ -216,8 +229,8 @@ pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
             let features = texts(json.get("features")).ok_or_else(odd)?;
             let hand_over = json.get("hand-over").map(|list| texts(Some(list)).ok_or_else(odd)).transpose()?;
             let has = |name: &str| features.iter().any(|f| f == name);
-            let (fds, zero_runs) = (has(FEATURE_FDS), has(FEATURE_ZERO_RUNS));
-            Ok(Answer::Welcome(Welcome { fds, zero_runs, hand_over }))
+            let (fds, zero_runs, checksum) = (has(FEATURE_FDS), has(FEATURE_ZERO_RUNS), has(checksum::NAME));
+            Ok(Answer::Welcome(Welcome { fds, zero_runs, checksum, hand_over }))
         }
         Some(errors) => Ok(Answer::Refused(
             errors.iter().take(ERRORS_MAX).filter_map(Error::from_json).map(|e| e.on_side("destination")).collect(),
@@ -275,6 +288,7 @@ mod tests {
             meet_each_section: true,
             memory: vec!["host/0:1/77".into()],
             hints: true,
+            checksum: Some("crc32c".into()),
             hand_over: Some(vec![Offer { name: "low".into(), len: 0x1000, offset: 0x2000 }]),
         }
     }
@@ -295,7 +309,12 @@ mod tests {
             Error::invalid("no RAM block 'x'").on_side("destination"),
             Error::invalid("missing").in_section("uart").on_side("destination"),
         ];
-        let welcome = Answer::Welcome(Welcome { fds: true, zero_runs: true, hand_over: Some(vec!["low".into()]) });
+        let welcome = Answer::Welcome(Welcome {
+            fds: true,
+            zero_runs: true,
+            checksum: true,
+            hand_over: Some(vec!["low".into()]),
+        });
         for answer in [Answer::Welcome(Welcome::default()), welcome, Answer::Refused(errors.clone())] {
             let mut out = Vec::new();
             put_answer(&mut out, &answer).unwrap();

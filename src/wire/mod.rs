@@ -2,7 +2,9 @@
 //!
 //! Pure: no I/O, no threads. Every limit on what a peer may send is in here.
 
+pub mod checksum;
 pub mod command;
+pub mod frame;
 pub mod hello;
 pub mod input;
 pub mod output;

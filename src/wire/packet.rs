@@ -3,6 +3,7 @@
 //! A channel opens with one init packet. Then packets of a fixed header and the pages it lists follow, one block each,
 //! at most [`PAGES_MAX`] pages. Nothing ever comes back on a channel.
 
+use super::checksum::{Sum, altered};
 use crate::error::{Error, Result};
 use crate::ram::{PAGE, PAGE_BYTES};
 
@@ -23,20 +24,33 @@ const FLAG_SYNC: u32 = 1;
 const FLAG_ZERO_RUNS: u32 = 0x100;
 /// Runs of zero pages in one packet.
 pub const ZERO_RUNS_MAX: usize = PAGES_MAX / 2;
+/// CRC32C of the first 60 bytes of an init packet, and in a header of the header and of the pages, between two vmigs that
+/// agreed on it; zero elsewhere.
+const INIT_SUM_AT: usize = 60;
+const HEADER_SUM_AT: usize = 40;
+const PAGES_SUM_AT: usize = 44;
 const NAME_AT: usize = 64;
 const OFFSETS_AT: usize = 320;
 
 /// The init packet of channel `id`.
-pub fn init(id: u8) -> [u8; INIT_BYTES] {
+pub fn init(id: u8, checksum: bool) -> [u8; INIT_BYTES] {
     let mut out = [0; INIT_BYTES];
     out[..4].copy_from_slice(&MAGIC.to_be_bytes());
     out[4..8].copy_from_slice(&VERSION.to_be_bytes());
     out[24] = id;
+    if checksum {
+        let sum = Sum::of(&out[..INIT_SUM_AT]);
+        out[INIT_SUM_AT..].copy_from_slice(&sum.to_be_bytes());
+    }
     out
 }
 
 /// The id in an init packet, of `channels` channels. Its uuid must be ours, which is none.
-pub fn read_init(bytes: &[u8; INIT_BYTES], channels: u8) -> Result<u8> {
+pub fn read_init(bytes: &[u8; INIT_BYTES], channels: u8, checksum: bool) -> Result<u8> {
+    let (expected, got) = (word(bytes, INIT_SUM_AT), Sum::of(&bytes[..INIT_SUM_AT]));
+    if checksum && expected != got {
+        return Err(altered("it", expected, got));
+    }
     check_start(bytes)?;
     if bytes[8..24].iter().any(|b| *b != 0) {
         return Err(Error::invalid("the source has a VM uuid, which a destination without one refuses"));
@@ -112,6 +126,34 @@ impl Header {
         self.put(4, VERSION);
         self.put(8, flags);
         self.0[24..32].copy_from_slice(&number.to_be_bytes());
+    }
+
+    /// Writes the checksums: of the pages that follow, which the caller knows, and of all else.
+    pub fn seal(&mut self, pages: u32) {
+        self.put(PAGES_SUM_AT, pages);
+        self.put(HEADER_SUM_AT, self.sum());
+    }
+
+    /// Of the header, but for the place where this stands.
+    fn sum(&self) -> u32 {
+        let mut sum = Sum::default();
+        sum.add(&self.0[..HEADER_SUM_AT]);
+        sum.add(&self.0[PAGES_SUM_AT..]);
+        sum.value()
+    }
+
+    /// Checks the header's checksum. Not a word of it is to be believed before.
+    pub fn check(&self) -> Result<()> {
+        let (expected, got) = (word(self.bytes(), HEADER_SUM_AT), self.sum());
+        match expected == got {
+            true => Ok(()),
+            false => Err(altered("the header of a packet", expected, got)),
+        }
+    }
+
+    /// The checksum of the pages that follow.
+    pub fn pages_sum(&self) -> u32 {
+        word(self.bytes(), PAGES_SUM_AT)
     }
 
     /// Makes it a sync packet.
@@ -259,13 +301,37 @@ mod tests {
 
     #[test]
     fn init_packets() {
-        assert_eq!(read_init(&init(3), 4).unwrap(), 3);
-        assert!(read_init(&init(4), 4).is_err());
-        let mut uuid = init(0);
+        for checksum in [false, true] {
+            assert_eq!(read_init(&init(3, checksum), 4, checksum).unwrap(), 3);
+            assert!(read_init(&init(4, checksum), 4, checksum).is_err());
+        }
+        assert_eq!(read_init(&init(3, false), 4, true).unwrap_err().errno(), libc::EBADMSG);
+        assert_eq!(read_init(&init(3, true), 4, false).unwrap(), 3);
+        let mut uuid = init(0, false);
         uuid[20] = 1;
-        assert!(read_init(&uuid, 1).unwrap_err().text().contains("uuid"));
-        let mut magic = init(0);
+        assert!(read_init(&uuid, 1, false).unwrap_err().text().contains("uuid"));
+        let mut magic = init(0, false);
         magic[0] = 0;
-        assert!(read_init(&magic, 1).is_err());
+        assert!(read_init(&magic, 1, false).is_err());
+    }
+
+    #[test]
+    fn no_single_bit_of_a_sealed_header_may_differ() {
+        let mut header = Header::default();
+        header.set_pages(7, "pc.ram", &[5, 6, 9], &[1]);
+        header.seal(0x1234_5678);
+        header.check().unwrap();
+        assert_eq!((header.pages_sum(), header.kind().unwrap()), (0x1234_5678, Kind::Pages { normal: 3, zero: 1 }));
+        for bit in 0..HEADER_BYTES * 8 {
+            header.0[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(header.check().unwrap_err().errno(), libc::EBADMSG, "bit {bit}");
+            header.0[bit / 8] ^= 1 << (bit % 8);
+        }
+        let mut init = init(3, true);
+        for bit in 0..INIT_BYTES * 8 {
+            init[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(read_init(&init, 4, true).unwrap_err().errno(), libc::EBADMSG, "bit {bit}");
+            init[bit / 8] ^= 1 << (bit % 8);
+        }
     }
 }

@@ -58,6 +58,7 @@ fn hello_of(hand_over: Option<Vec<Offer>>) -> Hello {
         meet_each_section: false,
         memory: Vec::new(),
         hints: false,
+        checksum: None,
         hand_over,
     }
 }
@@ -249,6 +250,7 @@ fn destinations_that_take_the_wrong_things() {
     let takes = |names: &[&str]| Welcome {
         fds: true,
         zero_runs: false,
+        checksum: false,
         hand_over: Some(names.iter().map(|n| (*n).into()).collect()),
     };
     answered("unknown", &takes(&["middle"]), "which was not offered", |_| ());
