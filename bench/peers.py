@@ -138,9 +138,9 @@ class Pair:
     channels: None the program's own default, 0 the plain stream, else so many parallel connections. held: fresh memory
     is at hand, else it has the age it has for all."""
 
-    def __init__(self, program, bare, image, mib, folder, channels=None, pinned=False, held=False):
+    def __init__(self, program, bare, image, mib, folder, channels=None, pinned=False, held=False, checksum=False):
         self.program, self.bare, self.image, self.mib, self.folder = program, bare, image, mib, folder
-        self.channels, self.pinned, self.held, self.sides = channels, pinned, held, []
+        self.channels, self.pinned, self.held, self.checksum, self.sides = channels, pinned, held, checksum, []
         self.selector, self.loopback = selectors.DefaultSelector(), Loopback()
         self.cores = {OTHER_CORE} if pinned else None
 
@@ -323,6 +323,8 @@ class Vmig(Pair):
         self.answer(side, reply, f'set {option}')
 
     def prepare(self, source):
+        if self.checksum:
+            self.set(source, 'checksum', 'crc32c')
         if self.channels is None:
             return
         self.set(source, 'multifd', 'on' if self.channels else 'off')

@@ -16,6 +16,7 @@ IDLE = Guest(RANDOM, 1, 1, 'idle')
 GROUPS = {
     'bulk': Guest(RANDOM, 1, 1, 'random RAM'),
     'bulk-held': Guest(RANDOM, 1, 1, 'random RAM, memory at hand'),
+    'checksum': Guest(RANDOM, 1, 1, 'random RAM with checksums'),
     'zeros': Guest(ZEROS, 1, 1, 'touched zeros'),
     'untouched': Guest(NOTHING, 1, 1, 'untouched RAM'),
     'idle': IDLE,
@@ -122,6 +123,10 @@ def runs_of(group, b):
         for n in SOCKETS[:2]:
             runs |= {f'vmig {n}': vmig(channels=n, held=True), f'qemu {n}': qemu(channels=n if n > 1 else 0, held=True),
                      f'at hand {n} huge': ('push', lambda n=n: b.push(n, 'huge', held=True))}
+    elif group == 'checksum':
+        runs = {}
+        for n in (0, *SOCKETS[:2]):
+            runs |= {f'vmig {n}': vmig(channels=n, held=True, checksum=True), f'without {n}': vmig(channels=n, held=True)}
     elif group in ('zeros', 'untouched'):
         runs = {'vmig': vmig(), 'qemu': qemu()}
         if group == 'zeros':
@@ -183,6 +188,16 @@ def bulk_rows(group, found):
     return rows
 
 
+def checksum_rows(found):
+    """With checksums beside the same without, which is the limit."""
+    samples, start = found['checksum'], GROUPS['checksum'].words
+    return [Row(f'{start}, {shape}: {words}', unit, better, values(samples, f'vmig {n}', metric), [],
+                values(samples, f'without {n}', metric), None)
+            for metric, unit, better, words in [('gb_per_s', 'GB/s', 'higher', 'throughput'),
+                                                ('cpu_s_per_gib', 's/GiB', 'lower', 'CPU, both sides')]
+            for n, shape in [(0, 'plain stream'), (1, 'one stream'), (2, '2 channels')]]
+
+
 def simple_rows(group, found, b):
     samples, words, read = found[group], GROUPS[group].words, found[group].get('read', [])
     rows = []
@@ -235,6 +250,7 @@ def rows_of(found, b):
     rows = []
     for group in ('bulk', 'bulk-held'):
         rows += bulk_rows(group, found) if group in found else []
+    rows += checksum_rows(found) if 'checksum' in found else []
     for group in ('zeros', 'untouched'):
         rows += simple_rows(group, found, b) if group in found else []
     for pinned in (True, False):
@@ -324,6 +340,8 @@ class Verdicts:
 def verdicts(rows):
     v = Verdicts(rows)
     v.bulk()
+    for shape in ('one stream', '2 channels'):
+        v.ratio(f"{GROUPS['checksum'].words}, {shape}: throughput", 'limit', least=0.95)
     v.ratio('touched zeros: total time', 'qemu', least=2)
     v.ratio('touched zeros: throughput', 'limit', least=0.5)
     v.ratio('untouched RAM: total time', 'qemu', least=10)

@@ -1,6 +1,8 @@
 //! How bytes get to the other side: one trait, and its kinds by the scheme of a URI.
 
 pub mod channel;
+#[cfg(test)]
+mod frames_tests;
 pub mod socket;
 pub mod stream;
 pub mod uri;
