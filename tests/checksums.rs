@@ -47,6 +47,7 @@ fn pass_channel(mut from: TcpStream, mut to: TcpStream, bit: Bit) {
         let mut packet = [header, pages].concat();
         if let (Bit::Packet(block, at), false, 1..) = (bit, done, size)
             && packet[64..].starts_with(block.as_bytes())
+            && at < packet.len()
         {
             packet[at] ^= 0x10;
             done = true;

@@ -26,6 +26,8 @@ use crate::wire::packet::{self, Header, PAGES_MAX, ZERO_RUNS_MAX};
 /// Batches waiting or under way. They hold as many pages as are taken at once (see [`TAKEN_MAX`]), twice: lanes that
 /// find only zeros, or write to a fast network, have work while the next pages are taken.
 const BATCHES: usize = 2 * TAKEN_MAX / PAGES_MAX;
+/// The same for each lane where every batch has a copy of its pages: few enough that these stay in the cache.
+const BATCHES_COPIED: usize = 4;
 
 /// Dirty pages of one block that were taken and must be sent.
 #[derive(Debug, Default)]
@@ -34,6 +36,55 @@ pub(super) struct Batch {
     pub(super) pages: Vec<usize>,
     /// Pages known to be zero without a look.
     pub(super) zeros: Vec<usize>,
+    /// It was looked at for zeros, and copied and summed if there are checksums.
+    prepared: bool,
+    /// With checksums: the pages as they are sent, and their sum.
+    copy: Vec<u8>,
+    sum: u32,
+}
+
+impl Batch {
+    /// With room for pages, and for their copy if there are checksums.
+    fn new(checksum: bool) -> Result<Self> {
+        let mut copy = Vec::new();
+        if checksum {
+            let room = PAGES_MAX * PAGE_BYTES;
+            copy.try_reserve_exact(room).map_err(|_| Error::no_memory("a packet of pages", room as u64))?;
+        }
+        let pages = || Vec::with_capacity(PAGES_MAX);
+        Ok(Self { pages: pages(), zeros: pages(), copy, ..Self::default() })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.pages.is_empty() && self.zeros.is_empty()
+    }
+
+    fn clear(&mut self) {
+        self.pages.clear();
+        self.zeros.clear();
+        self.copy.clear();
+        self.prepared = false;
+    }
+
+    /// All that is done with pages before they are sent, once.
+    fn prepare(&mut self, shared: &Shared) {
+        let Some(block) = self.block.as_ref().filter(|_| !self.prepared) else { return };
+        self.prepared = true;
+        if shared.find_zeros {
+            let zeros = &mut self.zeros;
+            self.pages.retain(|page| {
+                let zero = block.is_zero(*page);
+                if zero {
+                    zeros.push(*page);
+                }
+                !zero
+            });
+        }
+        if shared.checksum {
+            let runs = self.pages.chunk_by(|a, b| a + 1 == *b).map(|run| block.piece(run[0], run.len()));
+            self.sum = copy_and_sum(runs, &mut self.copy);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -139,8 +190,7 @@ impl Shared {
     }
 
     fn give_back(&self, mut batch: Batch) {
-        batch.pages.clear();
-        batch.zeros.clear();
+        batch.clear();
         let mut state = self.lock();
         state.under_way -= 1;
         state.free.push(batch);
@@ -165,13 +215,8 @@ impl Lanes {
         toll: &Arc<Toll>,
     ) -> Result<Self> {
         let limit = job.options.time(Opt::StallTimeout);
-        let free = (0..BATCHES)
-            .map(|_| Batch {
-                block: None,
-                pages: Vec::with_capacity(PAGES_MAX),
-                zeros: Vec::with_capacity(PAGES_MAX),
-            })
-            .collect();
+        let batches = if checksum { BATCHES_COPIED * usize::from(count) } else { BATCHES };
+        let free = (0..batches).map(|_| Batch::new(checksum)).collect::<Result<_>>()?;
         let shared = Arc::new(Shared {
             state: Mutex::new(State { free, ..State::default() }),
             work: Condvar::new(),
@@ -236,9 +281,13 @@ impl Lanes {
     }
 
     /// Gives a filled (or unused) batch to the lanes.
-    pub(super) fn send(&self, batch: Batch) {
+    pub(super) fn send(&self, mut batch: Batch) {
+        // Copying and summing is done here where the lanes have enough to do, so that they only write.
+        if self.shared.checksum && !self.shared.lock().queue.is_empty() {
+            batch.prepare(&self.shared);
+        }
         let mut state = self.shared.lock();
-        match batch.pages.is_empty() && batch.zeros.is_empty() {
+        match batch.is_empty() {
             true => state.free.push(batch),
             false => state.queue.push_back(batch),
         }
@@ -307,7 +356,7 @@ fn run(shared: &Shared, channel: Arc<dyn Channel>, id: u8) -> Result<()> {
         state.channels.push(Arc::clone(&channel));
     }
     let out = StreamOutput::new(channel, shared.limit);
-    Lane { shared, out, header: Header::default(), zeros: Zeros::default(), copy: Vec::new() }.work(id)
+    Lane { shared, out, header: Header::default(), zeros: Zeros::default() }.work(id)
 }
 
 /// Zero pages a lane found and has not told yet: a packet that carries nothing else is worth its while only full.
@@ -331,16 +380,10 @@ struct Lane<'a> {
     out: StreamOutput,
     header: Header,
     zeros: Zeros,
-    /// With checksums: the pages of a packet, as they are sent.
-    copy: Vec<u8>,
 }
 
 impl Lane<'_> {
     fn work(&mut self, id: u8) -> Result<()> {
-        if self.shared.checksum {
-            let room = PAGES_MAX * PAGE_BYTES;
-            self.copy.try_reserve_exact(room).map_err(|_| Error::no_memory("a packet of pages", room as u64))?;
-        }
         self.out.write(&packet::init(id, self.shared.checksum))?;
         let mut met = 0;
         loop {
@@ -367,17 +410,8 @@ impl Lane<'_> {
 
     /// One packet: the header, and runs of contiguous pages as they lie in guest memory.
     fn send(&mut self, batch: &mut Batch) -> Result<()> {
+        batch.prepare(self.shared);
         let Some(block) = &batch.block else { return Err(Error::invalid("a batch without a block")) };
-        if self.shared.find_zeros {
-            let zeros = &mut batch.zeros;
-            batch.pages.retain(|page| {
-                let zero = block.is_zero(*page);
-                if zero {
-                    zeros.push(*page);
-                }
-                !zero
-            });
-        }
         self.shared.zero.fetch_add(batch.zeros.len() as u64, Ordering::Relaxed);
         // Beside pages they cost nothing.
         if self.shared.zero_runs && batch.pages.is_empty() {
@@ -386,13 +420,13 @@ impl Lane<'_> {
         let number = self.shared.packets.fetch_add(1, Ordering::Relaxed);
         self.header.set_pages(number, block.name(), &batch.pages, &batch.zeros);
         let mut pieces = Vec::with_capacity(1 + batch.pages.len());
-        let runs = batch.pages.chunk_by(|a, b| a + 1 == *b).map(|run| block.piece(run[0], run.len()));
         if self.shared.checksum {
-            self.header.seal(copy_and_sum(runs, &mut self.copy));
-            pieces.extend([Piece::of(self.header.bytes()), Piece::of(&self.copy)]);
+            self.header.seal(batch.sum);
+            pieces.extend([Piece::of(self.header.bytes()), Piece::of(&batch.copy)]);
         } else {
             pieces.push(Piece::of(self.header.bytes()));
-            pieces.extend(runs);
+            let runs = batch.pages.chunk_by(|a, b| a + 1 == *b);
+            pieces.extend(runs.map(|run| block.piece(run[0], run.len())));
         }
         self.shared.toll.pay(pieces.iter().map(|p| p.len() as u64).sum())?;
         self.out.write_pieces(&mut pieces)?;
