@@ -88,7 +88,7 @@ const fn row(name: &'static str, kind: Type, default: u64, range: (u64, u64), li
 }
 
 /// Every option, in the order of [`Opt`].
-pub static TABLE: [Row; 22] = [
+pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
     Row {
         qemu: 128 << 20,
         ..row(
