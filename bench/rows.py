@@ -19,6 +19,7 @@ GROUPS = {
     'checksum': Guest(RANDOM, 1, 1, 'random RAM with checksums'),
     'zeros': Guest(ZEROS, 1, 1, 'touched zeros'),
     'untouched': Guest(NOTHING, 1, 1, 'untouched RAM'),
+    'untouched-3': Guest(NOTHING, 1, 1, 'untouched RAM, 3 times as much'),
     'idle': IDLE,
     'busy-32': Guest(RANDOM, 8, MIB_128, '32 MB/s dirtied'),
     'busy-260': Guest(RANDOM, 64, MIB_128, '260 MB/s dirtied'),
@@ -43,7 +44,8 @@ class Bench:
 
     def pair(self, kind, group, **how):
         program = self.vmm if kind is Vmig else self.qemu
-        return kind(program, self.bare, self.images[group], self.mib, self.folder, **how)
+        mib = self.mib * (3 if group == 'untouched-3' else 1)
+        return kind(program, self.bare, self.images[group], mib, self.folder, **how)
 
     def push(self, sockets, kind, pinned=False, held=False):
         """The bare program: as much, through so many sockets, into memory prepared in this way."""
@@ -127,7 +129,7 @@ def runs_of(group, b):
         runs = {}
         for n in (0, *SOCKETS[:2]):
             runs |= {f'vmig {n}': vmig(channels=n, held=True, checksum=True), f'without {n}': vmig(channels=n, held=True)}
-    elif group in ('zeros', 'untouched'):
+    elif group in ('zeros', 'untouched', 'untouched-3'):
         runs = {'vmig': vmig(), 'qemu': qemu()}
         if group == 'zeros':
             runs['read'] = ('read', lambda: b.read(b.lanes))
@@ -204,7 +206,7 @@ def simple_rows(group, found, b):
     for metric, unit, better, what in [('gb_per_s', 'GB/s', 'higher', 'throughput'), ('total_ms', 'ms', 'lower', 'total time'),
                                        ('blackout_ms', 'ms', 'lower', 'blackout'),
                                        ('cpu_s_per_gib', 's/GiB', 'lower', 'CPU, both sides')]:
-        if metric == 'gb_per_s' and group == 'untouched':
+        if metric == 'gb_per_s' and group.startswith('untouched'):
             continue
         rows.append(Row(f'{words}: {what}', unit, better, values(samples, 'vmig', metric), values(samples, 'qemu', metric),
                         values({'read': read}, 'read', metric), 'total' if metric == 'total_ms' else None))
@@ -251,7 +253,7 @@ def rows_of(found, b):
     for group in ('bulk', 'bulk-held'):
         rows += bulk_rows(group, found) if group in found else []
     rows += checksum_rows(found) if 'checksum' in found else []
-    for group in ('zeros', 'untouched'):
+    for group in ('zeros', 'untouched', 'untouched-3'):
         rows += simple_rows(group, found, b) if group in found else []
     for pinned in (True, False):
         for group in FELT:
@@ -345,6 +347,7 @@ def verdicts(rows):
     v.ratio('touched zeros: total time', 'qemu', least=2)
     v.ratio('touched zeros: throughput', 'limit', least=0.5)
     v.ratio('untouched RAM: total time', 'qemu', least=10)
+    v.ratio('untouched RAM, 3 times as much: total time', 'qemu', least=10)
     for pinned in (True, False):
         v.felt('idle', 1 / 20, pinned)
         v.felt('busy-260', 1 / 5, pinned)

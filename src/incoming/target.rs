@@ -102,6 +102,9 @@ fn mark_existing(block: &Arc<Block>, survey: &Survey, fresh: &Freshness, written
 /// Populates the blocks ahead of the data, where the source said that they have content. Memory that is not prepared is
 /// populated as it is written, so a failure only costs time.
 pub(super) fn populate(job: &Job, targets: &Targets, hints: Vec<(String, Hint)>, threads: usize) -> Result<()> {
+    if hints.iter().all(|(_, hint)| hint.content() == 0) {
+        return Ok(());
+    }
     let survey = Survey::new()?;
     let mut blocks = Vec::new();
     let mut plans = Vec::new();
