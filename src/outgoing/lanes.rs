@@ -428,7 +428,7 @@ impl Lane<'_> {
             let runs = batch.pages.chunk_by(|a, b| a + 1 == *b);
             pieces.extend(runs.map(|run| block.piece(run[0], run.len())));
         }
-        self.shared.toll.pay(pieces.iter().map(|p| p.len() as u64).sum())?;
+        let _turn = self.shared.toll.pay(pieces.iter().map(|p| p.len() as u64).sum())?;
         self.out.write_pieces(&mut pieces)?;
         #[cfg(feature = "fault-injection")]
         if let Some(fault) = self.shared.fault.get() {
@@ -463,7 +463,7 @@ impl Lane<'_> {
             let number = self.shared.packets.fetch_add(1, Ordering::Relaxed);
             self.header.set_zero_runs(number, block.name(), &self.zeros.runs);
             self.zeros.runs.clear();
-            self.shared.toll.pay(self.header.bytes().len() as u64)?;
+            let _turn = self.shared.toll.pay(self.header.bytes().len() as u64)?;
             self.write_header()?;
             self.account();
         }

@@ -490,7 +490,7 @@ impl<'a> Migration<'a> {
     fn send_batch(&mut self, set: &DirtySet) -> Result<bool> {
         let most = pacing::at_once(self.toll.limit(), u64::MAX).max(WRITE_MIN) / PAGE;
         // With lanes it is these that pay, when they know what is zero.
-        self.toll.pay(0)?;
+        drop(self.toll.pay(0)?);
         let sent = self.sender.send_batch(set, &mut self.out, most)?;
         self.account();
         Ok(sent)
@@ -566,14 +566,14 @@ impl<'a> Migration<'a> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.toll.pay(0)?;
+        drop(self.toll.pay(0)?);
         self.out.write(bytes)?;
         self.account();
         Ok(())
     }
 
     fn write_bodies(&mut self, bodies: &Bodies) -> Result<()> {
-        self.toll.pay(0)?;
+        drop(self.toll.pay(0)?);
         self.out.write_bodies(bodies)?;
         self.account();
         Ok(())

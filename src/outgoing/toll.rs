@@ -15,6 +15,10 @@ use crate::thread::lock;
 /// How long a payer sleeps at most before it looks whether the limit was changed.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// Limits above this, in bytes per second, are more than one connection may be able to write: others need not wait until
+/// it has written what it paid for.
+const TOGETHER: u64 = 1_000_000_000;
+
 /// Who wants to write: how many came, and how many of them were served.
 #[derive(Debug, Default)]
 struct Line {
@@ -72,18 +76,19 @@ impl Toll {
         lock(&self.bucket).charge(bytes);
     }
 
-    /// Waits until `bytes` may be written. Fails when the migration ends meanwhile.
-    pub(super) fn pay(&self, bytes: u64) -> Result<()> {
-        if self.limit() == 0 {
+    /// Waits until `bytes` may be written, which is to be done while the turn is held: who paid and then has to wait for a
+    /// processor would write together with the next. Fails when the migration ends meanwhile.
+    pub(super) fn pay(&self, bytes: u64) -> Result<Turn<'_>> {
+        let limit = self.limit();
+        if limit == 0 {
             // The bucket has to know: what is written without a limit is no debt.
             lock(&self.bucket).take(self.began.elapsed(), 0, bytes);
-            return Ok(());
+            return Ok(Turn(None));
         }
         self.wait_in_line()?;
-        let paid = self.pay_now(bytes);
-        lock(&self.line).served += 1;
-        self.moved.notify_all();
-        paid
+        let turn = Turn(Some(self));
+        self.pay_now(bytes)?;
+        Ok(if limit > TOGETHER { Turn(None) } else { turn })
     }
 
     /// Nobody leaves the line before it is their turn, but all at once when the migration ends.
@@ -109,9 +114,51 @@ impl Toll {
     }
 }
 
+/// The right to write what was paid for; dropped, it is the next one's turn.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Turn<'a>(Option<&'a Toll>);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if let Some(toll) = self.0 {
+            lock(&toll.line).served += 1;
+            toll.moved.notify_all();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_next_one_waits_until_what_was_paid_is_written() {
+        let (live, wake) = (Arc::new(Options::default()), Arc::new(Wake::new().unwrap()));
+        let toll = Toll::of(&live, &wake);
+        for (limit, waits) in [("500M", true), ("10G", false), ("0", false)] {
+            live.set_text("max-bandwidth", limit, true).unwrap();
+            let came = lock(&toll.line).came;
+            let turn = toll.pay(1).unwrap();
+            let paid = AtomicBool::new(false);
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    drop(toll.pay(1).unwrap());
+                    paid.store(true, Ordering::SeqCst);
+                });
+                while waits && lock(&toll.line).came < came + 2 {
+                    std::thread::yield_now();
+                }
+                std::thread::sleep(if waits { 3 * LOOK } else { Duration::ZERO });
+                assert!(!waits || !paid.load(Ordering::SeqCst), "at {limit}");
+                // Others need nobody's leave: the scope would not end.
+                if waits {
+                    drop(turn);
+                }
+            });
+            assert!(paid.load(Ordering::SeqCst));
+        }
+    }
 
     #[test]
     fn what_is_written_without_a_limit_is_no_debt() {
@@ -119,9 +166,9 @@ mod tests {
         let toll = Toll::of(&live, &wake);
         let limit = |text| live.set_text("max-bandwidth", text, true).unwrap();
         limit("1G");
-        toll.pay(1).unwrap();
+        drop(toll.pay(1).unwrap());
         limit("0");
-        toll.pay(0).unwrap();
+        drop(toll.pay(0).unwrap());
         toll.charge(1 << 50);
         limit("1G");
         assert!(lock(&toll.bucket).take(toll.began.elapsed(), toll.limit(), 1).is_none());

@@ -112,6 +112,9 @@ impl Presence {
         let mut proven = 0;
         for part in self.parts_of(&pages) {
             let wanted = clip(&part.pages, &pages);
+            if wanted.is_empty() {
+                continue;
+            }
             let (tables, swapped) = match (&part.backing, &self.tables, &self.entries) {
                 (Backing::Private, Some(tables), _) => (Some(tables), true),
                 (Backing::PrivateHuge, _, Some(entries)) => (Some(entries), true),
