@@ -99,11 +99,29 @@ typedef struct vmig_ops {
      * vhost-user, VFIO and whoever else knows the memory by its file or its pages, and advise the kernel again (huge
      * pages, core dumps, locking: nothing of it holds for the new mapping). Optional. Called at the destination of
      * option `hand-over`, on a thread of the library, when the source's memory has taken the place of the block's own:
-     * all devices are loaded, the guest does not run yet. A failure fails the migration: the guest goes on at the
+     * the source has let go of the guest, which is started next. A failure fails the migration: the guest goes on at the
      * source. The library then maps the block's own memory again and calls this once more for each block it was
      * called for, with the file given at registration. `fd` is the library's and open until the call returns: keep a
      * duplicate. Must not write to the memory, nor wait for the big lock's holder. */
     int (*ram_replaced)(void *vm, const char *name, void *host, uint64_t len, int fd, uint64_t offset);
+    /* Give up what the guest holds besides its memory (disk locks, leases, addresses), which was acquired with `epoch`.
+     * Optional, as the next two. Between two vmigs only. At the source: the guest is stopped and about to leave; what is
+     * still to be written to a disk is written now. On failure half of it may be released: `reacquire` is called, and
+     * the guest goes on here. At the destination: undoes `reacquire` after the guest did not come; on failure it is
+     * called again, until `switchover-timeout`. Called on a migration thread. Must not wait for vmig_resolve(). */
+    int (*release)(void *vm, uint64_t epoch);
+    /* Acquire it with `epoch`, which is higher than any the guest had before: a lock that remembers the highest refuses
+     * everybody who comes with a lower one. Must succeed for what was never released, and hold nothing when it fails.
+     * At the destination: everything was loaded; on failure the guest goes on at the source. At the source: takes the
+     * guest back; on failure it is called again, until `switchover-timeout`, then the state is `held`. Called on a
+     * migration thread. Must not wait for vmig_resolve(). */
+    int (*reacquire)(void *vm, uint64_t epoch);
+    /* The destination was told to run the guest with `epoch`, and does not answer for `switchover-timeout`. Succeed only
+     * if you know that it has not run and will not run the guest with that epoch: a destination that is dead now, but
+     * ran the guest for a second, has written to its disks, and the memory here is older than they are. On success the
+     * guest is taken back. On failure, and without this hook, the state is `switchover-unknown`. Called at the source,
+     * on a migration thread. Must not wait for vmig_resolve(). */
+    int (*fence)(void *vm, uint64_t epoch);
 } vmig_ops;
 
 /* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
@@ -156,7 +174,8 @@ int vmig_new(const vmig_ops *ops, void *vm, vmig **out);
 /* Ends a migration that runs, waits for the library's threads, forgets everything that was registered (every
  * `destroy` is called, that of vmig_ops last) and frees the guest. NULL is fine. [free]
  *
- * A migration whose guest was handed over already is not ended but waited for, at most for `stall-timeout`. Waits,
+ * A migration whose guest was handed over already is not ended but waited for, at most for `switchover-timeout` (towards a
+ * QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits,
  * without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
  * the big lock held it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
 void vmig_free(vmig *m);
@@ -653,13 +672,30 @@ int vmig_unblock(vmig *m, int id);
 #define VMIG_STATE_CANCELLED 3   /* Ended by a cancel; the guest runs on at the source. */
 #define VMIG_STATE_ACTIVE 4      /* Data moves; at the source the guest runs. */
 #define VMIG_STATE_DEVICE 5      /* The guest is stopped; devices and the last pages move. */
-#define VMIG_STATE_COMPLETED 6   /* Ended well: the guest is at the destination. */
-#define VMIG_STATE_FAILED 7      /* Ended by an error (vmig_get_error()). At the source the guest runs on. */
 
-/* At the source: the guest was handed over and the destination's answer got lost. Nobody but you can know where it
- * runs: find out, then call vmig_resolve(). Until then it is stopped here. */
+/* Ended well: the guest is at the destination. At the source its memory may be freed or used for another. */
+#define VMIG_STATE_COMPLETED 6
+
+/* Ended by an error (vmig_get_error()). At the source the guest runs on; at the destination nothing of it is left in
+ * the memory that was written. */
+#define VMIG_STATE_FAILED 7
+
+/* At the source: the guest was handed over and the destination's answer got lost; it is asked again for
+ * `switchover-timeout`, after which nobody but you can know where the guest runs. At the destination: the source was
+ * lost before it said that the guest may run. Until this is decided the guest is stopped here. Find out, then call
+ * vmig_resolve(); docs/switchover.md says what you must know. */
 #define VMIG_STATE_SWITCHOVER_UNKNOWN 8
 
+/* At the source, option `pause-before-switchover`: the guest is stopped and still owned here, until vmig_continue() or
+ * vmig_cancel(). */
+#define VMIG_STATE_PRE_SWITCHOVER 9
+
+/* At the source: the guest runs nowhere, and could not be taken back because the `reacquire` hook fails. Call
+ * vmig_resolve(). */
+#define VMIG_STATE_HELD 10
+
+#define VMIG_DISCARD 0           /* This side gives the guest up. Argument of vmig_resolve(). */
+#define VMIG_RUN 1               /* This side is to own the guest. Argument of vmig_resolve(). */
 #define VMIG_SIDE_NONE 0         /* No migration yet. */
 #define VMIG_SIDE_SOURCE 1       /* The guest leaves. */
 #define VMIG_SIDE_DESTINATION 2  /* The guest arrives. */
@@ -743,7 +779,10 @@ int vmig_outgoing(vmig *m,
  * through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
  *
  * If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
- * and vmig_start() runs it.
+ * and vmig_start() runs it. If it fails later nothing of either guest is left in the memory that was written.
+ *
+ * Where a guest arrived from another vmig the address is kept until vmig_free(), to answer a source that did not hear
+ * so. Calling this again with the same address takes another guest in there.
  *
  * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
  * something blocks migration, or a guest runs here (vmig_stop() it). */
@@ -751,18 +790,31 @@ int vmig_incoming(vmig *m,
                   const char *uri);
 
 /* Asks a migration that runs to end; the guest goes on at the source. Returns at once, and 0 also if none runs; the
- * state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over. [any][cb] */
+ * state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over, or if it is `held`.
+ * [any][cb] */
 int vmig_cancel(vmig *m);
 
-/* Ends the state `switchover-unknown`: with `run` 1 the guest does certainly not run at the destination and is started
- * here; with 0 it runs there and stays stopped here. Where memory was handed over (option `hand-over`) the destination
- * may have it mapped still: be certain that its process is gone before you say 1. -EINVAL in any other state. [free] */
+/* Goes on from the state `pre-switchover`. -EINVAL in any other. [any][cb] */
+int vmig_continue(vmig *m);
+
+/* Ends the states `switchover-unknown` and `held`, and waits until that is done, at most for a hook and
+ * `switchover-timeout`. [free]
+ *
+ * With `run` VMIG_RUN this side owns the guest, which goes on here unless it was paused: you know that it does not and
+ * will not run on the other side. With VMIG_DISCARD this side gives it up: its memory may be freed. docs/switchover.md
+ * says what you must have found out; nobody can check it, and if it is wrong two guests run. Where memory was handed
+ * over (option `hand-over`) the destination may have it mapped still: be certain that its process is gone before you say
+ * VMIG_RUN at the source.
+ *
+ * -EINVAL in any other state; -EALREADY: it was decided otherwise before this call; the hook's error if it could not be
+ * done, and the state is what it was. */
 int vmig_resolve(vmig *m,
                  int run);
 
-/* Waits until no migration runs (1; also in `switchover-unknown`) or `timeout_ms` milliseconds have passed (0);
+/* Waits until no migration runs (1; also if only vmig_resolve() leads on) or `timeout_ms` milliseconds have passed (0);
  * negative waits for ever. [free] */
-int vmig_wait(vmig *m, int timeout_ms);
+int vmig_wait(vmig *m,
+              int timeout_ms);
 
 /* Fills `*status`. [any][cb] */
 int vmig_get_status(vmig *m, vmig_status *status);

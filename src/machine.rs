@@ -7,21 +7,29 @@ use std::time::{Duration, Instant};
 use crate::dirty::hub::Hub;
 use crate::dirty::kvm_log::{KvmLog, Switch};
 use crate::error::{Error, Result};
+use crate::incoming::door::Door;
+use crate::incoming::reception::Reception;
 use crate::kvm::{self, Kvm};
 use crate::options::{Opt, Options};
 use crate::ram::{BlockSpec, Ram};
 use crate::section::builtin;
 use crate::section::list::{Content, Entry, SectionList};
 use crate::status::{Side, State, Status};
+use crate::switchover::Resolution;
+use crate::switchover::keeper::Keeper;
 use crate::sys::eventfd::Wake;
 use crate::sys::kvm::Vm;
+use crate::sys::random::random;
 use crate::thread::{Handle, Threads, lock};
 use crate::transport::uri::Uri;
 use crate::transport::{self, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
+use crate::wire::ask::MigrationId;
 use crate::wire::ram as wire_ram;
 use crate::{incoming, outgoing};
 
+/// The option that is no setting of a migration, but says how the guest is owned.
+const EPOCH: &str = "epoch";
 /// Priority of the handler that completes the vCPUs' last exits and reads their clock: first of all at the stop, since
 /// other handlers may want to see what the vCPUs did; last of all at the start.
 const KVM_HANDLER_PRIORITY: i32 = i32::MAX;
@@ -63,6 +71,10 @@ pub struct Machine {
     /// Thread of the present or last migration.
     worker: Mutex<Option<Handle<()>>>,
     listening: Mutex<Option<String>>,
+    /// Who may run the guest; outlives the migrations.
+    keeper: Arc<Keeper>,
+    /// Who comes in; outlives the migrations, too, for questions about them.
+    reception: Arc<Reception>,
     /// Dropped last: the VMM is promised that its own `destroy` comes after all others.
     vmm: Arc<Vmm>,
 }
@@ -70,14 +82,17 @@ pub struct Machine {
 impl Machine {
     /// A guest with these hooks and nothing registered yet.
     pub fn new(vmm: Vmm) -> Result<Self> {
+        let (threads, keeper) = (Arc::<Threads>::default(), Arc::new(Keeper::new()?));
         Ok(Self {
+            reception: Arc::new(Reception::new(&keeper, &threads)?),
+            keeper,
             vmm: Arc::new(vmm),
             ram: Ram::default(),
             sections: SectionList::new(),
             dirty: Arc::default(),
             options: Arc::default(),
             status: Arc::new(Status::new()?),
-            threads: Arc::default(),
+            threads,
             kvm: Mutex::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
@@ -218,7 +233,13 @@ impl Machine {
 
     /// Sets an option.
     pub fn set(&self, name: &str, value: &str) -> Result<()> {
-        self.options.set_text(name, value, self.status.check_idle().is_err())
+        let busy = self.status.check_idle().is_err();
+        if name == EPOCH && !busy {
+            let options = Options::default();
+            options.set_text(name, value, false)?;
+            return self.keeper.set_epoch(options.get(Opt::Epoch));
+        }
+        self.options.set_text(name, value, busy)
     }
 
     /// An option's value; also `listen-address`.
@@ -227,14 +248,17 @@ impl Machine {
             let address = lock(&self.listening).clone();
             return address.ok_or_else(|| Error::new(libc::ENOTCONN, "no incoming migration listens"));
         }
-        self.options.get_text(name)
+        match name {
+            EPOCH => Ok(self.keeper.epoch().to_string()),
+            _ => self.options.get_text(name),
+        }
     }
 
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
         let uri = Uri::parse(uri)?;
         transport::check(&uri)?;
-        if self.vmm.reasons().contains(StopReason::NotOwner) {
+        if self.vmm.reasons().contains(StopReason::NotOwner) || !self.keeper.phase().owns() {
             return Err(Error::new(libc::EPERM, "the guest is not here: it left, or did not arrive yet"));
         }
         self.sections.check_unblocked()?;
@@ -262,6 +286,8 @@ impl Machine {
             live: Arc::clone(&self.options),
             threads: Arc::clone(&self.threads),
             wake: Arc::clone(&wake),
+            keeper: Arc::clone(&self.keeper),
+            migration: MigrationId(random()?),
         };
         self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
         *lock(&self.listening) = None;
@@ -277,9 +303,10 @@ impl Machine {
         self.tell_kvm();
         self.dirty.rest();
         let wake = Arc::new(Wake::new()?);
-        let listener = transport::listen(&uri, &wake)?;
+        let door = Door::open(&self.reception, &uri, &wake)?;
         let before = self.vmm.expect_arrival()?;
-        let address = listener.address().map(str::to_owned);
+        let was = self.keeper.expect();
+        let address = door.address().map(str::to_owned);
         let job = incoming::Job {
             ram: self.ram.list(),
             sections: self.sections.snapshot(),
@@ -289,9 +316,15 @@ impl Machine {
             threads: Arc::clone(&self.threads),
             before,
             wake: Arc::clone(&wake),
+            keeper: Arc::clone(&self.keeper),
+            was,
+            reception: Arc::clone(&self.reception),
         };
-        let launched = self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, listener));
-        launched.inspect_err(|_| self.vmm.nobody_arrived(before))?;
+        let launched = self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, door));
+        launched.inspect_err(|_| {
+            self.vmm.nobody_arrived(before);
+            self.keeper.restore(was);
+        })?;
         *lock(&self.listening) = address;
         Ok(())
     }
@@ -310,7 +343,7 @@ impl Machine {
             // Its result went to the status; this only frees the thread.
             let _ = last.join(None);
         }
-        let status = Arc::clone(&self.status);
+        let (status, keeper) = (Arc::clone(&self.status), Arc::clone(&self.keeper));
         let body = move || {
             f();
             Ok(())
@@ -319,6 +352,8 @@ impl Machine {
             if !status.state().is_final() {
                 status.end(Err(panic.clone()));
             }
+            // Nobody may wait for a driver that is gone.
+            keeper.rest();
         });
         match spawned {
             Ok(handle) => {
@@ -337,8 +372,17 @@ impl Machine {
         self.status.cancel()
     }
 
+    /// The user's word to a migration that waits in pre-switchover. \[any\]
+    pub fn go_on(&self) -> Result<()> {
+        self.status.go_on()
+    }
+
     /// The outcome of an unknown switchover was found out: the guest runs here (again), or it does not. \[free\]
     pub fn resolve(&self, here: bool) -> Result<()> {
+        self.vmm.bql().require_free("resolve a switchover")?;
+        if self.keeper.may_resolve() {
+            return self.keeper.resolve(if here { Resolution::Run } else { Resolution::Discard });
+        }
         if self.status.state() != State::SwitchoverUnknown {
             return self.status.resolve(here);
         }
@@ -350,7 +394,11 @@ impl Machine {
             self.vmm.start(StopReason::NotOwner)?;
             self.vmm.start(StopReason::User)?;
         }
-        self.status.resolve(here)
+        self.status.resolve(here)?;
+        if !here {
+            self.keeper.moved_without_votes(false);
+        }
+        Ok(())
     }
 
     /// Waits until no migration runs; false at the timeout. \[free\]
@@ -360,7 +408,10 @@ impl Machine {
 
     /// Ends everything: a migration that runs is cancelled (or, once handed over, waited for), threads are joined.
     pub fn shut_down(&self) -> Result<()> {
-        if self.cancel().is_err() {
+        let cancelled = self.cancel();
+        self.keeper.quit().raise();
+        self.reception.shut();
+        if cancelled.is_err() {
             // Handed over already: the last answer is on its way and has its own time limit.
             self.wait(None);
         }

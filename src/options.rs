@@ -65,6 +65,9 @@ pub enum Opt {
     TotalTimeout,
     StallTimeout,
     StopTimeout,
+    SwitchoverTimeout,
+    PauseBeforeSwitchover,
+    Epoch,
     WorkerNice,
     ConvergenceRounds,
     ConvergenceTime,
@@ -247,6 +250,33 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         (1, HOUR),
         false,
         "Milliseconds the vCPUs have to leave the guest after the stop hook returned.",
+    ),
+    row(
+        "switchover-timeout",
+        Type::Millis,
+        30_000,
+        (1, HOUR),
+        false,
+        "Milliseconds for each wait of the switchover between two vmigs: for READY and for OWNED, for an answer to a \
+         repeated GO before the fence hook is asked, for GO at the destination before it refuses the guest, for a \
+         reacquire or release hook that fails to succeed.",
+    ),
+    row(
+        "pause-before-switchover",
+        Type::Bool,
+        0,
+        BOOL,
+        false,
+        "Wait in state pre-switchover, with the guest stopped and still owned here, until vmig_continue.",
+    ),
+    row(
+        "epoch",
+        Type::Number,
+        1,
+        (1, 1 << 62),
+        false,
+        "The epoch the guest is owned with here, which the hooks are told; it grows by itself whenever the guest moves. \
+         Set it, before the first migration, for a guest whose locks remember higher ones.",
     ),
     Row {
         qemu: 0,

@@ -37,10 +37,14 @@ pub enum State {
     Failed = 7,
     /// The guest was handed over and the answer got lost: who runs it is decided by `resolve`.
     SwitchoverUnknown = 8,
+    /// The guest is stopped and still ours, until the user says go on (`pause-before-switchover`).
+    PreSwitchover = 9,
+    /// The guest is stopped here and nowhere else, because it could not be taken back: `resolve` decides.
+    Held = 10,
 }
 
 /// Every state, in the order of their numbers.
-pub const STATES: [State; 9] = [
+pub const STATES: [State; 11] = [
     State::None,
     State::Setup,
     State::Cancelling,
@@ -50,6 +54,8 @@ pub const STATES: [State; 9] = [
     State::Completed,
     State::Failed,
     State::SwitchoverUnknown,
+    State::PreSwitchover,
+    State::Held,
 ];
 
 impl State {
@@ -65,6 +71,8 @@ impl State {
             State::Completed => "completed",
             State::Failed => "failed",
             State::SwitchoverUnknown => "switchover-unknown",
+            State::PreSwitchover => "pre-switchover",
+            State::Held => "held",
         }
     }
 
@@ -75,14 +83,20 @@ impl State {
 
     /// Whether `self -> to` is a move a migration may make.
     pub fn may_become(self, to: State) -> bool {
-        use State::{Active, Cancelled, Cancelling, Completed, Device, Failed, None, Setup, SwitchoverUnknown};
+        use State::{
+            Active, Cancelled, Cancelling, Completed, Device, Failed, Held, None, PreSwitchover, Setup,
+            SwitchoverUnknown,
+        };
         match self {
             None | Cancelled | Completed | Failed => to == Setup,
             Setup => matches!(to, Active | Cancelling | Failed),
-            Active => matches!(to, Device | Completed | Cancelling | Failed),
-            Device => matches!(to, Completed | Cancelling | Failed | SwitchoverUnknown),
-            Cancelling => matches!(to, Cancelled | Failed),
-            SwitchoverUnknown => matches!(to, Completed | Failed),
+            // A destination has no other state until it said READY, and its source may be lost then.
+            Active => matches!(to, Device | PreSwitchover | Completed | Cancelling | Failed | SwitchoverUnknown),
+            PreSwitchover => matches!(to, Device | Cancelling | Failed),
+            Device => matches!(to, Completed | Cancelling | Failed | SwitchoverUnknown | Held),
+            Cancelling => matches!(to, Cancelled | Failed | Held),
+            SwitchoverUnknown => matches!(to, Completed | Cancelling | Failed | Held | Active),
+            Held => matches!(to, Completed | Failed),
         }
     }
 }
@@ -194,6 +208,8 @@ struct Shared {
     events: bool,
     /// The handover may have been seen by the peer: no way back.
     committed: bool,
+    /// Nothing goes on by itself: an operator must say how.
+    waits_for_word: bool,
     started: Option<Instant>,
     ended: Option<Instant>,
     downtime: Downtime,
@@ -221,6 +237,7 @@ impl Status {
                 news: VecDeque::with_capacity(NEWS_MAX),
                 events: true,
                 committed: false,
+                waits_for_word: false,
                 started: None,
                 ended: None,
                 downtime: Downtime::default(),
@@ -258,6 +275,7 @@ impl Status {
         shared.error = None;
         shared.events = events;
         shared.committed = false;
+        shared.waits_for_word = false;
         shared.started = Some(Instant::now());
         shared.ended = None;
         self.become_locked(&mut shared, State::Setup);
@@ -309,6 +327,11 @@ impl Status {
         Ok(())
     }
 
+    /// What was committed did not come about, and may be cancelled again.
+    pub fn uncommit(&self) {
+        self.lock().committed = false;
+    }
+
     /// Whether [`commit`](Self::commit) won.
     pub fn is_committed(&self) -> bool {
         self.lock().committed
@@ -323,6 +346,11 @@ impl Status {
         if shared.committed {
             return Err(Error::new(libc::EBUSY, "too late to cancel: the guest was handed over to the destination"));
         }
+        if shared.state == State::Held {
+            let text = "nothing is left to cancel: the guest is stopped here and could not be taken back; vmig_resolve \
+                        decides";
+            return Err(Error::new(libc::EBUSY, text));
+        }
         self.become_locked(&mut shared, State::Cancelling);
         shared.wake.raise();
         Ok(())
@@ -336,6 +364,7 @@ impl Status {
         }
         shared.error.get_or_insert(error);
         shared.wake.raise();
+        self.changed.notify_all();
     }
 
     /// Fails if another thread of the migration failed, with its error.
@@ -358,7 +387,11 @@ impl Status {
     pub fn end(&self, result: Result<()>) {
         let mut shared = self.lock();
         match result {
-            Ok(()) => self.become_locked(&mut shared, State::Completed),
+            Ok(()) => {
+                // What was not known for a while is.
+                shared.error = None;
+                self.become_locked(&mut shared, State::Completed);
+            }
             Err(_) if shared.state == State::Cancelling => {
                 shared.error = None;
                 self.become_locked(&mut shared, State::Cancelled);
@@ -371,14 +404,65 @@ impl Status {
         }
     }
 
-    /// The handover's answer got lost, for the reason given.
-    pub fn end_unknown(&self, error: Error) {
+    /// Nobody owns the guest, for the reason given: `SwitchoverUnknown` or `Held`. With `waits` nothing goes on by itself.
+    pub fn name(&self, state: State, error: Error, waits: bool) {
         let mut shared = self.lock();
+        // A cancel that came just now says how it ends.
+        if shared.state == State::Cancelling && state == State::SwitchoverUnknown {
+            return;
+        }
         shared.error = Some(error);
-        self.become_locked(&mut shared, State::SwitchoverUnknown);
+        shared.waits_for_word = waits;
+        match shared.state == state {
+            true => self.changed.notify_all(),
+            false => self.become_locked(&mut shared, state),
+        }
     }
 
-    /// Decides an unknown switchover: failed if the guest runs here, completed if it runs there.
+    /// The handover's answer got lost, for the reason given.
+    pub fn end_unknown(&self, error: Error) {
+        self.name(State::SwitchoverUnknown, error, true);
+    }
+
+    /// The word came: something goes on again.
+    pub fn goes_on(&self) {
+        self.lock().waits_for_word = false;
+    }
+
+    /// A destination whose source was lost has it again.
+    pub fn found_again(&self) {
+        let mut shared = self.lock();
+        if shared.state == State::SwitchoverUnknown {
+            shared.error = None;
+            self.become_locked(&mut shared, State::Active);
+        }
+    }
+
+    /// Waits in `PreSwitchover` for the user to go on. Fails if the migration was cancelled, or failed.
+    pub fn await_go_on(&self) -> Result<()> {
+        let mut shared = self.lock();
+        while shared.state == State::PreSwitchover && shared.error.is_none() {
+            shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
+        }
+        match (&shared.error, shared.state) {
+            (Some(error), _) => Err(error.clone()),
+            (None, State::Cancelling) => shared.wake.check(),
+            _ => Ok(()),
+        }
+    }
+
+    /// The user says go on.
+    pub fn go_on(&self) -> Result<()> {
+        let mut shared = self.lock();
+        if shared.state != State::PreSwitchover {
+            let text = format!("no migration waits in pre-switchover: it is in state {}", shared.state.name());
+            return Err(Error::invalid(text));
+        }
+        self.become_locked(&mut shared, State::Device);
+        Ok(())
+    }
+
+    /// Decides an unknown switchover that has no driver: failed if the guest runs here, completed if it runs there.
     pub fn resolve(&self, here: bool) -> Result<()> {
         let mut shared = self.lock();
         if shared.state != State::SwitchoverUnknown {
@@ -409,12 +493,12 @@ impl Status {
         self.lock().error.clone()
     }
 
-    /// Waits until no migration runs (true), or until the deadline. An unknown switchover counts as ended: only a
-    /// decision from outside goes on from there.
+    /// Waits until no migration runs (true), or until the deadline. One from which only an operator's word leads on counts
+    /// as ended.
     pub fn wait(&self, deadline: Option<Instant>) -> bool {
         let mut shared = self.lock();
         loop {
-            if shared.state.is_final() || shared.state == State::SwitchoverUnknown {
+            if shared.state.is_final() || shared.waits_for_word {
                 return true;
             }
             shared = match deadline {
@@ -512,7 +596,7 @@ mod tests {
     #[test]
     fn legal_moves_only() {
         let count = STATES.iter().flat_map(|a| STATES.iter().filter(|b| a.may_become(**b))).count();
-        assert_eq!(count, 4 + 3 + 4 + 4 + 2 + 2);
+        assert_eq!(count, 4 + 3 + 6 + 3 + 5 + 3 + 5 + 2);
         for (number, state) in STATES.iter().enumerate() {
             assert_eq!(*state as usize, number);
             assert!(!state.may_become(*state) && !state.may_become(State::None), "{state:?}");

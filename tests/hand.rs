@@ -13,7 +13,12 @@ mod relay;
 use common::{c_program, scratch, skip, without_kvm};
 use program::Program;
 use relay::Relay;
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 /// tests/c/hand.c with the option on; `fill` tells source (3) and destination (5) apart.
 pub(crate) fn vmm(name: &str, dir: &Path, shape: &[&str], fill: u32) -> Program {
@@ -37,8 +42,11 @@ pub(crate) fn waiting(dir: &Path, shape: &[&str]) -> (Program, String) {
     (destination, uri)
 }
 
+/// An address where a guest arrived is kept for questions, so each time it is another.
 pub(crate) fn listen(dir: &Path, destination: &mut Program) -> String {
-    destination.send(&format!("incoming unix:{}", dir.join("s").display()));
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    destination.send(&format!("incoming unix:{}", dir.join(format!("s{number}")).display()));
     destination.listening()
 }
 
@@ -364,6 +372,8 @@ fn death_at_every_message_leaves_the_source_as_it_was() {
             let dir = scratch("hand-kill");
             let (mut source, mut destination) = (running(&dir, &shape), vmm("destination", &dir, &shape, 5));
             destination.must("close-tap"); // or the members would hide whether they are -1 again
+            source.must("set switchover-timeout 200");
+            destination.must("set switchover-timeout 200");
             let before = Before::look(&mut source, &mut destination);
             let uri = listen(&dir, &mut destination);
             let mut relay = Relay::new(&dir, &uri, stop_at);
@@ -443,6 +453,7 @@ fn failing_callbacks_leave_both_sides_as_they_were() {
         (false, "load"),
         (false, "ram_replaced"),
         (false, "ram_replaced-high"),
+        (false, "start"),
     ];
     for (here, callback) in callbacks {
         let mut destination = vmm("destination", &dir, &shape, 5);
@@ -463,25 +474,14 @@ fn failing_callbacks_leave_both_sides_as_they_were() {
         let replaced = number_of(&value(&mut destination, "replaced"));
         let told = match callback {
             "ram_replaced" => 2,
-            "ram_replaced-high" => 4,
+            "ram_replaced-high" | "start" => 4,
             _ => 0,
         };
         assert_eq!(replaced, told, "{callback}");
         source.must("fail none");
         destination.quit();
     }
-    // A start hook that fails: the guest is there, paused, with its memory.
-    let (mut destination, uri) = waiting(&dir, &shape);
-    destination.must("fail start");
-    source.must(&format!("migrate {uri}"));
-    source.must_end_in("completed");
-    destination.must_end_in("failed");
-    destination.must("fail none");
-    destination.must("resume");
-    assert_eq!(value(&mut source, "maps"), value(&mut destination, "maps"));
-    counts_on(&mut destination);
     source.quit();
-    destination.quit();
 }
 
 fn number_of(line: &str) -> u64 {
@@ -552,7 +552,7 @@ fn a_kvm_guest_takes_its_memory_along() {
         let base = ["--mem", "64", "--vcpus", "2", "--events-fd", "1", "--pages", "4096", "--memfd"];
         Program::start(name, &dir, &c_program("vmm"), &[&base[..], &["--set", "hand-over on"], more].concat())
     };
-    let uri = format!("unix:{}", dir.join("s").display());
+    let mut uri = format!("unix:{}", dir.join("s").display());
     let mut from = start("first", &[]);
     assert_eq!(from.reply(), "running");
     (0..2).for_each(|cpu| from.await_generations(cpu, 2));
@@ -569,6 +569,7 @@ fn a_kvm_guest_takes_its_memory_along() {
             all.sort_unstable();
             assert_eq!(all, (1..).take(all.len()).collect::<Vec<u32>>(), "turn {turn}: generations of vCPU {cpu}");
         }
+        uri = format!("unix:{}", dir.join(format!("s{turn}")).display());
         from.send(&format!("incoming {uri}"));
         from.listening();
         std::mem::swap(&mut from, &mut to);

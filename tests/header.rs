@@ -37,7 +37,22 @@ fn layouts() -> BTreeMap<String, Layout> {
     let mut t = BTreeMap::new();
     layout!(
         t,
-        vmm::ops::vmig_ops { size, stop, start, lock, unlock, held, log_dirty, announce, log, destroy, ram_replaced }
+        vmm::ops::vmig_ops {
+            size,
+            stop,
+            start,
+            lock,
+            unlock,
+            held,
+            log_dirty,
+            announce,
+            log,
+            destroy,
+            ram_replaced,
+            release,
+            reacquire,
+            fence
+        }
     );
     layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
     layout!(

@@ -225,8 +225,9 @@ static void print_status(vmig *m)
     }
     printf("status state=%s iteration=%" PRIu64 " total=%" PRIu64 " remaining=%" PRIu64 " sent=%" PRIu64
            " dirty-rate=%" PRIu64 " bandwidth=%" PRIu64 " elapsed=%" PRIu64 " expected-downtime=%" PRIu64
-           " downtime=%" PRIu64 " eta=%" PRIu64 "\n", vmig_state_name(s.state), s.iteration, s.total, s.remaining,
-           s.transferred, s.dirty_rate, s.bandwidth, s.elapsed, s.expected_downtime, s.downtime, s.eta);
+           " downtime=%" PRIu64 " eta=%" PRIu64 " over=%d\n", vmig_state_name(s.state), s.iteration, s.total, s.remaining,
+           s.transferred, s.dirty_rate, s.bandwidth, s.elapsed, s.expected_downtime, s.downtime, s.eta,
+           vmig_wait(m, 0));
 }
 
 static void print_parts(const char *which, const vmig_downtime *d)

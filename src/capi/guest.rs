@@ -41,7 +41,8 @@ pub unsafe extern "C" fn vmig_new(ops: *const vmig_ops, vm: *mut c_void, out: *m
 /// Ends a migration that runs, waits for the library's threads, forgets everything that was registered (every
 /// `destroy` is called, that of vmig_ops last) and frees the guest. NULL is fine. \[free\]
 ///
-/// A migration whose guest was handed over already is not ended but waited for, at most for `stall-timeout`. Waits,
+/// A migration whose guest was handed over already is not ended but waited for, at most for `switchover-timeout` (towards a
+/// QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits,
 /// without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
 /// the big lock held it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started.
 #[unsafe(no_mangle)]

@@ -24,13 +24,22 @@ pub const VMIG_STATE_CANCELLED: u32 = 3;
 pub const VMIG_STATE_ACTIVE: u32 = 4;
 /// The guest is stopped; devices and the last pages move.
 pub const VMIG_STATE_DEVICE: u32 = 5;
-/// Ended well: the guest is at the destination.
+/// Ended well: the guest is at the destination. At the source its memory may be freed or used for another.
 pub const VMIG_STATE_COMPLETED: u32 = 6;
-/// Ended by an error (vmig_get_error()). At the source the guest runs on.
+/// Ended by an error (vmig_get_error()). At the source the guest runs on; at the destination nothing of it is left in
+/// the memory that was written.
 pub const VMIG_STATE_FAILED: u32 = 7;
-/// At the source: the guest was handed over and the destination's answer got lost. Nobody but you can know where it
-/// runs: find out, then call vmig_resolve(). Until then it is stopped here.
+/// At the source: the guest was handed over and the destination's answer got lost; it is asked again for
+/// `switchover-timeout`, after which nobody but you can know where the guest runs. At the destination: the source was
+/// lost before it said that the guest may run. Until this is decided the guest is stopped here. Find out, then call
+/// vmig_resolve(); docs/switchover.md says what you must know.
 pub const VMIG_STATE_SWITCHOVER_UNKNOWN: u32 = 8;
+/// At the source, option `pause-before-switchover`: the guest is stopped and still owned here, until vmig_continue() or
+/// vmig_cancel().
+pub const VMIG_STATE_PRE_SWITCHOVER: u32 = 9;
+/// At the source: the guest runs nowhere, and could not be taken back because the `reacquire` hook fails. Call
+/// vmig_resolve().
+pub const VMIG_STATE_HELD: u32 = 10;
 
 // The header's generator reads only literals.
 const _: () = {
@@ -44,6 +53,8 @@ const _: () = {
         VMIG_STATE_COMPLETED,
         VMIG_STATE_FAILED,
         VMIG_STATE_SWITCHOVER_UNKNOWN,
+        VMIG_STATE_PRE_SWITCHOVER,
+        VMIG_STATE_HELD,
     ];
     let mut i = 0;
     while i < STATES.len() {
@@ -51,6 +62,11 @@ const _: () = {
         i += 1;
     }
 };
+
+/// This side gives the guest up. Argument of vmig_resolve().
+pub const VMIG_DISCARD: c_int = 0;
+/// This side is to own the guest. Argument of vmig_resolve().
+pub const VMIG_RUN: c_int = 1;
 
 /// No migration yet.
 pub const VMIG_SIDE_NONE: u32 = 0;
@@ -206,7 +222,10 @@ pub unsafe extern "C" fn vmig_outgoing(m: *mut vmig, uri: *const c_char) -> c_in
 /// through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
 ///
 /// If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
-/// and vmig_start() runs it.
+/// and vmig_start() runs it. If it fails later nothing of either guest is left in the memory that was written.
+///
+/// Where a guest arrived from another vmig the address is kept until vmig_free(), to answer a source that did not hear
+/// so. Calling this again with the same address takes another guest in there.
 ///
 /// -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
 /// something blocks migration, or a guest runs here (vmig_stop() it).
@@ -222,7 +241,8 @@ pub unsafe extern "C" fn vmig_incoming(m: *mut vmig, uri: *const c_char) -> c_in
 }
 
 /// Asks a migration that runs to end; the guest goes on at the source. Returns at once, and 0 also if none runs; the
-/// state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over. \[any\]\[cb\]
+/// state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over, or if it is `held`.
+/// \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_cancel(m: *mut vmig) -> c_int {
     enter("vmig_cancel", || {
@@ -232,9 +252,27 @@ pub unsafe extern "C" fn vmig_cancel(m: *mut vmig) -> c_int {
     })
 }
 
-/// Ends the state `switchover-unknown`: with `run` 1 the guest does certainly not run at the destination and is started
-/// here; with 0 it runs there and stays stopped here. Where memory was handed over (option `hand-over`) the destination
-/// may have it mapped still: be certain that its process is gone before you say 1. -EINVAL in any other state. \[free\]
+/// Goes on from the state `pre-switchover`. -EINVAL in any other. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_continue(m: *mut vmig) -> c_int {
+    enter("vmig_continue", || {
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.go_on()?;
+        Ok(0)
+    })
+}
+
+/// Ends the states `switchover-unknown` and `held`, and waits until that is done, at most for a hook and
+/// `switchover-timeout`. \[free\]
+///
+/// With `run` VMIG_RUN this side owns the guest, which goes on here unless it was paused: you know that it does not and
+/// will not run on the other side. With VMIG_DISCARD this side gives it up: its memory may be freed. docs/switchover.md
+/// says what you must have found out; nobody can check it, and if it is wrong two guests run. Where memory was handed
+/// over (option `hand-over`) the destination may have it mapped still: be certain that its process is gone before you say
+/// VMIG_RUN at the source.
+///
+/// -EINVAL in any other state; -EALREADY: it was decided otherwise before this call; the hook's error if it could not be
+/// done, and the state is what it was.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_resolve(m: *mut vmig, run: c_int) -> c_int {
     enter("vmig_resolve", || {
@@ -247,7 +285,7 @@ pub unsafe extern "C" fn vmig_resolve(m: *mut vmig, run: c_int) -> c_int {
     })
 }
 
-/// Waits until no migration runs (1; also in `switchover-unknown`) or `timeout_ms` milliseconds have passed (0);
+/// Waits until no migration runs (1; also if only vmig_resolve() leads on) or `timeout_ms` milliseconds have passed (0);
 /// negative waits for ever. \[free\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_wait(m: *mut vmig, timeout_ms: c_int) -> c_int {
@@ -309,6 +347,8 @@ pub extern "C" fn vmig_state_name(state: u32) -> *const c_char {
         Some(State::Completed) => c"completed",
         Some(State::Failed) => c"failed",
         Some(State::SwitchoverUnknown) => c"switchover-unknown",
+        Some(State::PreSwitchover) => c"pre-switchover",
+        Some(State::Held) => c"held",
         None => c"unknown",
     };
     name.as_ptr()

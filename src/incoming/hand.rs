@@ -127,7 +127,13 @@ impl<'a> Hand<'a> {
             channel.expect_fds();
         }
         let names = || self.wanted.iter().map(|wanted| wanted.block.name().to_owned()).collect();
-        Welcome { fds: true, zero_runs: true, checksum: theirs.checksum.is_some(), hand_over: self.on.then(names) }
+        Welcome {
+            fds: true,
+            zero_runs: true,
+            checksum: theirs.checksum.is_some(),
+            switchover: theirs.attempt.is_some(),
+            hand_over: self.on.then(names),
+        }
     }
 
     /// A source that says no hello cannot hand anything over.
@@ -171,7 +177,8 @@ impl<'a> Hand<'a> {
     /// The source has let go: lets the memory be written, and tells the VMM whose memory it is.
     pub(super) fn open(&mut self) -> Result<()> {
         self.replaced.iter_mut().try_for_each(Replaced::open)?;
-        for replaced in &self.replaced {
+        // After a start that failed it may be called again.
+        for replaced in &self.replaced[self.told..] {
             self.told += 1;
             self.tell(replaced)?;
         }

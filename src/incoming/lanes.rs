@@ -76,7 +76,7 @@ pub(super) struct Lanes {
     /// All lanes meet at the end of every RAM section.
     meet_each_section: bool,
     /// Where more channels than agreed would come from.
-    door: Option<Door>,
+    door: Option<Arc<Door>>,
 }
 
 impl State {
@@ -177,8 +177,8 @@ impl Lanes {
     }
 
     /// Watches `door` for channels too many.
-    pub(super) fn watch(&mut self, door: Door) {
-        self.door = Some(door);
+    pub(super) fn watch(&mut self, door: &Arc<Door>) {
+        self.door = Some(Arc::clone(door));
     }
 
     /// A RAM section of the main stream is over.
@@ -191,7 +191,7 @@ impl Lanes {
     }
 
     fn look_at_door(&mut self, patience: Duration) -> Result<()> {
-        let Some(door) = &mut self.door else { return Ok(()) };
+        let Some(door) = &self.door else { return Ok(()) };
         if !door.has_channel(&self.wake, patience)? {
             return Ok(());
         }

@@ -49,6 +49,8 @@ pub(super) struct Loader<'a> {
     set_up: usize,
     /// Descriptors of devices.
     fds: Arc<Inbox>,
+    /// PREPARE came: the switchover's words follow.
+    prepared: bool,
 }
 
 impl<'a> Loader<'a> {
@@ -73,10 +75,16 @@ impl<'a> Loader<'a> {
             takes_part: vec![false; job.sections.len()],
             set_up: 0,
             fds,
+            prepared: false,
         }
     }
 
-    /// Loads everything, up to the last byte of the description. True: the guest ran at the source.
+    /// Whether PREPARE was read, also if something was missing then.
+    pub(super) fn is_prepared(&self) -> bool {
+        self.prepared
+    }
+
+    /// Loads everything, up to PREPARE or to the last byte of the description. True: the guest ran at the source.
     pub(super) fn load(&mut self, input: &mut StreamInput) -> Result<bool> {
         let result = self.prepare().and_then(|()| self.elements(input));
         // A source whose channel broke says no more on its main stream: what broke first is the reason.
@@ -118,12 +126,24 @@ impl<'a> Loader<'a> {
                 Element::Full(id, name) => self.named(input, id, &name, Part::Full)?,
                 Element::Part(id) => self.numbered(input, id, Part::Iterate)?,
                 Element::End(id) => self.numbered(input, id, Part::End)?,
+                Element::Command(Command::Prepare(epoch)) => {
+                    self.prepare_for(epoch)?;
+                    break;
+                }
                 Element::Command(command) => self.command(command)?,
+                Element::Eof if self.peer.attempt.is_some() => {
+                    return Err(Error::new(
+                        libc::EPROTO,
+                        "the stream ends without PREPARE, which the hello promised",
+                    ));
+                }
                 Element::Eof => break,
             }
             self.publish(input.position());
         }
-        stream::read_description(input)?;
+        if !self.prepared {
+            stream::read_description(input)?;
+        }
         self.check_complete()?;
         self.lanes.as_mut().map_or(Ok(()), Lanes::finish)?;
         let extra = input.buffered();
@@ -137,6 +157,18 @@ impl<'a> Loader<'a> {
         if let Some(clock_ns) = self.clock_ns {
             self.job.vmm.set_clock_ns(clock_ns)?;
         }
+        Ok(())
+    }
+
+    /// PREPARE is the end of the stream where the hello agreed on words, and nothing elsewhere.
+    fn prepare_for(&mut self, epoch: u64) -> Result<()> {
+        let agreed = self.peer.attempt.map(|attempt| attempt.epoch);
+        if agreed != Some(epoch) {
+            let text = "PREPARE for an attempt that the hello did not name";
+            let agreed = agreed.map_or("none".to_owned(), |epoch| epoch.to_string());
+            return Err(Error::new(libc::EPROTO, text).expected_got(agreed, epoch));
+        }
+        self.prepared = true;
         Ok(())
     }
 
@@ -264,6 +296,9 @@ impl<'a> Loader<'a> {
                 Ok(())
             }
             Command::Fds(count) => self.fds.add(self.peer.take_fds(count)?),
+            Command::Prepare(_) | Command::Go(..) | Command::Abort(_) => {
+                Err(Error::new(libc::EPROTO, "a word of the switchover in the middle of the stream"))
+            }
         }
     }
 }

@@ -1,11 +1,13 @@
 //! The destination half: listen, compare what both sides have, load, take over.
 
 mod ahead;
-mod door;
+pub mod door;
 mod hand;
+mod handover;
 mod lanes;
 mod load;
 mod receiver;
+pub mod reception;
 mod target;
 
 use std::os::fd::OwnedFd;
@@ -19,14 +21,16 @@ use crate::ram::survey::Survey;
 use crate::ram::{PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status};
+use crate::switchover::keeper::Keeper;
+use crate::switchover::{Epoch, Phase};
 use crate::sys::eventfd::Wake;
 use crate::thread::Threads;
+use crate::transport::Channel;
 use crate::transport::stream::{StreamInput, StreamOutput};
-use crate::transport::{Channel, Listener};
 use crate::vmm::run::Before;
 use crate::vmm::{RunReport, StopReason, Vmm};
 use crate::wire::checksum;
-use crate::wire::hello::{self, Answer, Hello};
+use crate::wire::hello::{self, Answer, Attempt, Hello};
 use crate::wire::input::Input;
 use crate::wire::packet;
 use crate::wire::reply::{self, Reply};
@@ -34,8 +38,10 @@ use crate::wire::stream;
 use ahead::Ahead;
 use door::Door;
 use hand::Hand;
+use handover::Handover;
 use lanes::Lanes;
 use load::Loader;
+use reception::Reception;
 use target::Targets;
 
 /// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
@@ -60,31 +66,76 @@ pub struct Job {
     pub before: Before,
     /// Raised by cancel and by the first error.
     pub wake: Arc<Wake>,
+    /// Who may run the guest.
+    pub keeper: Arc<Keeper>,
+    /// What it said before.
+    pub was: (Phase, Epoch),
+    /// Who else comes in.
+    pub reception: Arc<Reception>,
+}
+
+/// How far an arrival got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// Nothing here was touched.
+    Untouched,
+    /// The guest's memory and devices were written to.
+    Touched,
+    /// What happens to a guest that did not come was done.
+    Settled,
 }
 
 /// Runs an incoming migration from start to end; the body of the thread `incoming`.
-pub fn run(job: &Job, listener: Listener) {
-    let mut touched = false;
-    let result = attempt(job, listener, &mut touched).map_err(|e| job.status.cause(e));
-    if result.is_err() && !touched {
+pub fn run(job: &Job, door: Door) {
+    let mut progress = Progress::Untouched;
+    let result = attempt(job, door, &mut progress).map_err(|e| job.status.cause(e));
+    if result.is_err() && progress == Progress::Untouched {
         job.vmm.nobody_arrived(job.before);
+        job.keeper.restore(job.was);
     }
     job.status.end(result);
+    job.keeper.rest();
+    job.reception.answer_visitors();
 }
 
-fn attempt(job: &Job, listener: Listener, touched: &mut bool) -> Result<()> {
-    let mut door = Door::new(listener);
+fn attempt(job: &Job, door: Door, progress: &mut Progress) -> Result<()> {
+    let door = Arc::new(door);
     let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
     job.status.advance(State::Active)?;
     let mut peer = Peer::new(job, channel);
     // Both end after the guest was started: waiting for a thread is not for the blackout.
     let mut memory = Memory::default();
-    let result = load_all(job, door, &mut peer, &mut memory, touched);
-    if let Err(error) = &result {
-        let error = job.status.cause(error.clone()).on_side("destination");
-        peer.say_why(&error);
+    let mut hand = Hand::new(job);
+    let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
+    let received = receive(job, &door, &mut peer, &mut input, &mut memory, &mut hand, progress);
+    match received {
+        Ok((Some(attempt), loaded)) => {
+            *progress = Progress::Settled;
+            Handover::new(job, &mut peer, input, loaded, hand, memory).run(attempt, &door)
+        }
+        received => match received.and_then(|(_, loaded)| arrive(job, &mut peer, &mut hand, loaded)) {
+            Ok(running) => {
+                hand.keep();
+                start_plain(job, &mut peer, running)
+            }
+            Err(error) => {
+                let came = Arc::clone(hand.rest());
+                drop(hand);
+                let error = job.status.cause(error).on_side("destination");
+                peer.say_why(&error);
+                drop(memory);
+                if *progress == Progress::Touched {
+                    target::discard(job, &came, peer.is_vmig);
+                }
+                Err(error)
+            }
+        },
     }
-    let running = result?;
+}
+
+/// The guest of a source that does not vote is ours, since the source was told so.
+fn start_plain(job: &Job, peer: &mut Peer, running: bool) -> Result<()> {
+    job.keeper.moved_without_votes(true);
     let started = take_over(job, running);
     // Only a report: the source has let go of the guest.
     if let (Ok(took), true) = (&started, peer.is_vmig && peer.listens) {
@@ -106,12 +157,14 @@ pub(crate) struct Peer {
     pub(crate) is_vmig: bool,
     /// The source asked for replies.
     pub(crate) listens: bool,
+    /// The attempt whose switchover goes by words, as the hello agreed.
+    pub(crate) attempt: Option<Attempt>,
 }
 
 impl Peer {
     fn new(job: &Job, channel: Arc<dyn Channel>) -> Self {
         let out = StreamOutput::new(Arc::clone(&channel), job.options.time(Opt::StallTimeout));
-        Self { channel, out, is_vmig: false, listens: false }
+        Self { channel, out, is_vmig: false, listens: false, attempt: None }
     }
 
     /// Sends a reply.
@@ -121,10 +174,29 @@ impl Peer {
         self.out.write(&bytes)
     }
 
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write(bytes)
+    }
+
+    /// The descriptor, to wait for it beside others.
+    fn descriptor(&self) -> Result<Arc<OwnedFd>> {
+        self.channel.descriptor()
+    }
+
+    /// Another connection to the same source.
+    fn replace(&mut self, channel: Arc<dyn Channel>, out: StreamOutput) {
+        (self.channel, self.out) = (channel, out);
+    }
+
     /// Tells the source why we failed, as well as it can understand, and lets the words arrive.
     fn say_why(&mut self, error: &Error) {
         // The source may be gone; then there is nobody to tell.
         let _ = self.last_words(error);
+        self.linger();
+    }
+
+    /// Lets the last words arrive.
+    fn linger(&self) {
         self.channel.close_write();
         if self.hears() {
             let mut drain = vec![0; 64 << 10];
@@ -171,13 +243,20 @@ impl Peer {
     }
 }
 
-/// Receives everything up to the handover. True: the guest ran at the source.
-fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, touched: &mut bool) -> Result<bool> {
-    let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
+/// Receives everything up to the handover. With an attempt the switchover's words follow, and the result of loading is
+/// for them; else it is true if the guest ran at the source.
+fn receive(
+    job: &Job,
+    door: &Arc<Door>,
+    peer: &mut Peer,
+    input: &mut StreamInput,
+    memory: &mut Memory,
+    hand: &mut Hand<'_>,
+    progress: &mut Progress,
+) -> Result<(Option<Attempt>, Result<bool>)> {
     let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
-    let mut hand = Hand::new(job);
     let (parallel, hints) = match first == hello::MAGIC.to_be_bytes() {
-        true => greet(job, peer, &mut input, &mut hand).map_err(|e| e.in_phase("hello"))?,
+        true => greet(job, peer, input, hand).map_err(|e| e.in_phase("hello"))?,
         // A QEMU says nothing of its channels: both sides must have been told the same.
         false => {
             hand.check_plain()?;
@@ -189,42 +268,57 @@ fn load_all(job: &Job, mut door: Door, peer: &mut Peer, memory: &mut Memory, tou
             (Parallel::configured(&job.options), Vec::new())
         }
     };
-    *touched = true;
+    *progress = Progress::Touched;
     let targets = target::prepare(job, hand.rest(), peer.is_vmig)?;
     memory.prepare(job, &targets, hints, usize::from(parallel.channels));
-    let lanes = match parallel.channels {
-        0 => None,
-        count => {
-            let limit = job.options.time(Opt::ConnectTimeout);
-            let channels = door.channels(count, &job.wake, limit).map_err(|e| e.in_phase("connect"))?;
-            let mut lanes =
-                Lanes::start(job, channels, &targets, memory.ahead.as_ref(), (peer.is_vmig, parallel.checksum))
-                    .map_err(|e| e.in_phase("connect"))?;
-            if parallel.meet_each_section {
-                lanes.meet_each_section();
-            }
-            // A QEMU does not say how many channels it has: pages on one more would be lost without a word.
-            if !peer.is_vmig {
-                lanes.watch(door);
-            }
-            Some(lanes)
-        }
-    };
+    let lanes = open_lanes(job, door, peer, &targets, memory, parallel).map_err(|e| e.in_phase("connect"))?;
     let configuration = |input: &mut StreamInput| {
         stream::read_header(input)?;
         stream::read_configuration(input, &job.options.machine())
     };
-    configuration(&mut input).map_err(|e| e.in_phase("load"))?;
+    configuration(input).map_err(|e| e.in_phase("load"))?;
     let scout = memory.ahead.as_ref().map(Ahead::scout);
     let mut loader = Loader::new(job, peer, &targets, scout, lanes, hand.inbox());
-    let running = loader.load(&mut input).map_err(|e| e.in_phase("load"))?;
+    let loaded = loader.load(input).map_err(|e| e.in_phase("load"));
+    match loader.is_prepared() {
+        true => Ok((peer.attempt, loaded)),
+        false => Ok((None, Ok(loaded?))),
+    }
+}
+
+/// The connections for pages, if there are any.
+fn open_lanes(
+    job: &Job,
+    door: &Arc<Door>,
+    peer: &Peer,
+    targets: &Targets,
+    memory: &Memory,
+    parallel: Parallel,
+) -> Result<Option<Lanes>> {
+    if parallel.channels == 0 {
+        return Ok(None);
+    }
+    let channels = door.channels(parallel.channels, &job.wake, job.options.time(Opt::ConnectTimeout))?;
+    let mut lanes = Lanes::start(job, channels, targets, memory.ahead.as_ref(), (peer.is_vmig, parallel.checksum))?;
+    if parallel.meet_each_section {
+        lanes.meet_each_section();
+    }
+    // A QEMU does not say how many channels it has: pages on one more would be lost without a word.
+    if !peer.is_vmig {
+        lanes.watch(door);
+    }
+    Ok(Some(lanes))
+}
+
+/// Everything came from a source that does not vote: tells it so, after which there is no way back.
+fn arrive(job: &Job, peer: &mut Peer, hand: &mut Hand<'_>, loaded: Result<bool>) -> Result<bool> {
+    let running = loaded?;
     hand.open().map_err(|e| e.in_phase("hand over"))?;
-    // From here on the source may learn that we have the guest: no way back.
+    // From here on the source may learn that we have the guest.
     job.status.commit()?;
     if peer.listens {
         peer.reply(&Reply::Shut(0)).map_err(|e| e.context("telling the source that the guest arrived"))?;
     }
-    hand.keep();
     Ok(running)
 }
 
@@ -254,6 +348,7 @@ fn greet(
 ) -> Result<(Parallel, Vec<(String, Hint)>)> {
     let theirs = hello::read(input)?;
     peer.is_vmig = true;
+    peer.attempt = theirs.attempt;
     let differences = compare(&theirs, job, peer, hand);
     let answer = match differences.is_empty() {
         true => Answer::Welcome(hand.welcome(&theirs, &*peer.channel)),

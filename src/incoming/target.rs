@@ -86,6 +86,18 @@ pub(super) fn prepare(job: &Job, ram: &RamList, compared: bool) -> Result<Target
     Ok(Arc::new(targets))
 }
 
+/// The guest did not come: throws away what did, so that nobody takes it for one. Shared memory is left alone as above.
+pub(super) fn discard(job: &Job, ram: &RamList, compared: bool) {
+    let Ok(survey) = Survey::new() else { return };
+    for block in ram.iter().filter(|b| b.is_sent()) {
+        let keep = !compared && survey.parts(block, None).iter().any(Part::is_shared);
+        let fresh = freshen(block, &survey, Care { keep, ..Care::default() }, &|| Ok(()));
+        if let Err(error) = fresh {
+            job.vmm.log().warning(format_args!("memory of RAM block '{}' was not given back: {error}", block.name()));
+        }
+    }
+}
+
 /// Marks what could not be made zero, but for pages that do not exist: looking at one of shared memory would make it.
 fn mark_existing(block: &Arc<Block>, survey: &Survey, fresh: &Freshness, written: &Bitmap) {
     if fresh.is_proven() {

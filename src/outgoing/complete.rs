@@ -3,8 +3,8 @@
 //! The order is the point. Stop hook and handlers come first, because they may write guest memory; device state is
 //! saved into a buffer next, because saving may write guest memory too; only then the last dirty pages are harvested
 //! and sent; and the devices go out behind all pages, so that a device which reads guest RAM while it loads sees the
-//! final RAM. The very last byte is the handover: before it the guest is ours whatever happens, after it the
-//! destination may run it.
+//! final RAM. Between two vmigs `handover` goes on from there. Elsewhere the very last byte is the handover: before it
+//! the guest is ours whatever happens, after it the destination may run it.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,8 @@ use super::{Migration, Outcome, hand};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::pacing::downtime::{Downtime, Parts};
-use crate::status::store_time;
+use crate::status::{State, store_time};
+use crate::switchover::Phase;
 use crate::sys::clock::monotonic_ns;
 use crate::vmm::StopReason;
 use crate::wire::command::Command;
@@ -24,11 +25,16 @@ use crate::wire::stream;
 const START_WAIT: Duration = Duration::from_secs(1);
 
 /// A stop watch.
-struct Lap(Instant);
+pub(super) struct Lap(Instant);
 
 impl Lap {
+    /// Starts now.
+    pub(super) fn new() -> Self {
+        Self(Instant::now())
+    }
+
     /// Time since the last call.
-    fn time(&mut self) -> Duration {
+    pub(super) fn time(&mut self) -> Duration {
         let now = Instant::now();
         now - std::mem::replace(&mut self.0, now)
     }
@@ -40,15 +46,26 @@ impl Migration<'_> {
         let expected = self.known().predict(self.left).unwrap_or_default();
         let mut took = Downtime { expected, ..Downtime::default() };
         self.sections.about_to_switch();
+        let wait = self.job.options.on(Opt::PauseBeforeSwitchover);
+        if !wait {
+            self.job.status.advance(State::Device)?;
+        }
         let stop = self.job.vmm.stop(StopReason::Migration).map_err(|e| e.in_phase("stop"))?;
         *stopped = true;
         took.actual.stop = Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
         store_time(&self.job.status.counters.stop, took.actual.stop);
-        let result = self.stopped(&mut took.actual);
+        let result = match self.votes {
+            true => self.switch_over(&mut took.actual, wait),
+            false => self.stopped(&mut took.actual, wait),
+        };
         // A paused guest was not stopped by us.
         if stop.changed {
             took.total = Duration::from_nanos(monotonic_ns().saturating_sub(stop.began.monotonic_ns));
-            if matches!(result, Ok(Outcome::Completed)) {
+            let left = match &result {
+                Ok(Outcome::Switched(_)) => self.job.keeper.phase() == Phase::Empty,
+                other => matches!(other, Ok(Outcome::Completed)),
+            };
+            if left {
                 store_time(&self.job.status.counters.downtime, took.total);
             }
         }
@@ -56,17 +73,28 @@ impl Migration<'_> {
         result
     }
 
-    /// The guest stands still.
-    fn stopped(&mut self, took: &mut Parts) -> Result<Outcome> {
-        let mut lap = Lap(Instant::now());
-        let devices = self.save_devices().map_err(|e| e.in_phase("save"))?;
+    /// The guest stands still, and goes where nobody votes.
+    fn stopped(&mut self, took: &mut Parts, wait: bool) -> Result<Outcome> {
+        if wait {
+            self.job.status.advance(State::PreSwitchover)?;
+            self.job.status.await_go_on()?;
+        }
+        let mut lap = Lap::new();
+        let mut bodies = self.save_devices().map_err(|e| e.in_phase("save"))?;
+        let description = self.sections.description(&self.job.options.machine());
+        stream::put_end_of_stream(&mut bodies.bytes, &description)?;
         took.devices = lap.time();
-        self.send_rest(devices, took, &mut lap).map_err(|e| e.in_phase("complete"))?;
+        let (rest, _) = bodies.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
+        self.send_rest(&rest, took, &mut lap).map_err(|e| e.in_phase("complete"))?;
+        // As late as it can still be undone: a write that is not seen here is one the destination never gets.
+        let set = self.set.as_ref();
+        set.map_or(Ok(()), |set| self.job.dirty.check_quiet(set)).map_err(|e| e.in_phase("complete"))?;
+        took.devices += lap.time();
         self.hand_over(took, &mut lap)
     }
 
-    /// END bodies, device bodies and the description, into one buffer. The big lock covers just this.
-    fn save_devices(&mut self) -> Result<Bodies> {
+    /// END bodies and device bodies, into one buffer. The big lock covers just this.
+    pub(super) fn save_devices(&mut self) -> Result<Bodies> {
         let mut bodies = Bodies::default();
         let clock_ns = self.job.vmm.clock_ns();
         {
@@ -76,14 +104,12 @@ impl Migration<'_> {
         // A pause that came during the switchover travels too; from here on there is none.
         let reasons = self.job.vmm.seal()?;
         self.sections.global_state(&mut bodies, reasons.without(StopReason::Migration).is_empty())?;
-        let description = self.sections.description(&self.job.options.machine());
         bodies.begin();
-        stream::put_end_of_stream(&mut bodies.bytes, &description)?;
         Ok(bodies)
     }
 
-    /// The last pages, then the devices, up to the last byte but one.
-    fn send_rest(&mut self, devices: Bodies, took: &mut Parts, lap: &mut Lap) -> Result<()> {
+    /// The last pages, then the devices.
+    pub(super) fn send_rest(&mut self, devices: &Bodies, took: &mut Parts, lap: &mut Lap) -> Result<()> {
         self.job.status.check()?;
         self.toll.lift();
         self.sync()?;
@@ -98,11 +124,8 @@ impl Migration<'_> {
         }
         self.sender.end_section(&mut self.out, true)?;
         took.ram = lap.time();
-        let (rest, _) = devices.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
-        self.write_bodies(&rest)?;
-        // As late as it can still be undone: a write that is not seen here is one the destination never gets.
-        self.job.dirty.check_quiet(&set)?;
+        self.write_bodies(devices)?;
         took.devices += lap.time();
         Ok(())
     }

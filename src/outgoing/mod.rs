@@ -1,9 +1,11 @@
 //! The source half: connect, say hello, set up, iterate while the guest runs, complete with the guest stopped.
 
+mod aftermath;
 mod complete;
 #[cfg(feature = "fault-injection")]
 mod fault;
 mod hand;
+mod handover;
 mod lanes;
 mod replies;
 mod sender;
@@ -27,16 +29,19 @@ use crate::ram::survey::Survey;
 use crate::ram::{Block, PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status, store_time};
+use crate::switchover::keeper::Keeper;
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::Threads;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::transport::{Channel, STALL, Target};
 use crate::vmm::{StopReason, Vmm};
+use crate::wire::ask::MigrationId;
 use crate::wire::command::Command;
 use crate::wire::frame::Bodies;
 use crate::wire::{checksum, hello, stream};
 use hand::HandOver;
+use handover::Rest;
 use lanes::Lanes;
 use replies::Replies;
 use sections::SectionSaver;
@@ -78,6 +83,10 @@ pub struct Job {
     pub threads: Arc<Threads>,
     /// Raised by cancel and by the first error.
     pub wake: Arc<Wake>,
+    /// Who may run the guest.
+    pub keeper: Arc<Keeper>,
+    /// The name of this migration.
+    pub migration: MigrationId,
 }
 
 /// How a migration that did not fail ended.
@@ -86,6 +95,8 @@ enum Outcome {
     Completed,
     /// The destination may have the guest: the answer was lost, for this reason.
     Unknown(Error),
+    /// The switchover between two vmigs went as far as it needs this connection.
+    Switched(Rest),
 }
 
 /// Runs a migration from start to end; the body of the thread `live_migration`.
@@ -104,8 +115,10 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
         }
     };
     match result {
+        Ok(Outcome::Switched(rest)) => aftermath::settle(job, rest),
         Ok(Outcome::Completed) => {
             give_away();
+            job.keeper.moved_without_votes(false);
             job.status.end(Ok(()));
         }
         Ok(Outcome::Unknown(error)) => {
@@ -113,11 +126,7 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
             job.status.end_unknown(error);
         }
         Err(error) => {
-            let phase = error.place().phase.clone();
-            let mut error = job.status.cause(error);
-            if let Some(phase) = phase {
-                error = error.in_phase(&phase);
-            }
+            let mut error = first_error(job, error);
             if stopped && let Err(second) = resume(&job.vmm) {
                 let text =
                     format!("{error}; and the guest stays paused here, because it could not be resumed: {second}");
@@ -125,6 +134,16 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
             }
             job.status.end(Err(error));
         }
+    }
+}
+
+/// What failed first, in the phase that failed by it.
+fn first_error(job: &Job, error: Error) -> Error {
+    let phase = error.place().phase.clone();
+    let first = job.status.cause(error);
+    match phase {
+        Some(phase) => first.in_phase(&phase),
+        None => first,
     }
 }
 
@@ -193,6 +212,8 @@ struct Migration<'a> {
     replies: Option<Replies>,
     /// The destination is a vmig and can answer: both say hello.
     to_vmig: bool,
+    /// It took our offer to switch over in four words.
+    votes: bool,
     sections: SectionSaver<'a>,
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
@@ -227,6 +248,7 @@ impl<'a> Migration<'a> {
             channel,
             replies: None,
             to_vmig,
+            votes: false,
             sections: SectionSaver::new(&job.sections, !to_vmig),
             set: None,
             sender: RamSender::new(
@@ -260,7 +282,6 @@ impl<'a> Migration<'a> {
         self.setup().map_err(|e| e.in_phase("setup"))?;
         self.job.status.advance(State::Active)?;
         self.iterate().and_then(|()| self.total.is_kept(self.job)).map_err(|e| e.in_phase("iterate"))?;
-        self.job.status.advance(State::Device)?;
         self.complete(stopped)
     }
 
@@ -306,6 +327,7 @@ impl<'a> Migration<'a> {
                         answers.expect_frames()?;
                     }
                     self.hand.pass(&welcome, &mut self.out)?;
+                    self.votes = welcome.switchover && self.job.options.on(Opt::ReturnPath);
                     if welcome.zero_runs {
                         self.sender.use_zero_runs();
                     }
@@ -376,6 +398,12 @@ impl<'a> Migration<'a> {
             hints: survey.is_some(),
             checksum: self.job.options.on(Opt::Checksum).then(|| checksum::NAME.to_owned()),
             hand_over: self.hand.offers(),
+            // Without a return path nobody could answer.
+            attempt: self
+                .job
+                .options
+                .on(Opt::ReturnPath)
+                .then(|| hello::Attempt { migration: self.job.migration, epoch: self.job.keeper.epoch() }),
         }
     }
 
@@ -604,22 +632,32 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Undoes what was set up, once, whatever happened. A connection that broke gets the destination's reason, if it
-    /// sent one; any other error is the reason itself.
+    /// Why the guest stays: of a connection that broke the destination's reason, if it sent one; any other error is the
+    /// reason itself.
+    fn reason(&self, error: Error) -> Error {
+        let broken = (self.out.is_broken() || self.sender.is_broken()) && !self.job.wake.is_raised();
+        let broken = broken && is_peers_doing(error.errno());
+        let error = match &self.replies {
+            Some(replies) if broken => replies.reason(LAST_WORDS).unwrap_or(error),
+            _ => error,
+        };
+        self.job.status.fail(error.clone());
+        error
+    }
+
+    /// Undoes what was set up, once, whatever happened.
     fn hang_up(mut self, result: Result<Outcome>) -> Result<Outcome> {
-        let result = result.map_err(|error| {
-            let broken = (self.out.is_broken() || self.sender.is_broken()) && !self.job.wake.is_raised();
-            let broken = broken && is_peers_doing(error.errno());
-            let error = match &self.replies {
-                Some(replies) if broken => replies.reason(LAST_WORDS).unwrap_or(error),
-                _ => error,
-            };
-            self.job.status.fail(error.clone());
-            error
-        });
-        if result.is_ok() {
-            self.hand.gave_away();
-        }
+        let result = match result {
+            Err(error) => Err(self.reason(error)),
+            Ok(Outcome::Switched(rest)) if !self.job.status.is_committed() => {
+                let why = rest.why.map(|why| first_error(self.job, self.reason(why)));
+                Ok(Outcome::Switched(Rest { why, ..rest }))
+            }
+            Ok(outcome) => {
+                self.hand.gave_away();
+                Ok(outcome)
+            }
+        };
         self.sender.close();
         self.channel.shutdown();
         if let Some(replies) = self.replies.take() {

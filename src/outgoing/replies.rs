@@ -23,8 +23,25 @@ pub(super) enum Verdict {
     Lost(Error),
 }
 
+/// What came next of the switchover's words.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// READY or a vote.
+    Word(Reply),
+    /// The destination failed, and said so in other words.
+    Failed,
+    /// The connection is over, or was given up here.
+    Ended,
+    /// Nothing in time.
+    Nothing,
+}
+
 #[derive(Debug, Default)]
 struct Heard {
+    /// READY, until it was taken.
+    ready: Option<Reply>,
+    /// A vote, until it was taken.
+    vote: Option<Reply>,
     acknowledged: bool,
     /// The last ping that was answered.
     pong: u32,
@@ -76,13 +93,19 @@ impl Shared {
                 Ok(Reply::Error(error)) => heard.error = Some(error),
                 Ok(Reply::Shut(code)) => heard.shut = Some(code),
                 Ok(Reply::Started(ns)) => heard.started = Some(Duration::from_nanos(ns)),
+                Ok(ready @ Reply::Ready(..)) => heard.ready = Some(ready),
+                Ok(vote @ Reply::Vote(..)) => {
+                    heard.vote = Some(vote);
+                    heard.ended = Some(Error::new(libc::ECONNRESET, "the destination said its last word"));
+                }
                 Err(error) => heard.ended = Some(error),
             }
             self.changed.notify_all();
             let failed = heard.failure();
             // A destination that has the guest says one more thing: how its start went.
             let loaded = heard.shut == Some(0);
-            let over = heard.ended.is_some() || heard.started.is_some() || heard.shut.is_some_and(|code| code != 0);
+            let started = loaded && heard.started.is_some();
+            let over = heard.ended.is_some() || started || heard.shut.is_some_and(|code| code != 0);
             drop(heard);
             // After the handover it is the waiting main thread that decides what an answer means.
             let early = (over || loaded) && !status.is_committed();
@@ -101,6 +124,7 @@ impl Heard {
     fn failure(&self) -> Option<Error> {
         match (&self.error, self.shut, &self.ended) {
             (Some(error), _, _) => Some(error.clone()),
+            _ if self.vote.is_some() => Some(self.refusal()),
             (None, Some(0), _) => {
                 Some(Error::new(libc::EPROTO, "the destination said it was done before it had everything"))
             }
@@ -119,6 +143,17 @@ impl Heard {
             }
             (None, None, None) => None,
         }
+    }
+
+    /// What a vote without other words says before GO.
+    fn refusal(&self) -> Error {
+        let text = match &self.vote {
+            Some(Reply::Vote(_, _, reply::OWNED)) => {
+                "the destination says it took the guest, which it was not told to"
+            }
+            _ => "the destination did not take the guest, and gave no reason",
+        };
+        Error::new(libc::EPROTO, text).on_side("destination")
     }
 }
 
@@ -152,6 +187,25 @@ impl Replies {
     /// Waits until ping `number` was answered, at most for `limit`. False: not yet.
     pub(super) fn has_caught_up(&self, number: u32, limit: Duration) -> bool {
         self.shared.wait(limit, |h| h.pong == number || h.shut.is_some() || h.ended.is_some()).pong == number
+    }
+
+    /// The next of the switchover's words, and why it came to that; waits at most `limit` for it.
+    pub(super) fn next_word(&self, limit: Duration) -> (Said, Option<Error>) {
+        let any = |h: &Heard| h.ready.is_some() || h.vote.is_some() || h.shut.is_some() || h.ended.is_some();
+        let mut heard = self.shared.wait(limit, any);
+        let why = heard.failure();
+        if let Some(ready) = heard.ready.take() {
+            return (Said::Word(ready), None);
+        }
+        if let Some(vote) = heard.vote.take() {
+            return (Said::Word(vote), why);
+        }
+        let said = match (heard.shut, &heard.ended) {
+            (Some(_), _) => Said::Failed,
+            (None, Some(_)) => Said::Ended,
+            (None, None) => Said::Nothing,
+        };
+        (said, why)
     }
 
     /// The last word after the handover was sent; waits at most `limit` for it.

@@ -16,6 +16,7 @@
 //! - A connection that breaks, or whose peer breaks the rules, is [`Event::LinkLost`], once; a connection that comes in
 //!   its place is opened only after that.
 
+pub mod keeper;
 pub mod table;
 
 use table::{Do, If, On, ROWS, Row};
@@ -25,8 +26,7 @@ use table::{Do, If, On, ROWS, Row};
 /// takes the guest back acquires `e + 2`, so no two attempts share an epoch.
 pub type Epoch = u64;
 
-/// Epochs a source may name: high enough for ever, and far from overflow.
-pub const EPOCH_MAX: Epoch = 1 << 62;
+pub use crate::wire::ask::EPOCH_MAX;
 
 /// Votes a side keeps; of older attempts it knows nothing any more, which is always safe to say.
 pub const VOTES_MAX: usize = 64;

@@ -316,6 +316,13 @@ pub fn wait_any(fds: &[BorrowedFd<'_>], wake: BorrowedFd<'_>, deadline: Option<I
     }
 }
 
+/// Whether something waits to be read or accepted.
+pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one live entry.
+    unsafe { libc::poll(&raw mut polled, 1, 0) > 0 }
+}
+
 /// Whether the peer of a socket sends no more.
 pub fn peer_is_done(fd: BorrowedFd<'_>) -> bool {
     let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };

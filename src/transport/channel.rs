@@ -61,16 +61,6 @@ impl FdChannel {
         Self::new(own, wake)
     }
 
-    /// Looks at the first bytes without taking them; how many of `buf` are there already.
-    pub fn peek(&self, buf: &mut [u8]) -> Result<usize> {
-        io::peek(self.fd()?.as_fd(), buf).map_err(|e| Error::from_io("looking at a connection", &e))
-    }
-
-    /// The descriptor, to wait for it beside others.
-    pub fn descriptor(&self) -> Result<Arc<OwnedFd>> {
-        self.fd()
-    }
-
     fn fd(&self) -> Result<Arc<OwnedFd>> {
         let fd = lock(&self.fd).clone();
         fd.ok_or_else(|| Error::new(libc::ESHUTDOWN, "the connection was closed on this side"))
@@ -165,6 +155,10 @@ impl Channel for FdChannel {
 
     fn is_two_way(&self) -> bool {
         self.kind == FdKind::Socket
+    }
+
+    fn descriptor(&self) -> Result<Arc<OwnedFd>> {
+        self.fd()
     }
 
     fn passes_fds(&self) -> bool {

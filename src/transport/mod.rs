@@ -45,6 +45,9 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
     /// Whether the peer can answer on this channel.
     fn is_two_way(&self) -> bool;
 
+    /// The descriptor, to wait for it beside others.
+    fn descriptor(&self) -> Result<Arc<OwnedFd>>;
+
     /// Whether file descriptors can travel over this channel: a unix socket.
     fn passes_fds(&self) -> bool {
         false

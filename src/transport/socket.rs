@@ -176,11 +176,11 @@ impl Listener {
     }
 
     /// Takes a connection that waits, if one does.
-    pub fn accept(&self, wake: &Arc<Wake>) -> Result<Option<FdChannel>> {
+    pub fn accept(&self) -> Result<Option<OwnedFd>> {
         match self.socket.accept() {
             Ok((socket, _)) => {
                 prepare(&socket);
-                FdChannel::new(OwnedFd::from(socket), wake).map(Some)
+                Ok(Some(OwnedFd::from(socket)))
             }
             Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR | libc::ECONNABORTED)) => Ok(None),
             Err(e) => Err(Error::from_io(format!("accepting on {}", self.address), &e)),

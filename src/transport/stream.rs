@@ -86,6 +86,11 @@ impl StreamInput {
         Self { wire, frames: false, rejected: None, buffer, start: 0, end: 0, position: 0 }
     }
 
+    /// Changes how long the peer may be silent.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.wire.limit = Some(limit);
+    }
+
     /// From here on everything must come by `deadline`, which is `limit` after connecting began.
     pub fn set_deadline(&mut self, deadline: Option<(Instant, Duration)>) {
         self.wire.deadline = deadline;

@@ -45,6 +45,21 @@ struct CVm {
     ours: AtomicBool,
 }
 
+impl CVm {
+    /// Calls a hook that is told an epoch, if it was given.
+    fn with_epoch(
+        &self,
+        name: &str,
+        hook: Option<unsafe extern "C" fn(*mut c_void, u64) -> c_int>,
+        epoch: u64,
+    ) -> Result<()> {
+        let Some(hook) = hook else { return Ok(()) };
+        // SAFETY: the VMM's own function and pointer, called as the header promises.
+        let value = unsafe { hook(self.vm.0, epoch) };
+        check_return(&format!("the {name} hook (epoch {epoch})"), value).map(|_| ())
+    }
+}
+
 impl Drop for CVm {
     fn drop(&mut self) {
         if let (true, Some(destroy)) = (*self.ours.get_mut(), self.ops.destroy) {
@@ -76,6 +91,24 @@ impl Hooks for CHooks {
             // SAFETY: the VMM's own function and pointer, called as the header promises.
             unsafe { hook(self.0.vm.0) };
         }
+    }
+
+    fn release(&self, epoch: u64) -> Result<()> {
+        self.0.with_epoch("release", self.0.ops.release, epoch)
+    }
+
+    fn reacquire(&self, epoch: u64) -> Result<()> {
+        self.0.with_epoch("reacquire", self.0.ops.reacquire, epoch)
+    }
+
+    fn fence(&self, epoch: u64) -> Result<()> {
+        if self.0.ops.fence.is_none() {
+            return Err(Error::new(
+                libc::ENOSYS,
+                "vmig_ops.fence is NULL: nobody can tell whether the other side is dead",
+            ));
+        }
+        self.0.with_epoch("fence", self.0.ops.fence, epoch)
     }
 
     fn log_dirty(&self, slot: u32, on: bool) -> Result<()> {

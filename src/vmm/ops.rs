@@ -49,7 +49,7 @@ pub struct vmig_ops {
     /// vhost-user, VFIO and whoever else knows the memory by its file or its pages, and advise the kernel again (huge
     /// pages, core dumps, locking: nothing of it holds for the new mapping). Optional. Called at the destination of
     /// option `hand-over`, on a thread of the library, when the source's memory has taken the place of the block's own:
-    /// all devices are loaded, the guest does not run yet. A failure fails the migration: the guest goes on at the
+    /// the source has let go of the guest, which is started next. A failure fails the migration: the guest goes on at the
     /// source. The library then maps the block's own memory again and calls this once more for each block it was
     /// called for, with the file given at registration. `fd` is the library's and open until the call returns: keep a
     /// duplicate. Must not write to the memory, nor wait for the big lock's holder.
@@ -63,6 +63,24 @@ pub struct vmig_ops {
             offset: u64,
         ) -> c_int,
     >,
+    /// Give up what the guest holds besides its memory (disk locks, leases, addresses), which was acquired with `epoch`.
+    /// Optional, as the next two. Between two vmigs only. At the source: the guest is stopped and about to leave; what is
+    /// still to be written to a disk is written now. On failure half of it may be released: `reacquire` is called, and
+    /// the guest goes on here. At the destination: undoes `reacquire` after the guest did not come; on failure it is
+    /// called again, until `switchover-timeout`. Called on a migration thread. Must not wait for vmig_resolve().
+    pub release: Option<unsafe extern "C" fn(vm: *mut c_void, epoch: u64) -> c_int>,
+    /// Acquire it with `epoch`, which is higher than any the guest had before: a lock that remembers the highest refuses
+    /// everybody who comes with a lower one. Must succeed for what was never released, and hold nothing when it fails.
+    /// At the destination: everything was loaded; on failure the guest goes on at the source. At the source: takes the
+    /// guest back; on failure it is called again, until `switchover-timeout`, then the state is `held`. Called on a
+    /// migration thread. Must not wait for vmig_resolve().
+    pub reacquire: Option<unsafe extern "C" fn(vm: *mut c_void, epoch: u64) -> c_int>,
+    /// The destination was told to run the guest with `epoch`, and does not answer for `switchover-timeout`. Succeed only
+    /// if you know that it has not run and will not run the guest with that epoch: a destination that is dead now, but
+    /// ran the guest for a second, has written to its disks, and the memory here is older than they are. On success the
+    /// guest is taken back. On failure, and without this hook, the state is `switchover-unknown`. Called at the source,
+    /// on a migration thread. Must not wait for vmig_resolve().
+    pub fence: Option<unsafe extern "C" fn(vm: *mut c_void, epoch: u64) -> c_int>,
 }
 
 // SAFETY: repr(C), starts with its size, only pointer-sized members, and a null function pointer is None.

@@ -25,6 +25,18 @@ pub trait Hooks: Send + Sync {
     fn start(&self) -> Result<()>;
     /// Tells the network that the guest lives here now.
     fn announce(&self) {}
+    /// Gives up what the guest holds besides memory, and was acquired with this epoch.
+    fn release(&self, _epoch: u64) -> Result<()> {
+        Ok(())
+    }
+    /// Acquires it with this epoch, higher than any before. On failure nothing is held.
+    fn reacquire(&self, _epoch: u64) -> Result<()> {
+        Ok(())
+    }
+    /// Makes certain that nobody has run or will run the guest with this epoch.
+    fn fence(&self, _epoch: u64) -> Result<()> {
+        Err(Error::new(libc::ENOSYS, "the VMM has no fence hook"))
+    }
     /// Switches KVM's dirty log of a memory slot.
     fn log_dirty(&self, slot: u32, _on: bool) -> Result<()> {
         let text = format!("cannot switch the dirty log of memory slot {slot}: the VMM has no log_dirty hook");
@@ -336,6 +348,34 @@ impl Vmm {
         });
         if let Err(error) = told {
             self.log.error(error);
+        }
+    }
+
+    /// Calls the release hook, if any. \[free\]
+    pub fn release(&self, epoch: u64) -> Result<()> {
+        fence("the release hook", || self.hooks.release(epoch))
+    }
+
+    /// Calls the reacquire hook, if any. \[free\]
+    pub fn reacquire(&self, epoch: u64) -> Result<()> {
+        fence("the reacquire hook", || self.hooks.reacquire(epoch))
+    }
+
+    /// Calls the fence hook; without one nothing is certain. \[free\]
+    pub fn fence(&self, epoch: u64) -> Result<()> {
+        fence("the fence hook", || self.hooks.fence(epoch))
+    }
+
+    /// The guest that arrived is ours from here on, and runs if it is to; else it is paused by the user. On failure it
+    /// did not run an instruction, and is not ours. \[free\]
+    pub fn take_over(&self, run: bool) -> Result<RunReport> {
+        let _run = self.enter("take over")?;
+        match run {
+            true => self.resume(),
+            false => {
+                self.set(StopReason::User.into());
+                Ok(RunReport::default())
+            }
         }
     }
 

@@ -9,6 +9,10 @@ const PING: u16 = 2;
 const SWITCHOVER_START: u16 = 11;
 /// Ours, between two vmigs only.
 const FDS: u16 = 0x5601;
+/// Ours: the switchover's words, see docs/switchover.md.
+const PREPARE: u16 = 0x5610;
+const GO: u16 = 0x5611;
+const ABORT: u16 = 0x5612;
 
 /// The commands of a precopy migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +25,12 @@ pub enum Command {
     SwitchoverStart,
     /// So many file descriptors came with these bytes, for the bodies that follow.
     Fds(u32),
+    /// All pages and devices of the attempt with this epoch came before this. Ends the stream of sections.
+    Prepare(u64),
+    /// Run the guest: the attempt's epoch, and the incarnation that said READY.
+    Go(u64, u64),
+    /// The attempt with this epoch is off.
+    Abort(u64),
 }
 
 /// Names of QEMU's other commands, for the error that refuses them.
@@ -41,6 +51,8 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
     let want = match number {
         OPEN_RETURN_PATH | SWITCHOVER_START => 0,
         PING | FDS => 4,
+        PREPARE | ABORT => 8,
+        GO => 16,
         _ => {
             let text = format!("byte {at:#x}: command {number:#x} ({}) is not supported", name(number));
             return Err(Error::invalid(text));
@@ -54,6 +66,9 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
         OPEN_RETURN_PATH => Command::OpenReturnPath,
         PING => Command::Ping(input.u32()?),
         FDS => Command::Fds(input.u32()?),
+        PREPARE => Command::Prepare(input.u64()?),
+        ABORT => Command::Abort(input.u64()?),
+        GO => Command::Go(input.u64()?, input.u64()?),
         _ => Command::SwitchoverStart,
     })
 }
@@ -79,6 +94,22 @@ pub fn put(out: &mut Vec<u8>, command: Command) {
             out.u16(4);
             out.u32(count);
         }
+        Command::Prepare(epoch) => {
+            out.u16(PREPARE);
+            out.u16(8);
+            out.u64(epoch);
+        }
+        Command::Go(epoch, incarnation) => {
+            out.u16(GO);
+            out.u16(16);
+            out.u64(epoch);
+            out.u64(incarnation);
+        }
+        Command::Abort(epoch) => {
+            out.u16(ABORT);
+            out.u16(8);
+            out.u64(epoch);
+        }
     }
 }
 
@@ -89,7 +120,9 @@ mod tests {
 
     #[test]
     fn round_trip_and_refusals() {
-        for command in [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart, Command::Fds(3)] {
+        let words = [Command::Prepare(1 << 40), Command::Go(5, u64::MAX), Command::Abort(6)];
+        let others = [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart, Command::Fds(3)];
+        for command in others.into_iter().chain(words) {
             let mut out = Vec::new();
             put(&mut out, command);
             assert_eq!(read(&mut Slice::new(&out)).unwrap(), command);

@@ -6,6 +6,7 @@
 
 use serde_json::{Value, json};
 
+use super::ask::{EPOCH_MAX, MigrationId};
 use super::checksum;
 use super::input::Input;
 use super::output::Put;
@@ -43,6 +44,17 @@ pub struct Hello {
     pub checksum: Option<String>,
     /// Blocks whose files the source would hand over; none: it has the option off.
     pub hand_over: Option<Vec<Offer>>,
+    /// Offers the switchover in four words, for this attempt; none: the last byte is the handover.
+    pub attempt: Option<Attempt>,
+}
+
+/// Which attempt to move a guest this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// The migration, drawn at random.
+    pub migration: MigrationId,
+    /// The epoch the source owns the guest with.
+    pub epoch: u64,
 }
 
 /// A section that will come.
@@ -83,6 +95,8 @@ pub struct Welcome {
     pub zero_runs: bool,
     /// From here on everything has the checksum that the source asked for.
     pub checksum: bool,
+    /// It takes the switchover in four words.
+    pub switchover: bool,
     /// Blocks whose files it takes, in the order of the offer: these follow, and no pages of them. None: it knows
     /// nothing of handing over.
     pub hand_over: Option<Vec<String>>,
@@ -90,6 +104,7 @@ pub struct Welcome {
 
 const FEATURE_FDS: &str = "device-fds";
 const FEATURE_ZERO_RUNS: &str = "zero-runs";
+const FEATURE_SWITCHOVER: &str = "switchover";
 
 fn put_frame(out: &mut Vec<u8>, json: &Value) -> Result<()> {
     let text = json.to_string();
@@ -149,6 +164,10 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
         let offer = |o: &Offer| json!({"name": o.name, "length": o.len, "offset": o.offset});
         json["hand-over"] = offers.iter().map(offer).collect();
     }
+    if let Some(attempt) = &hello.attempt {
+        json["migration"] = attempt.migration.to_string().into();
+        json["epoch"] = attempt.epoch.into();
+    }
     put_frame(out, &json)
 }
 
@@ -182,6 +201,13 @@ fn parse(json: &Value) -> Option<Hello> {
             None => None,
             Some(list) => Some(list.as_array()?.iter().map(offer).collect::<Option<_>>()?),
         },
+        attempt: match json.get("migration") {
+            None => None,
+            Some(id) => Some(Attempt {
+                migration: MigrationId::parse(id.as_str()?)?,
+                epoch: json.get("epoch")?.as_u64().filter(|epoch| *epoch <= EPOCH_MAX)?,
+            }),
+        },
     })
 }
 
@@ -204,6 +230,7 @@ pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
                 (welcome.fds, FEATURE_FDS),
                 (welcome.zero_runs, FEATURE_ZERO_RUNS),
                 (welcome.checksum, checksum::NAME),
+                (welcome.switchover, FEATURE_SWITCHOVER),
             ];
             let features: Vec<&str> = all.iter().filter(|(takes, _)| *takes).map(|(_, name)| *name).collect();
             let mut json = json!({"library": env!("CARGO_PKG_VERSION"), "features": features});
@@ -229,8 +256,9 @@ pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
             let features = texts(json.get("features")).ok_or_else(odd)?;
             let hand_over = json.get("hand-over").map(|list| texts(Some(list)).ok_or_else(odd)).transpose()?;
             let has = |name: &str| features.iter().any(|f| f == name);
-            let (fds, zero_runs, checksum) = (has(FEATURE_FDS), has(FEATURE_ZERO_RUNS), has(checksum::NAME));
-            Ok(Answer::Welcome(Welcome { fds, zero_runs, checksum, hand_over }))
+            let (fds, zero_runs) = (has(FEATURE_FDS), has(FEATURE_ZERO_RUNS));
+            let (checksum, switchover) = (has(checksum::NAME), has(FEATURE_SWITCHOVER));
+            Ok(Answer::Welcome(Welcome { fds, zero_runs, checksum, switchover, hand_over }))
         }
         Some(errors) => Ok(Answer::Refused(
             errors.iter().take(ERRORS_MAX).filter_map(Error::from_json).map(|e| e.on_side("destination")).collect(),
@@ -290,6 +318,7 @@ mod tests {
             hints: true,
             checksum: Some("crc32c".into()),
             hand_over: Some(vec![Offer { name: "low".into(), len: 0x1000, offset: 0x2000 }]),
+            attempt: Some(Attempt { migration: MigrationId([7; 16]), epoch: 1 << 40 }),
         }
     }
 
@@ -313,6 +342,7 @@ mod tests {
             fds: true,
             zero_runs: true,
             checksum: true,
+            switchover: true,
             hand_over: Some(vec!["low".into()]),
         });
         for answer in [Answer::Welcome(Welcome::default()), welcome, Answer::Refused(errors.clone())] {

@@ -2,6 +2,7 @@
 //!
 //! Pure: no I/O, no threads. Every limit on what a peer may send is in here.
 
+pub mod ask;
 pub mod checksum;
 pub mod command;
 pub mod frame;

@@ -4,6 +4,13 @@ use super::input::Input;
 use super::output::Put;
 use crate::error::{Error, Result};
 
+/// Votes as they travel; 0 is none.
+pub const OWNED: u32 = 1;
+/// See [`OWNED`].
+pub const NEVER: u32 = 2;
+/// See [`OWNED`].
+pub const UNKNOWN: u32 = 3;
+
 const SHUT: u16 = 1;
 const PONG: u16 = 2;
 const SWITCHOVER_ACK: u16 = 7;
@@ -11,6 +18,9 @@ const SWITCHOVER_ACK: u16 = 7;
 const ERROR: u16 = 0x5600;
 /// Ours, after a SHUT with 0: be64 nanoseconds that the handlers and the start hook took.
 const STARTED: u16 = 0x5601;
+/// Ours: the switchover's words, see docs/switchover.md.
+const READY: u16 = 0x5610;
+const VOTE: u16 = 0x5611;
 /// Longest JSON error.
 const ERROR_MAX: u64 = 64 << 10;
 
@@ -25,8 +35,12 @@ pub enum Reply {
     SwitchoverAck,
     /// The guest runs, after its start took so many nanoseconds; 0 if it is left paused.
     Started(u64),
-    /// Why a SHUT with an error is about to follow.
+    /// Why a SHUT with an error, or the vote NEVER, is about to follow.
     Error(Error),
+    /// Ready to run the guest of the attempt with this epoch, says this incarnation.
+    Ready(u64, u64),
+    /// What became of the attempt with this epoch: incarnation, and one of [`OWNED`], [`NEVER`], [`UNKNOWN`].
+    Vote(u64, u64, u32),
 }
 
 /// Reads a reply.
@@ -37,6 +51,8 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
     let want = match number {
         SHUT | PONG => 4,
         STARTED => 8,
+        READY => 16,
+        VOTE => 20,
         SWITCHOVER_ACK | ERROR => 0,
         3 | 4 => return Err(Error::invalid(format!("reply byte {at:#x}: a page request outside of postcopy"))),
         _ => return Err(Error::invalid(format!("reply byte {at:#x}: unknown reply {number:#x}"))),
@@ -50,6 +66,14 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
         PONG => Reply::Pong(input.u32()?),
         SWITCHOVER_ACK => Reply::SwitchoverAck,
         STARTED => Reply::Started(input.u64()?),
+        READY => Reply::Ready(input.u64()?, input.u64()?),
+        VOTE => {
+            let (epoch, incarnation, vote) = (input.u64()?, input.u64()?, input.u32()?);
+            if !(OWNED..=UNKNOWN).contains(&vote) {
+                return Err(Error::invalid(format!("reply byte {at:#x}: {vote} is no vote")));
+            }
+            Reply::Vote(epoch, incarnation, vote)
+        }
         _ => {
             let len = input.u64()?;
             let json = input.blob("the destination's error", len, ERROR_MAX)?;
@@ -82,6 +106,19 @@ pub fn put(out: &mut Vec<u8>, reply: &Reply) {
             out.u16(8);
             out.u64(*ns);
         }
+        Reply::Ready(epoch, incarnation) => {
+            out.u16(READY);
+            out.u16(16);
+            out.u64(*epoch);
+            out.u64(*incarnation);
+        }
+        Reply::Vote(epoch, incarnation, vote) => {
+            out.u16(VOTE);
+            out.u16(20);
+            out.u64(*epoch);
+            out.u64(*incarnation);
+            out.u32(*vote);
+        }
         Reply::Error(error) => {
             let json = error.to_json().to_string();
             out.u16(ERROR);
@@ -100,7 +137,9 @@ mod tests {
     #[test]
     fn round_trip_and_refusals() {
         let error = Error::invalid("no such block").in_section("ram").on_side("destination");
-        for reply in [Reply::Shut(3), Reply::Pong(1), Reply::SwitchoverAck, Reply::Started(7), Reply::Error(error)] {
+        let words = [Reply::Ready(1, u64::MAX), Reply::Vote(2, 3, NEVER)];
+        let others = [Reply::Shut(3), Reply::Pong(1), Reply::SwitchoverAck, Reply::Started(7), Reply::Error(error)];
+        for reply in others.into_iter().chain(words) {
             let mut out = Vec::new();
             put(&mut out, &reply);
             assert_eq!(read(&mut Slice::new(&out)).unwrap(), reply);
@@ -109,6 +148,11 @@ mod tests {
             }
             out[3] ^= 1;
             assert_eq!(read(&mut Slice::new(&out)).unwrap_err().errno(), libc::EINVAL);
+        }
+        for vote in [0, 4, u32::MAX] {
+            let mut out = Vec::new();
+            put(&mut out, &Reply::Vote(1, 2, vote));
+            assert_eq!(read(&mut Slice::new(&out)).unwrap_err().errno(), libc::EINVAL, "{vote}");
         }
         for number in [0u16, 3, 4, 5, 8, 0x5602] {
             let bytes = [number.to_be_bytes(), [0, 0]].concat();

@@ -112,25 +112,12 @@ static void sweep(plot_fn plot, bool void_too, void (*check)(int side, enum call
 
 static void check_failed_callback(int side, enum callback c, const char *what)
 {
-    bool at_start = side == 1 && (c == CB_START || c == CB_PREPARE_START || c == CB_STARTING);
-
-    error_says(&dst, what, at_start ? callback_words[c] : "errno");
-    if (at_start) {
-        /* The guest is here, paused, and can be started yet. */
-        CHECK(completed(&src) && state_of(&dst) == VMIG_STATE_FAILED, "%s", what);
-        CHECK(vmig_get_stop_reasons(dst.m) == VMIG_STOPPED_BY_USER, "%s: %d", what, vmig_get_stop_reasons(dst.m));
-        CHECK(c != CB_START || guest_hash(&src) == dst.arrival_hash, "%s: identical", what);
-        dst.plot = NULL;
-        CHECK(vmig_start(dst.m) == 0, "%s: started at last", what);
-        /* After a failed start hook the handler is told of a stop again, and writes to memory again. */
-        CHECK(c == CB_START || guest_hash(&src) == dst.arrival_hash, "%s: identical", what);
-        runs_on(&dst, what);
-        return;
-    }
+    error_says(&dst, what, "errno");
     CHECK(state_of(&src) == VMIG_STATE_FAILED && state_of(&dst) == VMIG_STATE_FAILED, "%s", what);
     error_says(&src, what, callback_words[c]);
     error_says(&src, what, side ? "\"side\":\"destination\"" : "\"side\":\"source\"");
-    CHECK(dst.calls[CB_START] == 0 && vmig_get_stop_reasons(dst.m) != 0, "%s: not started", what);
+    CHECK(dst.calls[CB_START] == (c == CB_START) && vmig_get_stop_reasons(dst.m) != 0, "%s: not started", what);
+    CHECK(vmig_start(dst.m) == -EPERM, "%s: the guest is not here", what);
     runs_on(&src, what);
     moves_after_all(what);
 }
@@ -157,11 +144,11 @@ static void check_failed_source(int side, enum callback c, const char *what)
 static void case_fail(void)
 {
     static const enum callback source[] = {
-        CB_STOP, CB_PREPARE_STOP, CB_STOPPED, CB_NEEDED, CB_PRE_SAVE, CB_POST_SAVE, CB_IS_ACTIVE, CB_IS_ACTIVE_ITERATE,
+        CB_STOP, CB_RELEASE, CB_PREPARE_STOP, CB_STOPPED, CB_NEEDED, CB_PRE_SAVE, CB_POST_SAVE, CB_IS_ACTIVE, CB_IS_ACTIVE_ITERATE,
         CB_PREPARE, CB_SETUP, CB_PENDING_ESTIMATE, CB_PENDING_EXACT, CB_ITERATE, CB_COMPLETE, CB_CLEANUP,
     };
     static const enum callback destination[] = {
-        CB_START, CB_ANNOUNCE, CB_PREPARE_START, CB_STARTING, CB_PRE_LOAD, CB_POST_LOAD, CB_LOAD_SETUP, CB_LOAD,
+        CB_START, CB_REACQUIRE, CB_ANNOUNCE, CB_PREPARE_START, CB_STARTING, CB_PRE_LOAD, CB_POST_LOAD, CB_LOAD_SETUP, CB_LOAD,
         CB_LOAD_CLEANUP,
     };
 

@@ -366,7 +366,7 @@ static void migrating(void)
     vmig_status s = VMIG_SIZED(vmig_status);
     vmig_downtime d = VMIG_SIZED(vmig_downtime);
 
-    CASE(vmig_outgoing), CASE(vmig_incoming), CASE(vmig_cancel), CASE(vmig_resolve), CASE(vmig_wait);
+    CASE(vmig_outgoing), CASE(vmig_incoming), CASE(vmig_cancel), CASE(vmig_continue), CASE(vmig_resolve), CASE(vmig_wait);
     STRINGS("uri", outgoing);
     STRINGS("uri", incoming);
     REFUSES(EINVAL, "handle", vmig_outgoing(NULL, "tcp::1"));
@@ -374,6 +374,8 @@ static void migrating(void)
     REFUSES(EINVAL, "protocol 'smtp'", vmig_outgoing(m, "smtp:x"));
     REFUSES(EINVAL, "handle", vmig_cancel(NULL));
     CHECK(vmig_cancel(m) == 0, "nothing to cancel is fine");
+    REFUSES(EINVAL, "handle", vmig_continue(NULL));
+    REFUSES(EINVAL, "pre-switchover", vmig_continue(m));
     REFUSES(EINVAL, "handle", vmig_resolve(NULL, 0));
     REFUSES(EINVAL, "run is 2", vmig_resolve(m, 2));
     REFUSES(EINVAL, "nothing to resolve", vmig_resolve(m, 1));

@@ -42,6 +42,7 @@ check_failed(const char *file, int line, const char *what, const char *format, .
 /* Every callback there is, with the words by which an error names it ("" if it cannot fail). */
 #define CALLBACKS(X) \
     X(STOP, "stop hook") X(START, "start hook") X(ANNOUNCE, "") \
+    X(RELEASE, "release hook") X(REACQUIRE, "reacquire hook") X(FENCE, "fence hook") \
     X(PREPARE_STOP, "prepare-stop") X(STOPPED, "in stopped") X(PREPARE_START, "prepare-start") X(STARTING, "in starting") \
     X(NEEDED, "needed") X(PRE_SAVE, "pre_save") X(POST_SAVE, "post_save") X(PRE_LOAD, "pre_load") \
     X(POST_LOAD, "post_load") X(IS_ACTIVE, "is_active") X(IS_ACTIVE_ITERATE, "is_active_iterate") \
@@ -90,6 +91,7 @@ struct guest {
     bool greedy;                        /* the vCPU keeps taking the big lock */
     uint64_t arrival_hash;              /* of everything, when the start hook was called the last time */
     unsigned calls[CB_COUNT];
+    uint64_t epoch[CB_COUNT];           /* what the hook was told the last time */
     plot_fn plot;                       /* called in every callback; non-zero is what the callback returns */
     enum callback target;
     unsigned target_call;
@@ -260,6 +262,18 @@ static void guest_announce(void *opaque)
 {
     called(opaque, CB_ANNOUNCE);
 }
+
+static int with_epoch(struct guest *g, enum callback c, uint64_t epoch)
+{
+    CHECK(vmig_bql_held(g->m) == 0, "%s is called without the big lock", callback_names[c]);
+    CHECK(c == CB_RELEASE || epoch >= g->epoch[c], "%s: an epoch only grows", callback_names[c]);
+    g->epoch[c] = epoch;
+    return called(g, c);
+}
+
+static int guest_release(void *opaque, uint64_t epoch) { return with_epoch(opaque, CB_RELEASE, epoch); }
+static int guest_reacquire(void *opaque, uint64_t epoch) { return with_epoch(opaque, CB_REACQUIRE, epoch); }
+static int guest_fence(void *opaque, uint64_t epoch) { return with_epoch(opaque, CB_FENCE, epoch); }
 
 static void guest_log(void *opaque, int level, const char *line)
 {
@@ -479,6 +493,7 @@ static UNUSED void guest_new(struct guest *g, const struct shape *shape, uint8_t
     g->own_lock = s->own_lock;
     ops.stop = guest_stop, ops.start = guest_start, ops.announce = guest_announce, ops.log = guest_log;
     ops.destroy = guest_gone;
+    ops.release = guest_release, ops.reacquire = guest_reacquire, ops.fence = guest_fence;
     if (s->own_lock)
         ops.lock = own_lock, ops.unlock = own_unlock, ops.held = s->own_lock == 2 ? own_held : NULL;
     CHECK(vmig_new(&ops, g, &g->m) == 0, "vmig_new");

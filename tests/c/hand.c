@@ -16,6 +16,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 
 enum { PAGE = 4096, FDS = 300 };
@@ -275,12 +276,21 @@ static void add_everything(void)
 
 /* ---- commands ---------------------------------------------------------------------------------------------------- */
 
+/* An address where a guest arrived is kept for questions about it. */
+static bool is_listening(int fd)
+{
+    int on = 0;
+    socklen_t len = sizeof on;
+
+    return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &len) == 0 && on;
+}
+
 static unsigned open_count(void)
 {
     unsigned n = 0;
 
     for (int fd = 0; fd < 1024; fd++)
-        n += fcntl(fd, F_GETFD) >= 0;
+        n += fcntl(fd, F_GETFD) >= 0 && !is_listening(fd);
     return n;
 }
 

@@ -41,8 +41,9 @@ static inline void answer_status(vmig *m)
 
     need(vmig_get_status(m, &s), "status");
     printf("status state=%s iteration=%" PRIu64 " total=%" PRIu64 " remaining=%" PRIu64 " sent=%" PRIu64 " normal=%" PRIu64
-           " zero=%" PRIu64 " stop=%" PRIu64 " downtime=%" PRIu64 "\n", vmig_state_name(s.state), s.iteration, s.total,
-           s.remaining, s.transferred, s.normal_pages, s.zero_pages, s.stop, s.downtime);
+           " zero=%" PRIu64 " stop=%" PRIu64 " downtime=%" PRIu64 " over=%d\n", vmig_state_name(s.state), s.iteration,
+           s.total, s.remaining, s.transferred, s.normal_pages, s.zero_pages, s.stop, s.downtime,
+           vmig_wait(m, 0));
 }
 
 static inline void answer_listening(vmig *m, const char *uri)

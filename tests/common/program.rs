@@ -153,8 +153,13 @@ impl Program {
     pub fn ended_in(&mut self) -> String {
         let end = Instant::now() + MOVE;
         loop {
-            let state = self.status_text("state");
-            if ["none", "completed", "failed", "cancelled", "switchover-unknown"].contains(&state.as_str()) {
+            let line = self.command("status");
+            let word =
+                |key: &str| line.split(' ').find_map(|w| w.strip_prefix(key)?.strip_prefix('=').map(str::to_owned));
+            let state = word("state").unwrap_or_default();
+            // From there a side may go on by itself; programs that know say when it does not.
+            let stays = state == "switchover-unknown" && word("over").is_none_or(|over| over == "1");
+            if stays || ["none", "completed", "failed", "cancelled", "held"].contains(&state.as_str()) {
                 return state;
             }
             if Instant::now() > end {

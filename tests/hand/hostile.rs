@@ -60,6 +60,7 @@ fn hello_of(hand_over: Option<Vec<Offer>>) -> Hello {
         hints: false,
         checksum: None,
         hand_over,
+        attempt: None,
     }
 }
 
@@ -251,6 +252,7 @@ fn destinations_that_take_the_wrong_things() {
         fds: true,
         zero_runs: false,
         checksum: false,
+        switchover: false,
         hand_over: Some(names.iter().map(|n| (*n).into()).collect()),
     };
     answered("unknown", &takes(&["middle"]), "which was not offered", |_| ());

@@ -92,6 +92,9 @@ fn full() -> vmig_ops {
         log: Some(log_line),
         destroy: Some(destroy),
         ram_replaced: None,
+        release: None,
+        reacquire: None,
+        fence: None,
     }
 }
 

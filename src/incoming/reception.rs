@@ -1,0 +1,421 @@
+//! The reception of a destination: whoever connects is asked who they are, by their first four bytes.
+//!
+//! A main connection begins with `QEVM` or `VMIG`, a channel with its magic; both go to the door of the migration that
+//! listens there, if one does. A question about an attempt that arrived here (`VASK`) is answered from the votes, as
+//! long as the handle lives, or goes to the driver of the attempt at hand. One thread does this for all addresses; a
+//! connection that says nothing is held for a moment, and as many as could be ours.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::switchover::Message;
+use crate::switchover::keeper::{Asked, Keeper};
+use crate::sys::eventfd::{EventFd, Wake};
+use crate::sys::io::{self, FdKind, Piece};
+use crate::thread::{Threads, lock};
+use crate::transport::socket::Listener;
+use crate::transport::uri::Uri;
+use crate::wire::ask::{self, Ask};
+use crate::wire::input::Slice;
+use crate::wire::{packet, reply};
+
+/// How long a connection may take to say what it is.
+const SORT_TIME: Duration = Duration::from_secs(10);
+/// Until one that said a part of it is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// Connections held at a time: all channels a source can have, its main one, and one more.
+const HELD_MAX: usize = packet::CHANNELS_MAX as usize + 2;
+/// Addresses that are kept for questions; the oldest is given up.
+const LINES_MAX: usize = 8;
+/// Questions that wait for the driver.
+const VISITORS_MAX: usize = 4;
+/// How long a closing door waits for its address to be free.
+const CLOSE_WAIT: Duration = Duration::from_secs(1);
+
+/// What a migration takes in.
+#[derive(Debug)]
+struct Intake {
+    main: Option<OwnedFd>,
+    had_main: bool,
+    channels: Vec<OwnedFd>,
+    /// Rings when something came.
+    bell: Arc<EventFd>,
+    /// Why the last connection was dropped that had not said what it is.
+    broken: Option<Error>,
+}
+
+impl Intake {
+    fn new() -> Result<Self> {
+        Ok(Self { main: None, had_main: false, channels: Vec::new(), bell: Arc::new(EventFd::new()?), broken: None })
+    }
+}
+
+/// An address somebody listens at.
+#[derive(Debug)]
+pub(super) struct Line {
+    uri: Uri,
+    listener: Listener,
+    /// None: no migration is expected there.
+    intake: Mutex<Option<Intake>>,
+    unsorted: AtomicUsize,
+    kept: AtomicBool,
+}
+
+impl Line {
+    pub(super) fn address(&self) -> &str {
+        self.listener.address()
+    }
+
+    pub(super) fn keep(&self) {
+        self.kept.store(true, Ordering::Release);
+    }
+
+    /// Rings when something came.
+    pub(super) fn bell(&self) -> Result<Arc<EventFd>> {
+        let bell = lock(&self.intake).as_ref().map(|intake| Arc::clone(&intake.bell));
+        bell.ok_or_else(|| Error::new(libc::ESHUTDOWN, "nobody is expected here any more"))
+    }
+
+    pub(super) fn broken(&self) -> Option<Error> {
+        lock(&self.intake).as_ref()?.broken.clone()
+    }
+
+    fn ring(&self) {
+        if let Some(intake) = &*lock(&self.intake) {
+            intake.bell.set();
+        }
+    }
+
+    pub(super) fn take_main(&self) -> Option<OwnedFd> {
+        lock(&self.intake).as_mut()?.main.take()
+    }
+
+    /// `count` channels, if there are as many.
+    pub(super) fn take_channels(&self, count: usize) -> Option<Vec<OwnedFd>> {
+        let mut intake = lock(&self.intake);
+        let channels = &mut intake.as_mut()?.channels;
+        (channels.len() >= count).then(|| channels.drain(..count).collect())
+    }
+
+    pub(super) fn channels(&self) -> usize {
+        lock(&self.intake).as_ref().map_or(0, |intake| intake.channels.len())
+    }
+
+    /// Nobody is at the door who has not said who they are.
+    pub(super) fn is_quiet(&self) -> bool {
+        // One that is being accepted is counted before it leaves the backlog.
+        !io::is_readable(self.listener.as_fd()) && self.unsorted.load(Ordering::Acquire) == 0
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.kept.load(Ordering::Acquire) || lock(&self.intake).is_some()
+    }
+
+    /// What is no channel is taken for the main connection while that is wanted: its first bytes are then named in the
+    /// error.
+    fn admit(&self, fd: OwnedFd, is_channel: bool) {
+        if let Some(intake) = &mut *lock(&self.intake) {
+            match is_channel {
+                true if intake.channels.len() < HELD_MAX => intake.channels.push(fd),
+                false if !intake.had_main => (intake.main, intake.had_main) = (Some(fd), true),
+                _ => (),
+            }
+        }
+        self.ring();
+    }
+}
+
+/// A connection that has not said what it is.
+struct Unsorted {
+    fd: OwnedFd,
+    line: Arc<Line>,
+    until: Instant,
+    /// It said a part: to be looked at then, for poll(2) would come back at once.
+    again: Option<Instant>,
+}
+
+impl Drop for Unsorted {
+    fn drop(&mut self) {
+        self.line.unsorted.fetch_sub(1, Ordering::AcqRel);
+        self.line.ring();
+    }
+}
+
+/// A question for the driver.
+#[derive(Debug)]
+pub(super) struct Visitor {
+    /// Where to answer.
+    pub(super) fd: OwnedFd,
+    /// The GO that is repeated.
+    pub(super) go: Message,
+    ask: Ask,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    lines: Vec<Arc<Line>>,
+    runs: bool,
+    over: bool,
+    visitors: VecDeque<Visitor>,
+}
+
+/// Everybody who listens for one guest.
+#[derive(Debug)]
+pub struct Reception {
+    keeper: Arc<Keeper>,
+    threads: Arc<Threads>,
+    state: Mutex<State>,
+    changed: Condvar,
+    news: EventFd,
+    /// Never raised: waits here end by `news`.
+    calm: Arc<Wake>,
+}
+
+impl Reception {
+    /// Nobody listens yet.
+    pub fn new(keeper: &Arc<Keeper>, threads: &Arc<Threads>) -> Result<Self> {
+        Ok(Self {
+            keeper: Arc::clone(keeper),
+            threads: Arc::clone(threads),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            news: EventFd::new()?,
+            calm: Arc::new(Wake::new()?),
+        })
+    }
+
+    /// A line at this address that is kept, for another migration.
+    pub(super) fn line(&self, uri: &Uri) -> Result<Option<Arc<Line>>> {
+        if matches!(uri, Uri::Tcp { port: 0, .. }) {
+            return Ok(None);
+        }
+        let state = lock(&self.state);
+        let same = |line: &&Arc<Line>| line.uri == *uri || Uri::parse(line.address()).is_ok_and(|real| real == *uri);
+        let Some(line) = state.lines.iter().find(same) else { return Ok(None) };
+        let mut intake = lock(&line.intake);
+        if intake.is_some() {
+            let text = format!("a migration listens at {} already", line.address());
+            return Err(Error::new(libc::EADDRINUSE, text));
+        }
+        *intake = Some(Intake::new()?);
+        Ok(Some(Arc::clone(line)))
+    }
+
+    /// One more address, and the thread if it is the first.
+    pub(super) fn add(self: &Arc<Self>, uri: &Uri, listener: Listener) -> Result<Arc<Line>> {
+        let line = Arc::new(Line {
+            uri: uri.clone(),
+            listener,
+            intake: Mutex::new(Some(Intake::new()?)),
+            unsorted: AtomicUsize::new(0),
+            kept: AtomicBool::new(false),
+        });
+        let mut state = lock(&self.state);
+        if state.over {
+            return Err(Error::new(libc::ESHUTDOWN, "the guest is being freed"));
+        }
+        if state.lines.len() >= LINES_MAX
+            && let Some(oldest) = state.lines.iter().find(|line| lock(&line.intake).is_none())
+        {
+            oldest.kept.store(false, Ordering::Release);
+        }
+        if !state.runs {
+            let (shared, on_panic) = (Arc::clone(self), Arc::clone(self));
+            let body = move || {
+                shared.work();
+                Ok(())
+            };
+            self.threads.spawn_with("reception", body, move |_| on_panic.gave_up())?;
+            state.runs = true;
+        }
+        state.lines.push(Arc::clone(&line));
+        drop(state);
+        self.news.set();
+        Ok(line)
+    }
+
+    /// The migration of this line takes nothing in any more. Unless it is kept its address is free when this returns.
+    pub(super) fn close(&self, line: &Arc<Line>) {
+        *lock(&line.intake) = None;
+        self.news.set();
+        let deadline = Instant::now() + CLOSE_WAIT;
+        let mut state = lock(&self.state);
+        while !line.kept.load(Ordering::Acquire) && state.runs && state.lines.iter().any(|l| Arc::ptr_eq(l, line)) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Fails if nobody is at the reception.
+    pub(super) fn check(&self) -> Result<()> {
+        match lock(&self.state).runs {
+            true => Ok(()),
+            false => Err(Error::new(libc::ESHUTDOWN, "nobody listens any more")),
+        }
+    }
+
+    /// Ends the thread and closes every address: the handle is being freed.
+    pub fn shut(&self) {
+        lock(&self.state).over = true;
+        self.news.set();
+    }
+
+    /// The thread is gone: whoever waits at a door hears it.
+    fn gave_up(&self) {
+        let mut state = lock(&self.state);
+        state.runs = false;
+        state.lines.drain(..).for_each(|line| line.ring());
+        self.changed.notify_all();
+    }
+
+    /// The oldest question for the driver.
+    pub(super) fn visitor(&self) -> Option<Visitor> {
+        lock(&self.state).visitors.pop_front()
+    }
+
+    /// Answers the questions that waited for a driver who is gone now.
+    pub(super) fn answer_visitors(&self) {
+        while let Some(visitor) = self.visitor() {
+            if let Asked::Vote(vote) = self.keeper.asked(&visitor.ask) {
+                answer(&visitor.fd, &vote);
+            }
+        }
+    }
+
+    /// The body of the thread.
+    fn work(&self) {
+        let mut unsorted: Vec<Unsorted> = Vec::new();
+        loop {
+            let lines = self.lines(&mut unsorted);
+            if lines.is_empty() {
+                return;
+            }
+            self.turn(&lines, &mut unsorted);
+        }
+    }
+
+    /// The lines that are wanted; the others are closed. None: the thread is to end.
+    fn lines(&self, unsorted: &mut Vec<Unsorted>) -> Vec<Arc<Line>> {
+        let mut state = lock(&self.state);
+        if state.over {
+            state.lines.clear();
+            state.visitors.clear();
+        }
+        let over = state.over;
+        unsorted.retain(|one| !over && one.line.is_wanted());
+        state.lines.retain(|line| line.is_wanted());
+        if state.lines.is_empty() {
+            state.runs = false;
+        }
+        self.changed.notify_all();
+        state.lines.clone()
+    }
+
+    /// Waits for one thing to happen, and sorts.
+    fn turn(&self, lines: &[Arc<Line>], unsorted: &mut Vec<Unsorted>) {
+        let held = unsorted.len() + lines.iter().map(|line| line.channels()).sum::<usize>();
+        let looked_at: Vec<usize> = (0..unsorted.len()).filter(|i| unsorted[*i].again.is_none()).collect();
+        let mut fds: Vec<BorrowedFd<'_>> = looked_at.iter().map(|i| unsorted[*i].fd.as_fd()).collect();
+        if held < HELD_MAX {
+            fds.extend(lines.iter().map(|line| line.listener.as_fd()));
+        }
+        fds.push(self.news.as_fd());
+        let next = unsorted.iter().map(|one| one.again.unwrap_or(one.until)).min();
+        // A failing poll is not lasting: it lacks memory.
+        let woken = io::wait_any(&fds, self.calm.as_fd(), next).unwrap_or(None);
+        let (count, listening) = (fds.len(), held < HELD_MAX);
+        drop(fds);
+        match woken {
+            Some(index) if index + 1 == count => self.news.clear(),
+            Some(index) if index < looked_at.len() => self.sort(looked_at[index], unsorted),
+            Some(index) if listening => accept(&lines[index - looked_at.len()], unsorted),
+            _ => {
+                let now = Instant::now();
+                unsorted.retain(|one| one.until > now);
+                for one in unsorted.iter_mut().filter(|one| one.again.is_some_and(|at| at <= now)) {
+                    one.again = None;
+                }
+            }
+        }
+    }
+
+    /// Finds out what a connection is.
+    fn sort(&self, index: usize, unsorted: &mut Vec<Unsorted>) {
+        let one = &mut unsorted[index];
+        let mut first = [0; ask::LEN];
+        let there = match io::peek(one.fd.as_fd(), &mut first) {
+            Ok(there) => there,
+            Err(error) => {
+                // Most likely it closed before it said anything.
+                if let Some(intake) = &mut *lock(&one.line.intake) {
+                    intake.broken = Some(Error::from_io("looking at a connection", &error));
+                }
+                unsorted.swap_remove(index);
+                return;
+            }
+        };
+        let asks = first[..4] == ask::MAGIC.to_be_bytes();
+        let want = if asks { ask::LEN } else { 4 };
+        if there < want && !io::peer_is_done(one.fd.as_fd()) {
+            one.again = Some(Instant::now() + LOOK_AGAIN);
+            return;
+        }
+        let one = unsorted.swap_remove(index);
+        let Ok(fd) = one.fd.try_clone() else { return };
+        if !asks {
+            one.line.admit(fd, first[..4] == packet::MAGIC.to_be_bytes());
+        } else if there == ask::LEN && io::read(fd.as_fd(), FdKind::Socket, &mut first).is_ok() {
+            self.question(fd, &first);
+        }
+    }
+
+    /// Answers a question, or has the driver answer it.
+    fn question(&self, fd: OwnedFd, bytes: &[u8]) {
+        let Ok(ask) = ask::read(&mut Slice::new(bytes)) else { return };
+        match self.keeper.asked(&ask) {
+            Asked::Vote(vote) => answer(&fd, &vote),
+            Asked::Driver(go) => {
+                let mut state = lock(&self.state);
+                if state.visitors.len() < VISITORS_MAX {
+                    state.visitors.push_back(Visitor { fd, go, ask });
+                }
+                drop(state);
+                self.keeper.bell().set();
+                // A driver that rested meanwhile has looked for the last time.
+                if let Asked::Vote(_) = self.keeper.asked(&ask) {
+                    self.answer_visitors();
+                }
+            }
+        }
+    }
+}
+
+fn accept(line: &Arc<Line>, unsorted: &mut Vec<Unsorted>) {
+    line.unsorted.fetch_add(1, Ordering::AcqRel);
+    match line.listener.accept() {
+        Ok(Some(fd)) => {
+            let until = Instant::now() + SORT_TIME;
+            unsorted.push(Unsorted { fd, line: Arc::clone(line), until, again: None });
+        }
+        // Too many descriptors, or a connection that was taken back: the next turn sees.
+        Ok(None) | Err(_) => {
+            line.unsorted.fetch_sub(1, Ordering::AcqRel);
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+}
+
+/// One write into an empty socket: it is taken whole, or the asker is gone and will ask again.
+fn answer(fd: &OwnedFd, vote: &Message) {
+    let Some(reply) = super::handover::reply_of(vote) else { return };
+    let mut bytes = Vec::new();
+    reply::put(&mut bytes, &reply);
+    let _ = io::write(fd.as_fd(), FdKind::Socket, &[Piece::of(&bytes)]);
+}

@@ -1,0 +1,214 @@
+//! The switchover between two vmigs, source side, while there is a connection: carries out what the rules of
+//! `switchover` say, and tells them what happened. What comes after the connection is in `aftermath`.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::complete::Lap;
+use super::replies::Said;
+use super::{Migration, Outcome};
+use crate::error::{Error, Result};
+use crate::options::Opt;
+use crate::pacing::downtime::Parts;
+use crate::status::State;
+use crate::switchover::{Action, Event, Incarnation, Message, Phase, Vote};
+use crate::wire::command::Command;
+use crate::wire::{reply, stream};
+
+/// What is left to do when the connection is closed.
+pub(super) struct Rest {
+    /// Actions of the last event, in order.
+    pub(super) actions: VecDeque<Action>,
+    /// Why the guest did not leave, or is not known to.
+    pub(super) why: Option<Error>,
+}
+
+/// How far a switchover is.
+struct Course<'a> {
+    took: &'a mut Parts,
+    lap: Lap,
+    /// When `switchover-timeout` is over; none: it starts with the next wait.
+    deadline: Option<Instant>,
+    /// PREPARE was written whole: the destination understands words now.
+    prepared: bool,
+    why: Option<Error>,
+}
+
+impl Course<'_> {
+    fn failed(&mut self, error: Error) {
+        self.why.get_or_insert(error);
+    }
+}
+
+/// A word of the destination, as the rules know it.
+pub(super) fn message_of(said: &reply::Reply) -> Option<Message> {
+    match *said {
+        reply::Reply::Ready(epoch, incarnation) => {
+            Some(Message::Ready { epoch, incarnation: Incarnation(incarnation) })
+        }
+        reply::Reply::Vote(epoch, incarnation, vote) => {
+            let vote = match vote {
+                reply::OWNED => Vote::Owned,
+                reply::NEVER => Vote::Never,
+                _ => Vote::Unknown,
+            };
+            Some(Message::Vote { epoch, incarnation: Incarnation(incarnation), vote })
+        }
+        _ => None,
+    }
+}
+
+impl Migration<'_> {
+    /// Moves the ownership of a guest that is stopped. With `wait` the user is asked first.
+    pub(super) fn switch_over(&mut self, took: &mut Parts, wait: bool) -> Result<Outcome> {
+        let mut course = Course { took, lap: Lap::new(), deadline: None, prepared: false, why: None };
+        self.job.keeper.drive();
+        let mut event = Event::Begin { wait };
+        loop {
+            let mut actions = VecDeque::from(self.job.keeper.step(event));
+            let mut next = None;
+            while let Some(action) = actions.pop_front() {
+                if needs_no_connection(action) {
+                    actions.push_front(action);
+                    return Ok(Outcome::Switched(Rest { actions, why: course.why }));
+                }
+                next = self.carry_out(action, &mut course);
+            }
+            event = next.unwrap_or_else(|| self.await_event(&mut course));
+        }
+    }
+
+    /// Does one thing; what comes of it, if the rules are to know at once.
+    fn carry_out(&mut self, action: Action, course: &mut Course<'_>) -> Option<Event> {
+        match action {
+            Action::Release(epoch) => Some(match self.job.vmm.release(epoch) {
+                Ok(()) => Event::Done,
+                Err(error) => {
+                    course.failed(error.in_phase("release"));
+                    Event::Failed
+                }
+            }),
+            Action::Send(Message::Prepare { epoch }) => self.send_all(epoch, course).err().map(|error| {
+                let event = self.ending();
+                course.failed(error);
+                event
+            }),
+            Action::Decide => Some(self.decide(course)),
+            Action::Send(Message::Go { epoch, incarnation }) => {
+                self.word(Command::Go(epoch, incarnation.0)).err().map(|error| {
+                    course.failed(error);
+                    Event::LinkLost
+                })
+            }
+            Action::Send(Message::Abort { epoch }) => {
+                // In the middle of a section nobody would take it for a word.
+                if course.prepared {
+                    // A destination that does not hear it has its deadline.
+                    let _ = self.word(Command::Abort(epoch));
+                }
+                None
+            }
+            Action::Arm => {
+                course.deadline = None;
+                None
+            }
+            // The others belong to the destination, or need no connection.
+            _ => None,
+        }
+    }
+
+    /// Devices and the last pages, then PREPARE.
+    fn send_all(&mut self, epoch: u64, course: &mut Course<'_>) -> Result<()> {
+        let mut devices = self.save_devices().map_err(|e| e.in_phase("save"))?;
+        stream::put_command(&mut devices.bytes, Command::Prepare(epoch));
+        course.took.devices = course.lap.time();
+        self.send_rest(&devices, course.took, &mut course.lap).map_err(|e| e.in_phase("complete"))?;
+        course.prepared = true;
+        self.publish();
+        Ok(())
+    }
+
+    fn word(&mut self, word: Command) -> Result<()> {
+        let mut bytes = Vec::new();
+        stream::put_command(&mut bytes, word);
+        self.out.write(&bytes)
+    }
+
+    /// READY is here: the last moment at which a write to the stopped guest can be noticed, and a cancel obeyed.
+    fn decide(&mut self, course: &mut Course<'_>) -> Event {
+        course.took.load = course.lap.time();
+        let quiet = match &self.set {
+            Some(set) => self.job.dirty.check_quiet(set).map_err(|e| e.in_phase("complete")),
+            None => Ok(()),
+        };
+        match quiet.and_then(|()| self.job.status.check()).and_then(|()| self.job.status.commit()) {
+            Ok(()) => Event::Committed,
+            Err(error) => {
+                course.failed(error);
+                Event::Cancel
+            }
+        }
+    }
+
+    /// What an error on our side means.
+    fn ending(&self) -> Event {
+        match self.job.status.state() {
+            State::Cancelling => Event::Cancel,
+            _ if self.out.is_broken() || self.sender.is_broken() => Event::LinkLost,
+            _ => Event::Failed,
+        }
+    }
+
+    /// Waits for the next thing to happen.
+    fn await_event(&mut self, course: &mut Course<'_>) -> Event {
+        if self.job.keeper.phase() == Phase::PreSwitchover {
+            let gone_on = self.job.status.advance(State::PreSwitchover).and_then(|()| self.job.status.await_go_on());
+            return match gone_on {
+                Ok(()) => Event::Continue,
+                Err(error) => {
+                    let event = self.ending();
+                    course.failed(error);
+                    if event == Event::LinkLost { Event::Failed } else { event }
+                }
+            };
+        }
+        let limit = self.job.options.time(Opt::SwitchoverTimeout);
+        let deadline = *course.deadline.get_or_insert_with(|| Instant::now() + limit);
+        let Some(replies) = &self.replies else { return Event::LinkLost };
+        let (said, why) = replies.next_word(deadline.saturating_duration_since(Instant::now()));
+        let event = match &said {
+            Said::Word(word) => message_of(word).map_or(Event::Failed, Event::Heard),
+            Said::Failed => Event::Failed,
+            Said::Ended if self.job.status.is_committed() => Event::LinkLost,
+            Said::Ended if self.job.status.state() == State::Cancelling => Event::Cancel,
+            // Another thread of ours failed and ended everybody's waits.
+            Said::Ended if self.job.wake.is_raised() => Event::Failed,
+            Said::Ended => Event::LinkLost,
+            Said::Nothing => Event::Deadline,
+        };
+        match (&event, why) {
+            (Event::Heard(Message::Ready { .. }), _) => (),
+            (Event::Heard(Message::Vote { vote: Vote::Owned, .. }), _) => {
+                course.took.start = replies.started(Duration::ZERO).unwrap_or_default();
+            }
+            (Event::Deadline, _) => {
+                let what = "the destination did not say READY, or what became of the guest, within";
+                course.failed(Error::timeout(Opt::SwitchoverTimeout.name(), limit, what).in_phase("switchover"));
+            }
+            (Event::Failed, _) if self.job.wake.is_raised() => {
+                course.failed(self.job.status.cause(Error::new(libc::EIO, "the migration failed")));
+            }
+            (_, why) => course.failed(
+                why.unwrap_or_else(|| Error::new(libc::ECANCELED, "the migration was cancelled"))
+                    .in_phase("complete"),
+            ),
+        }
+        event
+    }
+}
+
+/// What is done when the connection is closed, and everything that was set up is undone.
+fn needs_no_connection(action: Action) -> bool {
+    use Action::{Close, Forget, Reacquire, Reconnect, Resume};
+    matches!(action, Close | Forget | Reacquire(_) | Reconnect | Resume)
+}

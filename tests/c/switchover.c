@@ -1,0 +1,191 @@
+/* A guest whose hooks are told epochs, and fail or wait as they are told; for tests/switchover.rs.
+ *
+ *   switchover FILL                 0: a destination
+ *
+ * Commands: set OPTION VALUE, get OPTION, in URI, out URI, start, stop, cancel, continue, resolve N, status, error,
+ * fail HOOK|none, hold HOOK|none (it waits there: "note held"), hooks (what was called since the last time), counts (1 if
+ * the guest counts on), reasons, hash, memory (how many bytes of it are not zero), quit.   SPDX: MIT OR Apache-2.0 */
+#include "guest.h"
+
+static struct guest g;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static char calls[1024];
+static const char *failing = "none", *held = "none";
+
+static const char *name_of(enum callback c)
+{
+    switch (c) {
+    case CB_RELEASE: return "release";
+    case CB_REACQUIRE: return "reacquire";
+    case CB_FENCE: return "fence";
+    case CB_START: return "start";
+    case CB_STOP: return "stop";
+    case CB_ANNOUNCE: return "announce";
+    default: return NULL;
+    }
+}
+
+static int plot(struct guest *guest, enum callback c)
+{
+    const char *name = name_of(c);
+    size_t used;
+    int result;
+
+    if (!name)
+        return 0;
+    pthread_mutex_lock(&lock);
+    used = strlen(calls);
+    snprintf(calls + used, sizeof calls - used, c == CB_RELEASE || c == CB_REACQUIRE || c == CB_FENCE ? " %s=%" PRIu64 : " %s",
+             name, guest->epoch[c]);
+    if (strcmp(held, name) == 0)
+        printf("note held\n");
+    while (strcmp(held, name) == 0)
+        pthread_cond_wait(&changed, &lock);
+    result = strcmp(failing, name) == 0 ? -TOLD_ERRNO : 0;
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+static const char *known(const char *word)
+{
+    static const char *const names[] = { "release", "reacquire", "fence", "start", "stop", "announce" };
+
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (word && strcmp(word, names[i]) == 0)
+            return names[i];
+    return "none";
+}
+
+static void tell(const char **what, const char *word)
+{
+    pthread_mutex_lock(&lock);
+    *what = known(word);
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+    printf("ok\n");
+}
+
+static void print_calls(void)
+{
+    pthread_mutex_lock(&lock);
+    printf("value%s\n", *calls ? calls : " none");
+    *calls = 0;
+    pthread_mutex_unlock(&lock);
+}
+
+static void print_status(void)
+{
+    vmig_status s = VMIG_SIZED(vmig_status);
+
+    CHECK(vmig_get_status(g.m, &s) == 0, "status");
+    printf("status state=%s over=%d\n", vmig_state_name(s.state), vmig_wait(g.m, 0));
+}
+
+static void print_text(char *text)
+{
+    printf("value %s\n", text ? text : "none");
+    vmig_string_free(text);
+}
+
+static void answer(int err)
+{
+    if (err < 0)
+        printf("error %d %s\n", -err, vmig_errmsg());
+    else
+        printf("ok\n");
+}
+
+static void listen_at(const char *uri)
+{
+    char *address;
+
+    if (vmig_incoming(g.m, uri) < 0) {
+        answer(-1);
+        return;
+    }
+    address = vmig_get(g.m, "listen-address");
+    printf("listening %s\n", address);
+    vmig_string_free(address);
+}
+
+static unsigned not_zero(void)
+{
+    unsigned n = 0;
+
+    for (size_t i = 0; i < g.low_bytes; i++)
+        n += g.low[i] != 0;
+    for (size_t i = 0; i < g.high_bytes; i++)
+        n += g.high[i] != 0;
+    return n;
+}
+
+static bool look(const char *verb, char *rest)
+{
+    if (!strcmp(verb, "status"))
+        print_status();
+    else if (!strcmp(verb, "error"))
+        print_text(vmig_get_error(g.m));
+    else if (!strcmp(verb, "get"))
+        print_text(vmig_get(g.m, rest));
+    else if (!strcmp(verb, "hooks"))
+        print_calls();
+    else if (!strcmp(verb, "counts"))
+        printf("value %d\n", counts_on(&g));
+    else if (!strcmp(verb, "reasons"))
+        printf("value %d\n", vmig_get_stop_reasons(g.m));
+    else if (!strcmp(verb, "hash"))
+        printf("value %" PRIx64 "\n", guest_hash(&g));
+    else if (!strcmp(verb, "memory"))
+        printf("value %u\n", not_zero());
+    else
+        return false;
+    return true;
+}
+
+static void obey(const char *verb, char *rest)
+{
+    if (!strcmp(verb, "set")) {
+        char *value = rest, *name = strsep(&value, " ");
+        answer(vmig_set(g.m, name, value));
+    } else if (!strcmp(verb, "in"))
+        listen_at(rest);
+    else if (!strcmp(verb, "out"))
+        answer(vmig_outgoing(g.m, rest));
+    else if (!strcmp(verb, "start"))
+        answer(vmig_start(g.m));
+    else if (!strcmp(verb, "stop"))
+        answer(vmig_stop(g.m));
+    else if (!strcmp(verb, "cancel"))
+        answer(vmig_cancel(g.m));
+    else if (!strcmp(verb, "continue"))
+        answer(vmig_continue(g.m));
+    else if (!strcmp(verb, "resolve"))
+        answer(vmig_resolve(g.m, !strcmp(rest, "run") ? VMIG_RUN : VMIG_DISCARD));
+    else if (!strcmp(verb, "fail"))
+        tell(&failing, rest);
+    else if (!strcmp(verb, "hold"))
+        tell(&held, rest);
+    else
+        printf("error 0 no such command\n");
+}
+
+int main(int argc, char **argv)
+{
+    char line[512];
+
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    guest_new(&g, NULL, (uint8_t)(argc > 1 ? atoi(argv[1]) : 0));
+    g.plot = plot;
+    while (fgets(line, sizeof line, stdin)) {
+        char *rest = line, *verb;
+        line[strcspn(line, "\n")] = '\0';
+        verb = strsep(&rest, " ");
+        if (!strcmp(verb, "quit"))
+            break;
+        if (!look(verb, rest))
+            obey(verb, rest);
+    }
+    guest_free(&g);
+    return 0;
+}
