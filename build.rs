@@ -25,7 +25,7 @@ const CHAPTERS: &[Chapter] = &[
         sources: &["src/capi/device.rs", "src/section/cdevice.rs"],
         fragment: Some("src/section/macros.h"),
     },
-    Chapter { title: "migrating", sources: &["src/capi/migrate.rs"], fragment: None },
+    Chapter { title: "migrating", sources: &["src/capi/migrate.rs", "src/capi/check.rs"], fragment: None },
     Chapter {
         title: "full control: sections of your own",
         sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],

@@ -122,6 +122,13 @@ typedef struct vmig_ops {
      * guest is taken back. On failure, and without this hook, the state is `switchover-unknown`. Called at the source,
      * on a migration thread. Must not wait for vmig_resolve(). */
     int (*fence)(void *vm, uint64_t epoch);
+    /* A source is here and sent `len` bytes of configuration (its vmig_set_config()): build what it needs, and register
+     * RAM, devices and KVM as usual, with the big lock. Optional; without it a configuration is ignored. Called at the
+     * destination, on the thread `incoming`, before both sides compare what they have; for the length of the call
+     * registering does not fail with -EBUSY. A failure refuses the source, which is told. What was registered stays if the
+     * migration fails afterwards: the next source's configuration comes to a VMM that has it. `blob` is the library's,
+     * valid during the call, and comes from the network: believe nothing in it. */
+    int (*config)(void *vm, const void *blob, size_t len);
 } vmig_ops;
 
 /* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
@@ -761,6 +768,31 @@ typedef struct vmig_downtime {
     uint64_t unexplained;
 } vmig_downtime;
 
+/* What vmig_check() measured. Times in nanoseconds. */
+typedef struct vmig_check_report {
+    /* Size of the struct: VMIG_SIZED(vmig_check_report). */
+    size_t size;
+    /* Time to connect. */
+    uint64_t connect;
+    /* From the hello to its answer: a round trip and the comparison. */
+    uint64_t hello;
+    /* The comparison at the destination. */
+    uint64_t compare;
+    /* Saving the devices that can be saved while the guest runs, all together, with the big lock held. */
+    uint64_t devices;
+    /* Bytes that gave. */
+    uint64_t device_bytes;
+    /* How many devices that were. */
+    uint32_t devices_timed;
+    /* How many could not be tried, because only a stopped guest's can be saved: tables with callbacks or descriptors,
+     * custom sections, vCPUs and other state of KVM. */
+    uint32_t devices_untimed;
+    /* What the stop hook and the run-state handlers took when the guest was stopped here last; 0: it never was. */
+    uint64_t stop;
+    /* The same for the last start. */
+    uint64_t start;
+} vmig_check_report;
+
 /* Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. [any]
  *
  * `tcp:HOST:PORT` (an IPv6 address stands in brackets; no host is loopback), `unix:PATH`, or `fd:NUMBER` for a
@@ -833,8 +865,10 @@ int vmig_get_expected_downtime(vmig *m,
  * [any][cb] */
 const char *vmig_state_name(uint32_t state);
 
-/* Why the present (or last) migration failed, as JSON with the keys text, errno and, as far as known, side, phase,
- * section, field, expected, got, option (whose time ran out, where errno is ETIMEDOUT); `message` is all of it as one sentence. NULL if there is no error. Free it with
+/* Why the present (or last) migration failed, on whichever side, as JSON with the keys text, errno and, as far as
+ * known, side (where it failed), phase, section, field, expected, got, option (whose time ran out, where errno is
+ * ETIMEDOUT), byte (of the stream); `message` is all of it as one sentence. With `compares` true it is a difference
+ * between the two sides: expected is what the source has, got what the destination has. NULL if there is no error. Free it with
  * vmig_string_free(). [any][cb] */
 char *vmig_get_error(vmig *m);
 
@@ -854,6 +888,31 @@ int vmig_set(vmig *m, const char *option, const char *value);
 /* The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens. NULL on failure
  * (vmig_errmsg()). Free it with vmig_string_free(). [any][cb] */
 char *vmig_get(vmig *m, const char *option);
+
+/* Asks the destination that listens at `uri` whether the guest could go there, and measures what a migration would wait
+ * for. The guest here runs on undisturbed; the destination is not touched and waits on. Waits at most for
+ * `connect-timeout` and `stall-timeout`.
+ *
+ * Returns how many differences there are, 0: none. Fills `*report` (NULL: not wanted), and stores in `*differences`
+ * (NULL: not wanted) a JSON array of them, each as vmig_get_error() writes it; free it with vmig_string_free(). The
+ * features, limits, RAM, devices and CPUs compared are those of vmig_outgoing(). A destination that would build itself
+ * (vmig_ops.config) from a configuration given here is not asked to: then RAM, devices and CPUs are not compared.
+ *
+ * Run-state handlers and what only a stopped guest can save are not tried, because nothing is stopped for this: of them
+ * the report has what the last stop and start took. CPUID, TSC and MSRs are compared if the guest was last started by
+ * vmig_start() or is stopped: vCPUs that run cannot be looked at.
+ *
+ * -EBUSY: a migration runs here, another guest is arriving there, or something blocks migration; -ENOTSUP: nobody can be
+ * asked at such an address (fd:, or with peer=qemu); -EPERM: the guest is not here; also errors of connecting. [free] */
+int vmig_check(vmig *m,
+               const char *uri,
+               vmig_check_report *report,
+               char **differences);
+
+/* Sets what a destination's hook vmig_ops.config gets before both sides compare what they have: whatever it needs to
+ * build itself. At most 1 MiB, copied; `len` 0 takes it back. Travels to a vmig only. -EBUSY while a migration runs.
+ * [any] */
+int vmig_set_config(vmig *m, const void *blob, size_t len);
 
 /* ---- 6. full control: sections of your own --------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its

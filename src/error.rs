@@ -5,6 +5,9 @@ use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char};
 use std::fmt;
 
+/// Characters of a peer's text that are kept.
+const TEXT_MAX: usize = 8192;
+
 /// Shorthand for results of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -29,12 +32,16 @@ pub struct Place {
     pub section: Option<String>,
     /// Field within the section.
     pub field: Option<String>,
-    /// What would have been right.
+    /// What would have been right; of a difference: what the source has.
     pub expected: Option<String>,
-    /// What was found.
+    /// What was found; of a difference: what the destination has.
     pub got: Option<String>,
     /// The option that decides: whose time ran out, say.
     pub option: Option<String>,
+    /// It is a difference between the two sides.
+    pub compares: bool,
+    /// Where in the stream, in bytes.
+    pub byte: Option<u64>,
 }
 
 impl Error {
@@ -122,6 +129,13 @@ impl Error {
         self
     }
 
+    /// The sentence without side and phase, for a list whose head names them.
+    pub fn item(&self) -> String {
+        let mut place = self.place.clone();
+        (place.side, place.phase) = (None, None);
+        Self { errno: self.errno, text: self.text.clone(), place }.to_string()
+    }
+
     /// Adds what was expected and what was found.
     pub fn expected_got(mut self, expected: impl fmt::Display, got: impl fmt::Display) -> Self {
         self.place.expected = Some(expected.to_string());
@@ -129,8 +143,28 @@ impl Error {
         self
     }
 
-    /// The error as a JSON object with the keys side, phase, section, field, expected, got, option, errno,
-    /// text.
+    /// Says that the two sides differ, and in what.
+    pub fn differs(mut self, source: impl fmt::Display, destination: impl fmt::Display) -> Self {
+        self.place.compares = true;
+        self.expected_got(source, destination)
+    }
+
+    /// Names the byte of the stream that the sentence speaks of, unless one is named already.
+    pub fn at_byte(mut self, at: u64) -> Self {
+        self.place.byte.get_or_insert(at);
+        self
+    }
+
+    /// Says where the body began in which this happened, unless the error knows better where it was.
+    pub fn in_body_at(self, at: u64) -> Self {
+        match self.place.byte {
+            Some(_) => self,
+            None => self.context(format_args!("body at byte {at:#x}")).at_byte(at),
+        }
+    }
+
+    /// The error as a JSON object with the keys side, phase, section, field, expected, got, option, byte, errno,
+    /// text; `compares` is true if expected is what the source has, and got what the destination has.
     pub fn to_json(&self) -> serde_json::Value {
         let mut map = serde_json::Map::new();
         let parts = [
@@ -147,14 +181,39 @@ impl Error {
                 map.insert(key.to_owned(), printable(value).into());
             }
         }
+        if self.place.compares {
+            map.insert("compares".to_owned(), true.into());
+        }
+        if let Some(byte) = self.place.byte {
+            map.insert("byte".to_owned(), byte.into());
+        }
         map.insert("errno".to_owned(), self.errno.into());
         map.insert("text".to_owned(), printable(&self.text).into());
         map.into()
     }
 
+    /// The same, cut to what a peer takes.
+    pub fn to_json_for_peer(&self) -> serde_json::Value {
+        const PART_MAX: usize = 1000;
+        let cut = |text: &str, most: usize| text.chars().take(most).collect::<String>();
+        let mut error = Self { errno: self.errno, text: cut(&self.text, TEXT_MAX / 2), place: self.place.clone() };
+        let place = &mut error.place;
+        for part in [
+            &mut place.side,
+            &mut place.phase,
+            &mut place.section,
+            &mut place.field,
+            &mut place.expected,
+            &mut place.got,
+            &mut place.option,
+        ] {
+            *part = part.as_deref().map(|text| cut(text, PART_MAX));
+        }
+        error.to_json()
+    }
+
     /// Reads what [`to_json`](Self::to_json) wrote; strings of a peer are cut to a limit.
     pub fn from_json(value: &serde_json::Value) -> Option<Self> {
-        const TEXT_MAX: usize = 4096;
         let get = |key: &str| {
             let text = value.get(key)?.as_str()?;
             Some(text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect::<String>())
@@ -172,6 +231,8 @@ impl Error {
                 expected: get("expected"),
                 got: get("got"),
                 option: get("option"),
+                compares: value.get("compares").is_some_and(|v| v == true),
+                byte: value.get("byte").and_then(serde_json::Value::as_u64),
             }),
         })
     }
@@ -209,7 +270,10 @@ impl Error {
         }
         f.write_str(&self.text)?;
         if let (Some(expected), Some(got)) = (&place.expected, &place.got) {
-            write!(f, " (expected {expected}, got {got})")?;
+            match place.compares {
+                true => write!(f, " (source: {expected}, destination: {got})")?,
+                false => write!(f, " (expected {expected}, got {got})")?,
+            }
         }
         Ok(())
     }
@@ -263,9 +327,20 @@ mod tests {
 
     #[test]
     fn json_round_trip_keeps_everything() {
-        let error = Error::new(libc::ENOENT, "no such block").in_section("ram").expected_got("a", "b");
-        let error = error.by_option("peer");
+        let error = Error::new(libc::ENOENT, "no such block").in_section("ram").in_field("low").at_byte(77);
+        let error = error.in_phase("load").on_side("destination").differs("a", "b").by_option("peer");
         assert_eq!(Error::from_json(&error.to_json()), Some(error));
+    }
+
+    #[test]
+    fn a_body_is_named_only_by_errors_that_name_no_byte() {
+        assert_eq!(Error::invalid("bad").in_body_at(16).to_string(), "body at byte 0x10: bad");
+        assert_eq!(Error::invalid("byte 0x20: bad").at_byte(32).in_body_at(16).to_string(), "byte 0x20: bad");
+        let says = Error::invalid("the VMM speaks of byte 0x7").in_body_at(16);
+        assert_eq!(
+            (says.to_string().as_str(), says.place().byte),
+            ("body at byte 0x10: the VMM speaks of byte 0x7", Some(16))
+        );
     }
 
     #[test]
@@ -280,6 +355,6 @@ mod tests {
         let hostile = serde_json::json!({"errno": -7, "text": "a\u{1b}[2Jb\n".repeat(4000)});
         let error = Error::from_json(&hostile).unwrap();
         assert_eq!(error.errno(), libc::EIO);
-        assert!(error.text().len() <= 4096 && !error.text().contains('\u{1b}'));
+        assert!(error.text().len() <= TEXT_MAX && !error.text().contains('\u{1b}'));
     }
 }

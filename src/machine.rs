@@ -9,8 +9,10 @@ use crate::dirty::kvm_log::{KvmLog, Switch};
 use crate::error::{Error, Result};
 use crate::incoming::door::Door;
 use crate::incoming::reception::Reception;
+use crate::incoming::{Parts, TakeStock};
 use crate::kvm::{self, Kvm};
 use crate::options::{Opt, Options};
+use crate::outgoing::Report;
 use crate::ram::{BlockSpec, Ram};
 use crate::section::builtin;
 use crate::section::list::{Content, Entry, SectionList};
@@ -25,7 +27,7 @@ use crate::transport::uri::Uri;
 use crate::transport::{self, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
 use crate::wire::ask::MigrationId;
-use crate::wire::ram as wire_ram;
+use crate::wire::{hello, ram as wire_ram};
 use crate::{incoming, outgoing};
 
 /// The option that is no setting of a migration, but says how the guest is owned.
@@ -61,13 +63,15 @@ struct WithKvm {
 /// A guest and everything the library knows of it.
 #[derive(Debug)]
 pub struct Machine {
-    ram: Ram,
-    sections: SectionList,
+    ram: Arc<Ram>,
+    sections: Arc<SectionList>,
     dirty: Arc<Hub>,
     options: Arc<Options>,
     status: Arc<Status>,
     threads: Arc<Threads>,
-    kvm: Mutex<Option<WithKvm>>,
+    kvm: Arc<Mutex<Option<WithKvm>>>,
+    /// What a destination is sent to build itself from.
+    config: Mutex<Option<Arc<[u8]>>>,
     /// Thread of the present or last migration.
     worker: Mutex<Option<Handle<()>>>,
     listening: Mutex<Option<String>>,
@@ -87,13 +91,14 @@ impl Machine {
             reception: Arc::new(Reception::new(&keeper, &threads)?),
             keeper,
             vmm: Arc::new(vmm),
-            ram: Ram::default(),
-            sections: SectionList::new(),
+            ram: Arc::default(),
+            sections: Arc::default(),
             dirty: Arc::default(),
             options: Arc::default(),
             status: Arc::new(Status::new()?),
             threads,
-            kvm: Mutex::default(),
+            kvm: Arc::default(),
+            config: Mutex::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
         })
@@ -122,7 +127,7 @@ impl Machine {
     /// What is registered is what migrates: nothing may change while a migration runs. \[bql\]
     fn check_registering(&self, what: &str) -> Result<()> {
         self.vmm.bql().require_held(what)?;
-        self.status.check_idle().map_err(|e| e.context(format_args!("cannot {what} now")))
+        self.status.check_may_register().map_err(|e| e.context(format_args!("cannot {what} now")))
     }
 
     /// Registers guest RAM. \[bql\]
@@ -254,8 +259,41 @@ impl Machine {
         }
     }
 
+    /// Sets what a destination is sent before both sides compare what they have; empty: nothing.
+    pub fn set_config(&self, blob: &[u8]) -> Result<()> {
+        self.status.check_idle()?;
+        if blob.len() as u64 > hello::CONFIG_MAX {
+            let text = format!("a configuration has at most {} bytes, not {}", hello::CONFIG_MAX, blob.len());
+            return Err(Error::new(libc::E2BIG, text));
+        }
+        let mut copy = Vec::new();
+        copy.try_reserve_exact(blob.len()).map_err(|_| Error::no_memory("a configuration", blob.len() as u64))?;
+        copy.extend_from_slice(blob);
+        *lock(&self.config) = (!copy.is_empty()).then(|| copy.into());
+        Ok(())
+    }
+
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
+        let wake = Arc::new(Wake::new()?);
+        let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
+        self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
+        *lock(&self.listening) = None;
+        Ok(())
+    }
+
+    /// Asks the destination at `uri` what differs, and measures what a migration would wait for. Nothing is stopped or
+    /// changed on either side. \[free\]
+    pub fn check(&self, uri: &str) -> Result<Report> {
+        self.vmm.bql().require_free("check a migration")?;
+        self.status.check_idle()?;
+        // What happens is nobody's news.
+        let job = self.source_job(uri, Arc::new(Status::new()?), &Arc::new(Wake::new()?))?;
+        outgoing::check(&job)
+    }
+
+    /// What a migration from here needs, or why there can be none.
+    fn source_job(&self, uri: &str, status: Arc<Status>, wake: &Arc<Wake>) -> Result<outgoing::Job> {
         let uri = Uri::parse(uri)?;
         transport::check(&uri)?;
         if self.vmm.reasons().contains(StopReason::NotOwner) || !self.keeper.phase().owns() {
@@ -273,25 +311,23 @@ impl Machine {
                 "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
             ));
         }
-        self.tell_kvm();
-        let wake = Arc::new(Wake::new()?);
-        let job = outgoing::Job {
-            target: Target::new(uri, &wake)?,
+        let stop_timeout = self.options.time(Opt::StopTimeout);
+        Ok(outgoing::Job {
+            target: Target::new(uri, wake)?,
             ram: self.ram.list(),
             sections: self.sections.snapshot(),
+            kvm: kvm_of(&self.kvm, stop_timeout),
+            config: lock(&self.config).clone(),
             dirty: Arc::clone(&self.dirty),
             vmm: Arc::clone(&self.vmm),
-            status: Arc::clone(&self.status),
+            status,
             options: self.options.snapshot(),
             live: Arc::clone(&self.options),
             threads: Arc::clone(&self.threads),
-            wake: Arc::clone(&wake),
+            wake: Arc::clone(wake),
             keeper: Arc::clone(&self.keeper),
             migration: MigrationId(random()?),
-        };
-        self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
-        *lock(&self.listening) = None;
-        Ok(())
+        })
     }
 
     /// Listens at `uri` for a guest; returns at once.
@@ -299,8 +335,8 @@ impl Machine {
         let uri = Uri::parse(uri)?;
         transport::check(&uri)?;
         self.status.check_idle()?;
-        self.sections.check_unblocked()?;
-        self.tell_kvm();
+        let take_stock = self.take_stock();
+        let parts = take_stock()?;
         self.dirty.rest();
         let wake = Arc::new(Wake::new()?);
         let door = Door::open(&self.reception, &uri, &wake)?;
@@ -308,8 +344,8 @@ impl Machine {
         let was = self.keeper.expect();
         let address = door.address().map(str::to_owned);
         let job = incoming::Job {
-            ram: self.ram.list(),
-            sections: self.sections.snapshot(),
+            parts,
+            take_stock,
             vmm: Arc::clone(&self.vmm),
             status: Arc::clone(&self.status),
             options: self.options.snapshot(),
@@ -329,10 +365,14 @@ impl Machine {
         Ok(())
     }
 
-    fn tell_kvm(&self) {
-        if let Some(kvm) = &*lock(&self.kvm) {
-            kvm.kvm.set_stop_timeout(self.options.time(Opt::StopTimeout));
-        }
+    /// How a destination finds out what is registered, at the start and when the VMM has built itself.
+    fn take_stock(&self) -> Arc<TakeStock> {
+        let (ram, sections, kvm) = (Arc::clone(&self.ram), Arc::clone(&self.sections), Arc::clone(&self.kvm));
+        let stop_timeout = self.options.time(Opt::StopTimeout);
+        Arc::new(move || {
+            sections.check_unblocked()?;
+            Ok(Parts { ram: ram.list(), sections: sections.snapshot(), kvm: kvm_of(&kvm, stop_timeout) })
+        })
     }
 
     /// Starts the thread of a migration; the one before it has ended and is joined first.
@@ -430,6 +470,14 @@ impl Drop for Machine {
             self.vmm.log().error(error);
         }
     }
+}
+
+/// The guest's vCPUs, told how long they may take to leave the guest.
+fn kvm_of(slot: &Mutex<Option<WithKvm>>, stop_timeout: Duration) -> Option<Arc<Kvm>> {
+    let slot = lock(slot);
+    let kvm = &slot.as_ref()?.kvm;
+    kvm.set_stop_timeout(stop_timeout);
+    Some(Arc::clone(kvm))
 }
 
 /// Completes the vCPUs' last exits and keeps their clock while the guest is stopped.

@@ -21,6 +21,8 @@ pub enum Type {
     Millis,
     /// One of a few words; the value is its index.
     Choice(&'static [&'static str]),
+    /// A text, kept beside the table.
+    Text,
 }
 
 /// One row of the table.
@@ -71,6 +73,7 @@ pub enum Opt {
     WorkerNice,
     ConvergenceRounds,
     ConvergenceTime,
+    AllowFeatures,
     Machine,
     Defaults,
 }
@@ -305,13 +308,15 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
     row("convergence-time", Type::Millis, 2_000, (0, HOUR), true, "Milliseconds at most for these further rounds."),
     // Text options keep their value beside the table.
     row(
-        "machine",
-        Type::Choice(&[]),
+        "allow-features",
+        Type::Text,
         0,
         ANY,
         false,
-        "Machine name in the stream; the same on both sides. Default none.",
+        "At the destination: what a source may ask for: all, none, or names with commas between (multifd, hand-over, \
+         device-fds, zero-runs, crc32c, switchover). A source that needs another feature is refused, and the feature named.",
     ),
+    row("machine", Type::Text, 0, ANY, false, "Machine name in the stream; the same on both sides. Default none."),
     row(
         "defaults",
         Type::Choice(&["vmig", "qemu"]),
@@ -329,12 +334,14 @@ pub struct Options {
     /// Bit n: option n was set by name, and not put back by `defaults`.
     set: AtomicU64,
     machine: std::sync::Mutex<String>,
+    allow_features: std::sync::Mutex<String>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let values = std::array::from_fn(|i| AtomicU64::new(TABLE[i].default));
-        Self { values, set: AtomicU64::new(0), machine: std::sync::Mutex::new("none".to_owned()) }
+        let (machine, allow_features) = (default_text(Opt::Machine), default_text(Opt::AllowFeatures));
+        Self { values, set: AtomicU64::new(0), machine, allow_features }
     }
 }
 
@@ -343,7 +350,8 @@ impl Options {
     pub fn snapshot(&self) -> Self {
         let values = std::array::from_fn(|i| AtomicU64::new(self.values[i].load(Ordering::Acquire)));
         let set = AtomicU64::new(self.set.load(Ordering::Acquire));
-        Self { values, set, machine: std::sync::Mutex::new(self.machine()) }
+        let text = |text: &std::sync::Mutex<String>| std::sync::Mutex::new(lock(text).clone());
+        Self { values, set, machine: text(&self.machine), allow_features: text(&self.allow_features) }
     }
 
     /// An option's number.
@@ -389,6 +397,21 @@ impl Options {
         lock(&self.machine).clone()
     }
 
+    /// Whether a source may ask for this feature.
+    pub fn allows(&self, feature: &str) -> bool {
+        let allowed = lock(&self.allow_features);
+        *allowed == "all" || allowed.split(',').any(|name| name.trim() == feature)
+    }
+
+    /// Connections for pages that a destination takes at most: what was set there by name.
+    pub fn channels_allowed(&self) -> u8 {
+        match (self.on(Opt::Multifd), self.get(Opt::MultifdChannels)) {
+            (false, _) if self.is_set(Opt::Multifd) => 0,
+            (_, 0) => u8::MAX,
+            (_, most) => u8::try_from(most).unwrap_or(u8::MAX),
+        }
+    }
+
     /// Sets an option from text. `busy`: a migration runs, so only live options may change.
     pub fn set_text(&self, name: &str, text: &str, busy: bool) -> Result<()> {
         let (index, row) = find(name)?;
@@ -405,11 +428,17 @@ impl Options {
             *lock(&self.machine) = text.to_owned();
             return Ok(());
         }
+        if row.name == "allow-features" {
+            check_features(text)?;
+            *lock(&self.allow_features) = text.to_owned();
+            return Ok(());
+        }
         let value = parse(row, text)?;
         if row.name == "defaults" {
             for (slot, row) in self.values.iter().zip(&TABLE) {
                 slot.store(if value == 1 { row.qemu } else { row.default }, Ordering::Release);
             }
+            *lock(&self.allow_features) = "all".to_owned();
         }
         self.values[index].store(value, Ordering::Release);
         match row.name {
@@ -424,13 +453,38 @@ impl Options {
         let (index, row) = find(name)?;
         let value = self.values[index].load(Ordering::Acquire);
         Ok(match row.kind {
-            _ if row.name == "machine" => self.machine(),
+            Type::Text if row.name == "machine" => self.machine(),
+            Type::Text => lock(&self.allow_features).clone(),
             Type::Bool => (if value == 0 { "off" } else { "on" }).to_owned(),
             Type::Choice(words) => {
                 usize::try_from(value).ok().and_then(|i| words.get(i)).copied().unwrap_or_default().to_owned()
             }
             Type::Size | Type::Millis | Type::Number => value.to_string(),
         })
+    }
+}
+
+/// The names that option `allow-features` knows.
+pub const FEATURES: [&str; 6] = ["multifd", "hand-over", "device-fds", "zero-runs", "crc32c", "switchover"];
+
+fn default_text(option: Opt) -> std::sync::Mutex<String> {
+    std::sync::Mutex::new(if option == Opt::Machine { "none" } else { "all" }.to_owned())
+}
+
+fn check_features(text: &str) -> Result<()> {
+    if matches!(text, "all" | "none") {
+        return Ok(());
+    }
+    match text.split(',').map(str::trim).find(|name| !FEATURES.contains(name)) {
+        None => Ok(()),
+        Some(name) => {
+            let known = FEATURES.join(", ");
+            let text = format!(
+                "option 'allow-features' takes all, none, or some of {known}, not '{}'",
+                name.escape_default()
+            );
+            Err(Error::invalid(text))
+        }
     }
 }
 
@@ -456,6 +510,7 @@ fn parse(row: &Row, text: &str) -> Result<u64> {
             let index = words.iter().position(|w| *w == text);
             index.ok_or_else(|| wrong(&format!("one of {}", words.join(", "))))? as u64
         }
+        Type::Text => return Err(wrong("a text")),
         Type::Number => text.parse().map_err(|_| wrong("a whole number"))?,
         Type::Millis => text.parse().map_err(|_| wrong("a whole number of milliseconds"))?,
         Type::Size => size(text).ok_or_else(|| wrong("a whole number, with K, M, G or T behind it if you like"))?,
@@ -517,11 +572,37 @@ mod tests {
             ("peer", "xen"),
             ("machine", ""),
             ("machine", "a b"),
+            ("allow-features", ""),
+            ("allow-features", "multifd,warp"),
         ] {
             let error = options.set_text(name, text, false).unwrap_err();
             assert_eq!(error.errno(), libc::EINVAL, "{name}={text}: {error}");
         }
         assert_eq!(options.set_text("colour", "red", false).unwrap_err().errno(), libc::ENOENT);
+    }
+
+    #[test]
+    fn features_are_allowed_by_name() {
+        let options = Options::default();
+        let allowed = || FEATURES.map(|name| options.allows(name));
+        assert_eq!(allowed(), [true; 6]);
+        options.set_text("allow-features", "multifd, zero-runs", false).unwrap();
+        assert_eq!(allowed(), [true, false, false, true, false, false]);
+        assert_eq!(options.snapshot().get_text("allow-features").unwrap(), "multifd, zero-runs");
+        options.set_text("allow-features", "none", false).unwrap();
+        assert_eq!(allowed(), [false; 6]);
+        options.set_text("defaults", "vmig", false).unwrap();
+        assert_eq!(allowed(), [true; 6]);
+    }
+
+    #[test]
+    fn a_destination_takes_what_was_set_by_name() {
+        let options = Options::default();
+        assert_eq!(options.channels_allowed(), u8::MAX);
+        options.set_text("multifd-channels", "3", false).unwrap();
+        assert_eq!(options.channels_allowed(), 3);
+        options.set_text("multifd", "off", false).unwrap();
+        assert_eq!(options.channels_allowed(), 0);
     }
 
     #[test]

@@ -213,6 +213,8 @@ struct Shared {
     started: Option<Instant>,
     ended: Option<Instant>,
     downtime: Downtime,
+    /// The VMM builds itself: what is registered now is what migrates.
+    registering: bool,
     wake: Arc<Wake>,
 }
 
@@ -241,6 +243,7 @@ impl Status {
                 started: None,
                 ended: None,
                 downtime: Downtime::default(),
+                registering: false,
                 wake: Arc::new(Wake::new()?),
             }),
             changed: Condvar::new(),
@@ -263,6 +266,17 @@ impl Status {
         check_idle(&self.lock())
     }
 
+    /// `EBUSY` while a migration runs, unless it waits for the VMM to build itself.
+    pub fn check_may_register(&self) -> Result<()> {
+        let shared = self.lock();
+        if shared.registering { Ok(()) } else { check_idle(&shared) }
+    }
+
+    /// Lets the VMM register while a migration runs, or no longer.
+    pub fn allow_registering(&self, allow: bool) {
+        self.lock().registering = allow;
+    }
+
     /// Starts a migration, or says why not. Cancel and the first error raise `wake`.
     pub fn begin(&self, side: Side, events: bool, wake: &Arc<Wake>) -> Result<()> {
         let mut shared = self.lock();
@@ -276,6 +290,7 @@ impl Status {
         shared.events = events;
         shared.committed = false;
         shared.waits_for_word = false;
+        shared.registering = false;
         shared.started = Some(Instant::now());
         shared.ended = None;
         self.become_locked(&mut shared, State::Setup);
@@ -365,6 +380,14 @@ impl Status {
         shared.error.get_or_insert(error);
         shared.wake.raise();
         self.changed.notify_all();
+    }
+
+    /// The peer says why: whatever went wrong here before was the consequence.
+    pub fn blame(&self, error: Error) {
+        let mut shared = self.lock();
+        if !shared.state.is_final() && shared.state != State::Cancelling {
+            shared.error = Some(error);
+        }
     }
 
     /// Fails if another thread of the migration failed, with its error.

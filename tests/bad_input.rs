@@ -309,13 +309,13 @@ fn all_differences_are_told_at_once_on_both_sides() {
     let wanted = [
         "7 differences: ",
         "option 'machine' differs",
-        "expected toaster, got none",
-        "RAM block 'low' has different lengths on the two sides (expected 0x8000, got 0x4000)",
+        "(source: none, destination: toaster)",
+        "RAM block 'low' has different lengths on the two sides (source: 0x4000 bytes, destination: 0x8000 bytes)",
         "the source has a RAM block 'high', the destination does not",
         "the destination has a RAM block 'hide', the source does not",
         "the source has a device 'uart' (instance 7), the destination does not",
         "the destination has a device 'uart16550' (instance 7), the source does not",
-        "the version of device 'gpu' (instance 0) cannot be read here (expected 2 to 2, got 3)",
+        "the version of device 'gpu' (instance 0) is newer than the destination can read (source: 3, destination: 2 to 2)",
     ];
     for (side, look) in [("source", source.wait()), ("destination", there.wait())] {
         assert_eq!((look.state.as_str(), look.error["side"].as_str()), ("failed", Some("destination")), "{side}");

@@ -265,7 +265,7 @@ fn it_takes_two() {
     there.does("set checksum crc32c");
     let address = there.listen(address);
     let (left, came) = ends(&mut here, &mut there, &address);
-    refused(&left, "destination", "set it at the source, too (expected crc32c, got none)");
+    refused(&left, "destination", "set it at the source, too (source: none, destination: crc32c)");
     refused(&came, "destination", "set it at the source, too");
     // A QEMU has none, whoever of us listens or sends; nor has a file.
     here.does("set checksum crc32c");

@@ -24,15 +24,15 @@ fn options_page() -> String {
             Type::Choice(words) => words[usize::try_from(value).expect("an index")].to_owned(),
             Type::Size if value >= 1 << 20 && value % (1 << 20) == 0 => format!("{}M", value >> 20),
             Type::Size | Type::Millis | Type::Number => value.to_string(),
+            Type::Text => "all".to_owned(),
         };
-        let is_text = index == Opt::Machine as usize;
-        let (default, qemu) = match is_text {
+        let (default, qemu) = match index == Opt::Machine as usize {
             true => ("none".to_owned(), "its machine".to_owned()),
             false => (text(row.default), text(row.qemu)),
         };
         let (min, max) = row.range;
         let values = match row.kind {
-            _ if is_text => "1 to 255 characters".to_owned(),
+            Type::Text => "a text".to_owned(),
             Type::Bool => "on, off".to_owned(),
             Type::Choice(words) => words.join(", "),
             Type::Size if max == u64::MAX => "a number, also with K, M, G, T".to_owned(),

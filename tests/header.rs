@@ -51,7 +51,8 @@ fn layouts() -> BTreeMap<String, Layout> {
             ram_replaced,
             release,
             reacquire,
-            fence
+            fence,
+            config
         }
     );
     layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
@@ -81,6 +82,21 @@ fn layouts() -> BTreeMap<String, Layout> {
             stop,
             downtime,
             eta
+        }
+    );
+    layout!(
+        t,
+        capi::check::vmig_check_report {
+            size,
+            connect,
+            hello,
+            compare,
+            devices,
+            device_bytes,
+            devices_timed,
+            devices_untimed,
+            stop,
+            start
         }
     );
     layout!(t, capi::migrate::vmig_downtime { size, stop, devices, sync, ram, load, start, total, unexplained });

@@ -126,7 +126,7 @@ int machine_create(struct machine *vm, const struct machine_config *config)
     if ((err = vm_create(vm)) < 0 || (err = ram_create(vm, config)) < 0)
         return err;
     for (unsigned i = 0; i < config->vcpus; i++, vm->vcpus++)
-        if ((err = vcpu_create(vm, i)) < 0)
+        if ((err = vcpu_create(vm, i, &config->cpu)) < 0)
             return err;
     return 0;
 }

@@ -26,6 +26,8 @@ static const char usage[] =
     "  --tick US            microseconds between two heartbeats (default 1000)\n"
     "  --spin               the guest waits busily between ticks instead of napping\n"
     "  --firmware FILE      one vCPU boots this image (up to 64 KiB, below 1 MiB and below 4 GiB), no built-in guest\n"
+    "  --tsc-khz N          how fast the guest's TSC is (default: as the host's)\n"
+    "  --hide-cpuid BIT     a bit the guest does not see: LEAF,SUBLEAF,REGISTER,BIT, register 0 is eax\n"
     "  --set 'NAME VALUE'   an option of the library; may be given several times\n"
     "  --incoming URI       do not boot; wait for a guest\n"
     "  --migrate-at S,URI   migrate to URI after S seconds\n"
@@ -75,6 +77,23 @@ static enum machine_fill fill_kind(const char *text)
     exit(2);
 }
 
+static void hide_bit(struct cpu_config *cpu, char *text)
+{
+    char *rest = text, *word;
+    int n = 0;
+
+    while ((word = strsep(&rest, ",")) && n < 4) {
+        static const uint64_t most[] = { UINT32_MAX, UINT32_MAX, 3, 31 };
+        cpu->hidden[n] = (uint32_t)number("hide-cpuid", word, 0, most[n]);
+        n++;
+    }
+    cpu->hides = n == 4 && !word;
+    if (!cpu->hides) {
+        fprintf(stderr, "vmm: --hide-cpuid: not LEAF,SUBLEAF,REGISTER,BIT\n");
+        exit(2);
+    }
+}
+
 static void parse(int argc, char **argv, struct options *o)
 {
     static const struct option names[] = {
@@ -84,7 +103,8 @@ static void parse(int argc, char **argv, struct options *o)
         { "tick", 1, NULL, 't' },     { "spin", 0, NULL, 'S' },       { "incoming", 1, NULL, 'i' },
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
         { "events-fd", 1, NULL, 'e' }, { "firmware", 1, NULL, 'F' }, { "help", 0, NULL, 'H' },
-        { "set", 1, NULL, 'o' },      { NULL, 0, NULL, 0 },
+        { "set", 1, NULL, 'o' },      { "tsc-khz", 1, NULL, 'k' },    { "hide-cpuid", 1, NULL, 'x' },
+        { NULL, 0, NULL, 0 },
     };
     int c, index = 0;
 
@@ -107,6 +127,8 @@ static void parse(int argc, char **argv, struct options *o)
         case 'h': o->hash_at_start = optarg; break;
         case 'l': o->serial = optarg; break;
         case 'e': o->events_fd = (int)number(name, optarg, 0, 1 << 20); break;
+        case 'k': o->machine.cpu.tsc_khz = (uint32_t)number(name, optarg, 1, UINT32_MAX); break;
+        case 'x': hide_bit(&o->machine.cpu, optarg); break;
         case 'F': o->firmware = optarg; break;
         case 'o':
             if (o->settings == MAX_SETTINGS) {

@@ -169,7 +169,15 @@ int machine_resume(struct machine *vm)
 
 /* ---- making them ---- */
 
-static int set_cpuid(struct machine *vm, struct vcpu *vcpu)
+static void hide(struct kvm_cpuid_entry2 *e, const struct cpu_config *cpu)
+{
+    uint32_t *registers[] = { &e->eax, &e->ebx, &e->ecx, &e->edx };
+
+    if (cpu->hides && e->function == cpu->hidden[0] && e->index == cpu->hidden[1])
+        *registers[cpu->hidden[2]] &= ~(1u << cpu->hidden[3]);
+}
+
+static int set_cpuid(struct machine *vm, struct vcpu *vcpu, const struct cpu_config *cpu)
 {
     enum { ENTRIES = 256 };
     struct kvm_cpuid2 *cpuid = calloc(1, sizeof *cpuid + ENTRIES * sizeof cpuid->entries[0]);
@@ -186,6 +194,7 @@ static int set_cpuid(struct machine *vm, struct vcpu *vcpu)
             e->ebx = (e->ebx & 0x00ffffff) | vcpu->index << 24;
         else if (e->function == 0xb || e->function == 0x1f)
             e->edx = vcpu->index;
+        hide(e, cpu);
     }
     if (!err && ioctl(vcpu->fd, KVM_SET_CPUID2, cpuid) < 0)
         err = -errno;
@@ -193,7 +202,7 @@ static int set_cpuid(struct machine *vm, struct vcpu *vcpu)
     return err;
 }
 
-int vcpu_create(struct machine *vm, unsigned index)
+int vcpu_create(struct machine *vm, unsigned index, const struct cpu_config *cpu)
 {
     struct vcpu *vcpu = &vm->vcpu[index];
 
@@ -207,7 +216,9 @@ int vcpu_create(struct machine *vm, unsigned index)
         vcpu->run = NULL;
         return -errno;
     }
-    return set_cpuid(vm, vcpu);
+    if (cpu->tsc_khz && ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)cpu->tsc_khz) < 0)
+        return -errno;
+    return set_cpuid(vm, vcpu, cpu);
 }
 
 static void on_kick(int signal)

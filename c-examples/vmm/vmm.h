@@ -84,9 +84,16 @@ struct firmware {
 #define FIRMWARE_LOW_END 0x100000ull
 #define FIRMWARE_END 0x100000000ull
 
+struct cpu_config {                                     /* what the guest finds different from the host's CPU */
+    uint32_t tsc_khz;                                   /* 0: as the host */
+    bool hides;                                         /* a bit of CPUID: leaf, subleaf, register (0: eax), bit */
+    uint32_t hidden[4];
+};
+
 struct machine_config {
     uint64_t mem_bytes;
     unsigned vcpus;
+    struct cpu_config cpu;
     bool shared, huge;
     const struct firmware *firmware;                    /* NULL: a machine for the built-in guest */
 };
@@ -106,7 +113,7 @@ void firmware_blocks(struct machine *vm, const struct machine_config *config);
 void firmware_boot(struct machine *vm, const struct firmware *firmware);
 
 /* vcpu.c */
-int vcpu_create(struct machine *vm, unsigned index);
+int vcpu_create(struct machine *vm, unsigned index, const struct cpu_config *cpu);
 int vcpus_start_threads(struct machine *vm);                    /* they park at once: a machine is born paused */
 void vcpus_end_threads(struct machine *vm);
 int machine_pause(struct machine *vm);          /* returns when no vCPU and no device runs; big lock not held */

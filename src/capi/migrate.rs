@@ -152,7 +152,7 @@ unsafe impl SizedStruct for vmig_downtime {
     const REQUIRED: usize = size_of::<usize>();
 }
 
-fn nanos(time: Duration) -> u64 {
+pub(super) fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -168,6 +168,12 @@ fn downtime_of(parts: &Parts, total: Duration) -> vmig_downtime {
         total: nanos(total),
         unexplained: nanos(total.saturating_sub(parts.total())),
     }
+}
+
+pub(super) fn error_json(error: &Error) -> serde_json::Value {
+    let mut json = error.to_json();
+    json["message"] = error.to_string().into();
+    json
 }
 
 fn status_of(now: &Snapshot) -> vmig_status {
@@ -354,19 +360,17 @@ pub extern "C" fn vmig_state_name(state: u32) -> *const c_char {
     name.as_ptr()
 }
 
-/// Why the present (or last) migration failed, as JSON with the keys text, errno and, as far as known, side, phase,
-/// section, field, expected, got, option (whose time ran out, where errno is ETIMEDOUT); `message` is all of it as one sentence. NULL if there is no error. Free it with
+/// Why the present (or last) migration failed, on whichever side, as JSON with the keys text, errno and, as far as
+/// known, side (where it failed), phase, section, field, expected, got, option (whose time ran out, where errno is
+/// ETIMEDOUT), byte (of the stream); `message` is all of it as one sentence. With `compares` true it is a difference
+/// between the two sides: expected is what the source has, got what the destination has. NULL if there is no error. Free it with
 /// vmig_string_free(). \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_error(m: *mut vmig) -> *mut c_char {
     enter_text("vmig_get_error", || {
         // SAFETY: the C contract of handles.
         let error = unsafe { guest(m) }?.status().error();
-        Ok(error.map(|error| {
-            let mut json = error.to_json();
-            json["message"] = error.to_string().into();
-            json.to_string()
-        }))
+        Ok(error.map(|error| error_json(&error).to_string()))
     })
 }
 

@@ -48,7 +48,7 @@ impl Door {
         }
     }
 
-    /// Waits for the main connection; only a raised wake ends the wait.
+    /// Waits for a main connection; only a raised wake ends the wait.
     pub(super) fn main(&self, wake: &Arc<Wake>) -> Result<Arc<dyn Channel>> {
         if let Some(channel) = lock(&self.ready).take() {
             return Ok(channel);
@@ -95,6 +95,13 @@ impl Door {
             }
         }
         Ok(line.channels() > 0)
+    }
+
+    /// A guest comes: every other source is told that it comes too late.
+    pub(super) fn shut_out_others(&self) {
+        if let Some(line) = &self.line {
+            self.reception.shut_out_others(line);
+        }
     }
 
     /// Waits until something comes, or until nothing can any more.

@@ -15,7 +15,7 @@ use crate::section::fds::Inbox;
 use crate::section::list::Entry;
 use crate::transport::{Channel, FDS_MAX};
 use crate::vmm::run::ReplacedRam;
-use crate::wire::hello::{Hello, Offer, Welcome};
+use crate::wire::hello::{self, Hello, Offer, Welcome};
 use crate::wire::input::Input;
 
 /// A block whose file is taken.
@@ -52,7 +52,7 @@ impl<'a> Hand<'a> {
     pub(super) fn compare(&mut self, theirs: &Hello, channel: &dyn Channel, found: &mut Vec<Error>) {
         let one_sided = |here: &str, there: &str| {
             let text = format!("option 'hand-over' is {there} at the source: set it to the same on both sides");
-            Error::invalid(text).expected_got(here, there)
+            Error::invalid(text).in_section("features").in_field("hand-over").differs(there, here)
         };
         match (&theirs.hand_over, self.on) {
             (None, false) => (),
@@ -127,12 +127,17 @@ impl<'a> Hand<'a> {
             channel.expect_fds();
         }
         let names = || self.wanted.iter().map(|wanted| wanted.block.name().to_owned()).collect();
+        let options = &self.job.options;
+        let takes = |feature: &str| theirs.offers.iter().any(|f| f == feature) && options.allows(feature);
+        let most = options.channels_allowed();
         Welcome {
-            fds: true,
-            zero_runs: true,
+            fds: options.allows(hello::FEATURE_FDS),
+            zero_runs: takes(hello::FEATURE_ZERO_RUNS),
             checksum: theirs.checksum.is_some(),
-            switchover: theirs.attempt.is_some(),
+            switchover: theirs.attempt.is_some() && takes(hello::FEATURE_SWITCHOVER),
             hand_over: self.on.then(names),
+            channels: (theirs.channels > most).then_some(most),
+            max_bandwidth: Some(options.get(Opt::MaxBandwidth)).filter(|most| *most > 0),
         }
     }
 

@@ -116,7 +116,7 @@ impl<'a> Handover<'a> {
             return Ok(());
         }
         self.forget();
-        self.peer.linger();
+        self.peer.let_words_arrive();
         let unused =
             || Error::new(libc::EEXIST, "another guest came here with this epoch before: the source tries again");
         Err(self.why.unwrap_or_else(unused).on_side("destination"))
@@ -141,7 +141,10 @@ impl<'a> Handover<'a> {
                 }
                 Some(self.result(result))
             }
-            Action::Send(message) => self.send(&message).err().map(|_| self.lose_link()),
+            Action::Send(message) => self.send(&message).err().map(|error| {
+                self.why.get_or_insert(error.in_phase("switchover"));
+                self.lose_link()
+            }),
             Action::Arm => {
                 self.deadline = None;
                 None

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::ahead::Scout;
 use super::lanes::Lanes;
@@ -15,11 +16,14 @@ use crate::section::fds::Inbox;
 use crate::section::list::Bindings;
 use crate::section::{Apply, Part};
 use crate::transport::stream::StreamInput;
-use crate::wire::command::Command;
+use crate::wire::command::{self, Command};
 use crate::wire::input::{Input, Slice};
 use crate::wire::ram;
 use crate::wire::reply::Reply;
 use crate::wire::stream::{self, Element, SectionName};
+
+/// How long a failing load waits for the source to say why.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// What an id of the stream stands for, if it is one of the library's own sections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,13 +91,33 @@ impl<'a> Loader<'a> {
     /// Loads everything, up to PREPARE or to the last byte of the description. True: the guest ran at the source.
     pub(super) fn load(&mut self, input: &mut StreamInput) -> Result<bool> {
         let result = self.prepare().and_then(|()| self.elements(input));
-        // A source whose channel broke says no more on its main stream: what broke first is the reason.
-        let result = result.map_err(|error| self.lanes.as_ref().and_then(|l| l.check().err()).unwrap_or(error));
+        let result = result.map_err(|error| self.reason(error, input));
         let ok = result.is_ok();
         let cleaned = self.clean_up(ok);
         result?;
         cleaned?;
         Ok(self.running)
+    }
+
+    /// Why the load failed: what the source says itself, or else what broke first.
+    fn reason(&self, error: Error, input: &mut StreamInput) -> Error {
+        if error.place().side.as_deref() == Some("source") {
+            self.job.status.blame(error.clone());
+            return error;
+        }
+        // A source whose channel broke sends no more on its main stream than why.
+        let error = self.lanes.as_ref().and_then(|l| l.check().err()).unwrap_or(error);
+        let broken = matches!(error.errno(), libc::EIO | libc::ECONNRESET | libc::EPIPE);
+        // Behind PREPARE come the words of the switchover, for others to read.
+        if self.peer.is_vmig
+            && broken
+            && !self.prepared
+            && let Some(words) = last_words(input)
+        {
+            self.job.status.blame(words.clone());
+            return words;
+        }
+        error
     }
 
     fn prepare(&mut self) -> Result<()> {
@@ -149,7 +173,7 @@ impl<'a> Loader<'a> {
         let extra = input.buffered();
         if extra > 0 {
             let text = format!("byte {:#x}: at least {extra} bytes follow the end of the stream", input.position());
-            return Err(Error::invalid(text));
+            return Err(Error::invalid(text).at_byte(input.position()));
         }
         self.peer.check_no_fds()?;
         self.fds.check_empty()?;
@@ -225,7 +249,7 @@ impl<'a> Loader<'a> {
             Some(Own::GlobalState) => builtin::read_global_state(input).map(|running| self.running = running),
             None => self.device(input, id, name, part),
         };
-        body.map_err(|e| at_byte(e, &name.name, at))?;
+        body.map_err(|e| e.in_section(&name.name).in_body_at(at))?;
         stream::read_footer(input, id, &name.name)
     }
 
@@ -265,13 +289,13 @@ impl<'a> Loader<'a> {
     fn numbered(&mut self, input: &mut StreamInput, id: u32, part: Part) -> Result<()> {
         let at = input.position();
         if self.ram_id == Some(id) {
-            self.ram_body(input).map_err(|e| at_byte(e, ram::NAME, at))?;
+            self.ram_body(input).map_err(|e| e.in_section(ram::NAME).in_body_at(at))?;
             return stream::read_footer(input, id, ram::NAME);
         }
         let (entry, section, version) = self.bindings.find(id)?;
-        let apply =
-            section.parse_with_fds(part, version, input, &self.fds).map_err(|e| at_byte(e, &entry.name, at))?;
-        apply_locked(self.job, apply).map_err(|e| at_byte(e, &entry.name, at))?;
+        let parsed = section.parse_with_fds(part, version, input, &self.fds);
+        let loaded = parsed.and_then(|apply| apply_locked(self.job, apply));
+        loaded.map_err(|e| e.in_section(&entry.name).in_body_at(at))?;
         if part == Part::End {
             self.ended.insert(id);
         }
@@ -295,6 +319,7 @@ impl<'a> Loader<'a> {
                 active.filter_map(|(entry, _)| entry.section()).for_each(|section| section.about_to_switch());
                 Ok(())
             }
+            Command::Error(error) => Err(error),
             Command::Fds(count) => self.fds.add(self.peer.take_fds(count)?),
             Command::Prepare(_) | Command::Go(..) | Command::Abort(_) => {
                 Err(Error::new(libc::EPROTO, "a word of the switchover in the middle of the stream"))
@@ -303,17 +328,26 @@ impl<'a> Loader<'a> {
     }
 }
 
+/// What the source says at the very end of a stream that makes no more sense.
+fn last_words(input: &mut StreamInput) -> Option<Error> {
+    /// The longest error, its command and something to spare.
+    const LEN_MAX: usize = 65 << 10;
+    const _: () = assert!(LEN_MAX as u64 > command::ERROR_MAX + 16);
+    let mut end = std::collections::VecDeque::new();
+    let until = Instant::now() + LAST_WORDS;
+    input.set_limit(LAST_WORDS);
+    while Instant::now() < until
+        && let Ok(byte) = input.u8()
+    {
+        if end.len() == LEN_MAX {
+            end.pop_front();
+        }
+        end.push_back(byte);
+    }
+    command::last_words(end.make_contiguous())
+}
+
 fn apply_locked(job: &Job, apply: Apply<'_>) -> Result<()> {
     let _bql = job.vmm.bql().guard()?;
     apply()
-}
-
-/// Names the section and where its body began.
-fn at_byte(error: Error, section: &str, at: u64) -> Error {
-    let error = error.in_section(section);
-    // A section that knows better where it was has said so.
-    match error.text().contains(" at byte ") || error.text().contains("byte 0x") {
-        true => error,
-        false => error.context(format!("body at byte {at:#x}")),
-    }
 }

@@ -1,6 +1,7 @@
 //! The destination half: listen, compare what both sides have, load, take over.
 
 mod ahead;
+mod compare;
 pub mod door;
 mod hand;
 mod handover;
@@ -15,10 +16,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::kvm::Kvm;
 use crate::options::{Opt, Options};
+use crate::ram::RamList;
 use crate::ram::presence::Hint;
-use crate::ram::survey::Survey;
-use crate::ram::{PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status};
 use crate::switchover::keeper::Keeper;
@@ -29,10 +30,8 @@ use crate::transport::Channel;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::vmm::run::Before;
 use crate::vmm::{RunReport, StopReason, Vmm};
-use crate::wire::checksum;
 use crate::wire::hello::{self, Answer, Attempt, Hello};
 use crate::wire::input::Input;
-use crate::wire::packet;
 use crate::wire::reply::{self, Reply};
 use crate::wire::stream;
 use ahead::Ahead;
@@ -47,13 +46,26 @@ use target::Targets;
 /// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// What an incoming migration needs; the pieces of a guest, never the whole.
-#[derive(Debug)]
-pub struct Job {
+/// What is registered.
+#[derive(Clone, Debug)]
+pub struct Parts {
     /// Guest RAM.
     pub ram: RamList,
     /// Sections.
     pub sections: Arc<[Entry]>,
+    /// vCPUs, if the library knows them.
+    pub kvm: Option<Arc<Kvm>>,
+}
+
+/// Takes stock of what is registered, again after a config hook. Err: something blocks migration.
+pub type TakeStock = dyn Fn() -> Result<Parts> + Send + Sync;
+
+/// What an incoming migration needs; the pieces of a guest, never the whole.
+pub struct Job {
+    /// What is registered.
+    pub parts: Parts,
+    /// Takes stock again.
+    pub take_stock: Arc<TakeStock>,
     /// Stop and start.
     pub vmm: Arc<Vmm>,
     /// Where it stands.
@@ -85,6 +97,44 @@ enum Progress {
     Settled,
 }
 
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Job").field("parts", &self.parts).finish_non_exhaustive()
+    }
+}
+
+impl std::ops::Deref for Job {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
+impl Job {
+    /// The same with what the VMM registered for the source's configuration; none: it has no hook for that.
+    fn configured(&self, blob: Option<&[u8]>) -> Result<Option<Self>> {
+        let Some(blob) = blob.filter(|_| self.vmm.has_config()) else { return Ok(None) };
+        self.status.allow_registering(true);
+        let built = self.vmm.config(blob);
+        self.status.allow_registering(false);
+        built?;
+        Ok(Some(Self {
+            parts: (self.take_stock)()?,
+            take_stock: Arc::clone(&self.take_stock),
+            vmm: Arc::clone(&self.vmm),
+            status: Arc::clone(&self.status),
+            options: self.options.snapshot(),
+            threads: Arc::clone(&self.threads),
+            before: self.before,
+            wake: Arc::clone(&self.wake),
+            keeper: Arc::clone(&self.keeper),
+            was: self.was,
+            reception: Arc::clone(&self.reception),
+        }))
+    }
+}
+
 /// Runs an incoming migration from start to end; the body of the thread `incoming`.
 pub fn run(job: &Job, door: Door) {
     let mut progress = Progress::Untouched;
@@ -100,18 +150,85 @@ pub fn run(job: &Job, door: Door) {
 
 fn attempt(job: &Job, door: Door, progress: &mut Progress) -> Result<()> {
     let door = Arc::new(door);
-    let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
-    job.status.advance(State::Active)?;
-    let mut peer = Peer::new(job, channel);
+    loop {
+        let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
+        let mut peer = Peer::new(job, channel);
+        let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
+        let theirs = match meet(job, &door, &mut peer, &mut input) {
+            // Only a question: it is no business of this migration's whether the answer arrived.
+            Ok(Some(theirs)) if theirs.check => {
+                let _ = answer_check(job, &mut peer, &theirs);
+                continue;
+            }
+            Ok(theirs) => theirs,
+            Err(error) => return Err(give_up(job, &mut peer, error.in_phase("hello"))),
+        };
+        let configured = match &theirs {
+            Some(theirs) => configure(job, &mut peer, &mut input, theirs),
+            None => Ok(None),
+        };
+        let configured = configured.map_err(|error| give_up(job, &mut peer, error))?;
+        let job = configured.as_ref().unwrap_or(job);
+        return receive(job, &door, peer, input, theirs, progress);
+    }
+}
+
+/// Tells the source why nothing comes of it; why, as everybody else hears it.
+fn give_up(job: &Job, peer: &mut Peer, error: Error) -> Error {
+    let error = job.status.cause(error).on_side("destination");
+    peer.say_why(&error);
+    error
+}
+
+/// Who is there? A vmig's hello; none: a QEMU.
+fn meet(job: &Job, door: &Door, peer: &mut Peer, input: &mut StreamInput) -> Result<Option<Hello>> {
+    let theirs = match input.peek(4)? == hello::MAGIC.to_be_bytes() {
+        false => None,
+        true => match hello::read(input) {
+            Ok(theirs) => Some(theirs),
+            Err(error) => {
+                // Whatever else it is, it waits for an answer to its hello.
+                let refusal = Answer::Refused(vec![error.clone().on_side("destination").in_phase("hello")]);
+                let _ = peer.answer(&refusal);
+                return Err(error);
+            }
+        },
+    };
+    peer.is_vmig = theirs.is_some();
+    if !theirs.as_ref().is_some_and(|t| t.check) {
+        door.shut_out_others();
+        job.status.advance(State::Active)?;
+    }
+    Ok(theirs)
+}
+
+/// Tells a source that only asks what differs. Nothing here is touched.
+fn answer_check(job: &Job, peer: &mut Peer, theirs: &Hello) -> Result<()> {
+    let begun = Instant::now();
+    let differences = compare::everything(theirs, job, &*peer.channel, &mut Hand::new(job));
+    let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    let result = peer.answer(&Answer::Checked(differences, took));
+    peer.let_words_arrive();
+    result
+}
+
+/// A guest comes.
+fn receive(
+    job: &Job,
+    door: &Arc<Door>,
+    mut peer: Peer,
+    mut input: StreamInput,
+    theirs: Option<Hello>,
+    progress: &mut Progress,
+) -> Result<()> {
     // Both end after the guest was started: waiting for a thread is not for the blackout.
     let mut memory = Memory::default();
     let mut hand = Hand::new(job);
-    let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
-    let received = receive(job, &door, &mut peer, &mut input, &mut memory, &mut hand, progress);
-    match received {
+    let into = Arrival { memory: &mut memory, hand: &mut hand, progress };
+    match load_all(job, door, &mut peer, &mut input, theirs, into) {
         Ok((Some(attempt), loaded)) => {
             *progress = Progress::Settled;
-            Handover::new(job, &mut peer, input, loaded, hand, memory).run(attempt, &door)
+            Handover::new(job, &mut peer, input, loaded, hand, memory).run(attempt, door)
         }
         received => match received.and_then(|(_, loaded)| arrive(job, &mut peer, &mut hand, loaded)) {
             Ok(running) => {
@@ -121,8 +238,7 @@ fn attempt(job: &Job, door: Door, progress: &mut Progress) -> Result<()> {
             Err(error) => {
                 let came = Arc::clone(hand.rest());
                 drop(hand);
-                let error = job.status.cause(error).on_side("destination");
-                peer.say_why(&error);
+                let error = give_up(job, &mut peer, error);
                 drop(memory);
                 if *progress == Progress::Touched {
                     target::discard(job, &came, peer.is_vmig);
@@ -192,19 +308,27 @@ impl Peer {
     fn say_why(&mut self, error: &Error) {
         // The source may be gone; then there is nobody to tell.
         let _ = self.last_words(error);
-        self.linger();
+        if self.hears() {
+            self.let_words_arrive();
+        }
+        self.channel.shutdown();
     }
 
-    /// Lets the last words arrive.
-    fn linger(&self) {
+    /// Answers a hello.
+    fn answer(&mut self, answer: &Answer) -> Result<()> {
+        let mut bytes = Vec::new();
+        hello::put_answer(&mut bytes, answer)?;
+        self.out.write(&bytes)
+    }
+
+    /// Reads on until the source hangs up, so that our last words are not lost to a reset connection.
+    fn let_words_arrive(&self) {
         self.channel.close_write();
-        if self.hears() {
-            let mut drain = vec![0; 64 << 10];
-            let deadline = Instant::now() + LINGER;
-            while let Some(left) = deadline.checked_duration_since(Instant::now()) {
-                if !matches!(self.channel.read(&mut drain, Some(left)), Ok(n) if n > 0) {
-                    break;
-                }
+        let mut drain = vec![0; 64 << 10];
+        let deadline = Instant::now() + LINGER;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            if !matches!(self.channel.read(&mut drain, Some(left)), Ok(n) if n > 0) {
+                break;
             }
         }
         self.channel.shutdown();
@@ -243,22 +367,27 @@ impl Peer {
     }
 }
 
+/// What a guest arrives in.
+struct Arrival<'a, 'job> {
+    memory: &'a mut Memory,
+    hand: &'a mut Hand<'job>,
+    progress: &'a mut Progress,
+}
+
 /// Receives everything up to the handover. With an attempt the switchover's words follow, and the result of loading is
 /// for them; else it is true if the guest ran at the source.
-fn receive(
+fn load_all(
     job: &Job,
     door: &Arc<Door>,
     peer: &mut Peer,
     input: &mut StreamInput,
-    memory: &mut Memory,
-    hand: &mut Hand<'_>,
-    progress: &mut Progress,
+    theirs: Option<Hello>,
+    Arrival { memory, hand, progress }: Arrival<'_, '_>,
 ) -> Result<(Option<Attempt>, Result<bool>)> {
-    let first = input.peek(4).map_err(|e| e.in_phase("hello"))?;
-    let (parallel, hints) = match first == hello::MAGIC.to_be_bytes() {
-        true => greet(job, peer, input, hand).map_err(|e| e.in_phase("hello"))?,
+    let (parallel, hints) = match theirs {
+        Some(theirs) => greet(job, peer, input, &theirs, hand).map_err(|e| e.in_phase("hello"))?,
         // A QEMU says nothing of its channels: both sides must have been told the same.
-        false => {
+        None => {
             hand.check_plain()?;
             if job.options.on(Opt::Checksum) {
                 let text =
@@ -339,41 +468,46 @@ impl Parallel {
     }
 }
 
+/// Takes the source's configuration, if it has one, and lets the VMM build what it asks for.
+fn configure(job: &Job, peer: &mut Peer, input: &mut StreamInput, theirs: &Hello) -> Result<Option<Job>> {
+    let built = hello::read_config(input, theirs).and_then(|blob| job.configured(blob.as_deref()));
+    built.map_err(|error| {
+        let error = error.in_field("config").in_phase("hello").on_side("destination");
+        // The source waits for an answer to its hello.
+        let _ = peer.answer(&Answer::Refused(vec![error.clone()]));
+        error
+    })
+}
+
 /// Compares the source's hello with what is here and answers it.
 fn greet(
     job: &Job,
     peer: &mut Peer,
     input: &mut StreamInput,
+    theirs: &Hello,
     hand: &mut Hand<'_>,
 ) -> Result<(Parallel, Vec<(String, Hint)>)> {
-    let theirs = hello::read(input)?;
-    peer.is_vmig = true;
-    peer.attempt = theirs.attempt;
-    let differences = compare(&theirs, job, peer, hand);
-    let answer = match differences.is_empty() {
-        true => Answer::Welcome(hand.welcome(&theirs, &*peer.channel)),
-        false => Answer::Refused(differences),
-    };
-    let mut bytes = Vec::new();
-    hello::put_answer(&mut bytes, &answer)?;
-    peer.out.write(&bytes)?;
-    match answer {
-        Answer::Welcome(welcome) => {
-            if welcome.checksum {
-                peer.out.use_frames()?;
-                input.expect_frames()?;
-            }
-            hand.receive(input, &*peer.channel)?;
-            let hints = if theirs.hints { read_hints(job, &theirs, input)? } else { Vec::new() };
-            let checksum = theirs.checksum.is_some();
-            Ok((Parallel { channels: theirs.channels, meet_each_section: theirs.meet_each_section, checksum }, hints))
-        }
-        Answer::Refused(errors) => Err(hello::join(&errors)),
+    let differences = compare::everything(theirs, job, &*peer.channel, hand);
+    if !differences.is_empty() {
+        let error = hello::join(&differences);
+        peer.answer(&Answer::Refused(differences))?;
+        return Err(error);
     }
+    let welcome = hand.welcome(theirs, &*peer.channel);
+    let (channels, checksum) = (welcome.channels.unwrap_or(theirs.channels), welcome.checksum);
+    peer.attempt = theirs.attempt.filter(|_| welcome.switchover);
+    peer.answer(&Answer::Welcome(welcome))?;
+    if checksum {
+        peer.out.use_frames()?;
+        input.expect_frames()?;
+    }
+    hand.receive(input, &*peer.channel)?;
+    let hints = if theirs.hints { read_hints(job, theirs, input)? } else { Vec::new() };
+    Ok((Parallel { channels, meet_each_section: theirs.meet_each_section, checksum }, hints))
 }
 
-/// The hints behind a welcome, one for each block of the hello that was not offered by its file; their lengths follow from our own blocks, which were
-/// found to be the same.
+/// The hints behind a welcome, one for each block of the hello that was not offered by its file; their lengths follow
+/// from our own blocks, which were found to be the same.
 fn read_hints(job: &Job, theirs: &Hello, input: &mut StreamInput) -> Result<Vec<(String, Hint)>> {
     let mut hints = Vec::new();
     let offered = |name: &str| theirs.hand_over.iter().flatten().any(|offer| offer.name == name);
@@ -414,124 +548,6 @@ impl Memory {
         if let Err(error) = target::populate(job, targets, hints, channels.clamp(1, THREADS_MAX)) {
             job.vmm.log().warning(format_args!("memory is not prepared ahead of the data: {error}"));
         }
-    }
-}
-
-/// Everything that differs between the two sides.
-fn compare(theirs: &Hello, job: &Job, peer: &Peer, hand: &mut Hand<'_>) -> Vec<Error> {
-    let mut found = Vec::new();
-    hand.compare(theirs, &*peer.channel, &mut found);
-    let machine = job.options.machine();
-    if theirs.machine != machine {
-        let text = "option 'machine' differs between source and destination";
-        found.push(Error::invalid(text).expected_got(machine, &theirs.machine));
-    }
-    compare_checksum(theirs, job, &mut found);
-    if theirs.page_size != PAGE {
-        found.push(Error::invalid("the page size differs").expected_got(PAGE, theirs.page_size));
-    }
-    if theirs.channels > packet::CHANNELS_MAX {
-        let text = "the source wants more channels than the destination allows";
-        found.push(Error::invalid(text).expected_got(format!("at most {}", packet::CHANNELS_MAX), theirs.channels));
-    }
-    compare_ram(theirs, &job.ram, hand, &mut found);
-    compare_sections(theirs, &job.sections, &mut found);
-    found.into_iter().map(|e| e.on_side("destination").in_phase("hello")).collect()
-}
-
-fn compare_ram(theirs: &Hello, ram: &RamList, hand: &Hand<'_>, found: &mut Vec<Error>) {
-    for (name, len) in &theirs.blocks {
-        match ram.iter().find(|b| b.is_sent() && b.name() == name) {
-            None => found.push(
-                Error::new(libc::ENOENT, format!("the source has a RAM block '{name}', the destination does not"))
-                    .in_section("ram"),
-            ),
-            Some(block) if block.len() != *len => found.push(
-                Error::invalid(format!("RAM block '{name}' has different lengths on the two sides"))
-                    .in_section("ram")
-                    .expected_got(format!("{:#x}", block.len()), format!("{len:#x}")),
-            ),
-            Some(_) => (),
-        }
-    }
-    let survey = Survey::new();
-    for block in ram.iter().filter(|b| b.is_sent()) {
-        let shared = |survey: &Survey| survey.identities(block).iter().any(|name| theirs.memory.contains(name));
-        // Memory that changes hands may well have been here before.
-        if !hand.takes(block) && survey.as_ref().is_ok_and(shared) {
-            let text = format!(
-                "RAM block '{}' is the same memory on both sides: map another file at the destination, or set \
-                 VMIG_RAM_SHARED_STORAGE on both",
-                block.name()
-            );
-            found.push(Error::new(libc::EEXIST, text).in_section("ram"));
-        }
-        if !theirs.blocks.iter().any(|(name, _)| name == block.name()) {
-            let text = format!("the destination has a RAM block '{}', the source does not", block.name());
-            found.push(Error::new(libc::ENOENT, text).in_section("ram"));
-        }
-    }
-}
-
-/// The source decides whether there are checksums, but a destination may insist.
-fn compare_checksum(theirs: &Hello, job: &Job, found: &mut Vec<Error>) {
-    let got = theirs.checksum.as_deref().unwrap_or("none");
-    let text = match got {
-        checksum::NAME => return,
-        "none" if !job.options.on(Opt::Checksum) => return,
-        "none" => "option 'checksum' is set at the destination: set it at the source, too",
-        _ => "the destination does not know the checksum that the source wants",
-    };
-    found.push(Error::invalid(text).by_option(Opt::Checksum.name()).expected_got(checksum::NAME, got));
-}
-
-fn compare_sections(theirs: &Hello, entries: &[Entry], found: &mut Vec<Error>) {
-    let ours = || entries.iter().filter(|e| e.section().is_some_and(|s| s.is_active()));
-    for section in &theirs.sections {
-        let (section, fds) = (&section.name, &section.fds);
-        let (name, instance) = (&section.name, section.instance);
-        match ours().find(|e| e.name == *name && e.instance == instance) {
-            None => found.push(
-                Error::new(
-                    libc::ENOENT,
-                    format!("the source has a device '{name}' (instance {instance}), the destination does not"),
-                )
-                .in_section(name.clone()),
-            ),
-            Some(entry) if section.version > entry.version || section.version < entry.oldest => found.push(
-                Error::invalid(format!("the version of device '{name}' (instance {instance}) cannot be read here"))
-                    .in_section(name.clone())
-                    .expected_got(format!("{} to {}", entry.oldest, entry.version), section.version),
-            ),
-            Some(entry) => compare_fds(entry, section.version, fds, found),
-        }
-    }
-    for entry in ours() {
-        if !theirs.sections.iter().any(|s| s.name.name == entry.name && s.name.instance == entry.instance) {
-            let text = format!(
-                "the destination has a device '{}' (instance {}), the source does not",
-                entry.name, entry.instance
-            );
-            found.push(Error::new(libc::ENOENT, text).in_section(entry.name.clone()));
-        }
-    }
-}
-
-/// A descriptor on one side and a number on the other have the same size on the wire, and nothing else in common.
-fn compare_fds(entry: &Entry, version: u32, theirs: &[String], found: &mut Vec<Error>) {
-    let ours = entry.section().map_or_else(Vec::new, |section| section.fd_fields(version));
-    if ours != theirs {
-        let field = ours.iter().find(|f| !theirs.contains(f)).or(theirs.iter().find(|f| !ours.contains(f)));
-        let list = |fields: &[String]| if fields.is_empty() { "none".to_owned() } else { fields.join(", ") };
-        let text = format!(
-            "device '{}' (instance {}) has other fields that are file descriptors at the source",
-            entry.name, entry.instance
-        );
-        let error = Error::invalid(text).in_section(entry.name.clone()).expected_got(list(&ours), list(theirs));
-        found.push(match field {
-            Some(field) => error.in_field(field),
-            None => error,
-        });
     }
 }
 

@@ -82,7 +82,7 @@ impl RamReceiver {
                     let pages = usize::try_from(pages).unwrap_or(usize::MAX);
                     if pages > target.block.pages() - page {
                         let text = format!("byte {at:#x}: a run of pages beyond the end of RAM block");
-                        return Err(Error::invalid(format!("{text} '{}'", target.block.name())));
+                        return Err(Error::invalid(format!("{text} '{}'", target.block.name())).at_byte(at));
                     }
                     target.zero_run(page, pages);
                     self.zero += pages as u64;
@@ -135,16 +135,17 @@ impl RamReceiver {
         if let Some(name) = name {
             let Some(target) = self.targets.get(&name) else {
                 let text = format!("byte {at:#x}: there is no RAM block '{}' here", name.escape_default());
-                return Err(Error::new(libc::ENOENT, text));
+                return Err(Error::new(libc::ENOENT, text).at_byte(at));
             };
             self.last = Some((Arc::clone(target), 0));
         }
         let Some((target, last)) = &mut self.last else {
-            return Err(Error::invalid(format!("byte {at:#x}: the first page names no RAM block")));
+            return Err(Error::invalid(format!("byte {at:#x}: the first page names no RAM block")).at_byte(at));
         };
         let block = &target.block;
         if offset >= block.len() {
             return Err(Error::invalid(format!("byte {at:#x}: a page outside of RAM block '{}'", block.name()))
+                .at_byte(at)
                 .expected_got(format!("an offset below {:#x}", block.len()), format!("{offset:#x}")));
         }
         let page = usize::try_from(offset / PAGE).map_err(|_| Error::invalid("a page out of reach"))?;
@@ -158,5 +159,5 @@ fn no_lanes(at: u64) -> Error {
         "byte {at:#x}: the source sends pages over parallel connections (multifd); set option 'multifd' here to on, and \
          'multifd-channels' to its number, before the source connects"
     );
-    Error::invalid(text)
+    Error::invalid(text).at_byte(at)
 }

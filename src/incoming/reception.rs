@@ -1,9 +1,10 @@
 //! The reception of a destination: whoever connects is asked who they are, by their first four bytes.
 //!
 //! A main connection begins with `QEVM` or `VMIG`, a channel with its magic; both go to the door of the migration that
-//! listens there, if one does. A question about an attempt that arrived here (`VASK`) is answered from the votes, as
-//! long as the handle lives, or goes to the driver of the attempt at hand. One thread does this for all addresses; a
-//! connection that says nothing is held for a moment, and as many as could be ours.
+//! listens there, if one does; a vmig that comes while another guest arrives, or after one came, is told so. A question
+//! about an attempt that arrived here (`VASK`) is answered from the votes, as long as the handle lives, or goes to the
+//! driver of the attempt at hand. One thread does this for all addresses; a connection that says nothing is held for a
+//! moment, and as many as could be ours.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,11 +21,16 @@ use crate::thread::{Threads, lock};
 use crate::transport::socket::Listener;
 use crate::transport::uri::Uri;
 use crate::wire::ask::{self, Ask};
+use crate::wire::hello::{self, Answer};
 use crate::wire::input::Slice;
 use crate::wire::{packet, reply};
 
 /// How long a connection may take to say what it is.
 const SORT_TIME: Duration = Duration::from_secs(10);
+/// How long one that came too late may take to hear so.
+const LATE_TIME: Duration = Duration::from_secs(2);
+/// Of these so many at a time; the oldest is given up.
+const LATE_MAX: usize = 8;
 /// Until one that said a part of it is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Connections held at a time: all channels a source can have, its main one, and one more.
@@ -39,18 +45,21 @@ const CLOSE_WAIT: Duration = Duration::from_secs(1);
 /// What a migration takes in.
 #[derive(Debug)]
 struct Intake {
-    main: Option<OwnedFd>,
-    had_main: bool,
+    /// Main connections that came before anybody was taken.
+    mains: VecDeque<OwnedFd>,
+    /// A guest arrives: whoever else wants to comes too late.
+    taken: bool,
     channels: Vec<OwnedFd>,
     /// Rings when something came.
     bell: Arc<EventFd>,
-    /// Why the last connection was dropped that had not said what it is.
+    /// Why the last connection was lost that had not said what it is, or was not even taken.
     broken: Option<Error>,
 }
 
 impl Intake {
     fn new() -> Result<Self> {
-        Ok(Self { main: None, had_main: false, channels: Vec::new(), bell: Arc::new(EventFd::new()?), broken: None })
+        let (mains, channels, bell) = (VecDeque::new(), Vec::new(), Arc::new(EventFd::new()?));
+        Ok(Self { mains, taken: false, channels, bell, broken: None })
     }
 }
 
@@ -80,6 +89,12 @@ impl Line {
         bell.ok_or_else(|| Error::new(libc::ESHUTDOWN, "nobody is expected here any more"))
     }
 
+    fn broke(&self, error: Error) {
+        if let Some(intake) = &mut *lock(&self.intake) {
+            intake.broken = Some(error);
+        }
+    }
+
     pub(super) fn broken(&self) -> Option<Error> {
         lock(&self.intake).as_ref()?.broken.clone()
     }
@@ -91,7 +106,7 @@ impl Line {
     }
 
     pub(super) fn take_main(&self) -> Option<OwnedFd> {
-        lock(&self.intake).as_mut()?.main.take()
+        lock(&self.intake).as_mut()?.mains.pop_front()
     }
 
     /// `count` channels, if there are as many.
@@ -99,6 +114,11 @@ impl Line {
         let mut intake = lock(&self.intake);
         let channels = &mut intake.as_mut()?.channels;
         (channels.len() >= count).then(|| channels.drain(..count).collect())
+    }
+
+    /// Connections that wait for the migration.
+    fn waiting(&self) -> usize {
+        lock(&self.intake).as_ref().map_or(0, |intake| intake.mains.len() + intake.channels.len())
     }
 
     pub(super) fn channels(&self) -> usize {
@@ -115,17 +135,43 @@ impl Line {
         self.kept.load(Ordering::Acquire) || lock(&self.intake).is_some()
     }
 
-    /// What is no channel is taken for the main connection while that is wanted: its first bytes are then named in the
-    /// error.
-    fn admit(&self, fd: OwnedFd, is_channel: bool) {
-        if let Some(intake) = &mut *lock(&self.intake) {
-            match is_channel {
-                true if intake.channels.len() < HELD_MAX => intake.channels.push(fd),
-                false if !intake.had_main => (intake.main, intake.had_main) = (Some(fd), true),
-                _ => (),
-            }
+    /// What is no channel is taken for a main connection while that is wanted: its first bytes are then named in the
+    /// error. Returns what nobody wants.
+    fn admit(&self, fd: OwnedFd, is_channel: bool) -> Option<OwnedFd> {
+        let mut unwanted = None;
+        match &mut *lock(&self.intake) {
+            Some(intake) if is_channel && intake.channels.len() < HELD_MAX => intake.channels.push(fd),
+            Some(intake) if !is_channel && !intake.taken => intake.mains.push_back(fd),
+            _ => unwanted = Some(fd),
         }
         self.ring();
+        unwanted
+    }
+
+    /// Main connections that came in vain.
+    fn latecomers(&self) -> Option<VecDeque<OwnedFd>> {
+        let mut intake = lock(&self.intake);
+        let intake = intake.as_mut().filter(|intake| intake.taken)?;
+        Some(std::mem::take(&mut intake.mains))
+    }
+
+    /// Why nobody else can come.
+    fn refusal(&self) -> Error {
+        let address = self.address();
+        let error = match lock(&self.intake).is_some() {
+            true => {
+                let text = format!("the destination {address} is busy: another guest is arriving there");
+                Error::new(libc::EBUSY, text)
+            }
+            false => {
+                let text = format!(
+                    "nobody expects a guest at {address} now: the address is only kept for questions about one that \
+                     was sent there"
+                );
+                Error::new(libc::ECONNREFUSED, text)
+            }
+        };
+        error.on_side("destination").in_phase("hello")
     }
 }
 
@@ -143,6 +189,20 @@ impl Drop for Unsorted {
         self.line.unsorted.fetch_sub(1, Ordering::AcqRel);
         self.line.ring();
     }
+}
+
+/// A vmig that was told that it comes too late. What it says is read, and not believed, until it has heard: closing a
+/// connection with unread bytes would take the answer away.
+struct Late {
+    fd: OwnedFd,
+    until: Instant,
+}
+
+/// Connections that nobody waits for at a door.
+#[derive(Default)]
+struct Strangers {
+    unsorted: Vec<Unsorted>,
+    late: VecDeque<Late>,
 }
 
 /// A question for the driver.
@@ -253,6 +313,14 @@ impl Reception {
         }
     }
 
+    /// A guest arrives at this line, and no other can.
+    pub(super) fn shut_out_others(&self, line: &Line) {
+        if let Some(intake) = &mut *lock(&line.intake) {
+            intake.taken = true;
+        }
+        self.news.set();
+    }
+
     /// Fails if nobody is at the reception.
     pub(super) fn check(&self) -> Result<()> {
         match lock(&self.state).runs {
@@ -291,25 +359,28 @@ impl Reception {
 
     /// The body of the thread.
     fn work(&self) {
-        let mut unsorted: Vec<Unsorted> = Vec::new();
+        let mut strangers = Strangers::default();
         loop {
-            let lines = self.lines(&mut unsorted);
+            let lines = self.lines(&mut strangers);
             if lines.is_empty() {
                 return;
             }
-            self.turn(&lines, &mut unsorted);
+            for line in &lines {
+                line.latecomers().into_iter().flatten().for_each(|fd| strangers.turn_away(fd, line));
+            }
+            self.turn(&lines, &mut strangers);
         }
     }
 
     /// The lines that are wanted; the others are closed. None: the thread is to end.
-    fn lines(&self, unsorted: &mut Vec<Unsorted>) -> Vec<Arc<Line>> {
+    fn lines(&self, strangers: &mut Strangers) -> Vec<Arc<Line>> {
         let mut state = lock(&self.state);
         if state.over {
             state.lines.clear();
             state.visitors.clear();
         }
         let over = state.over;
-        unsorted.retain(|one| !over && one.line.is_wanted());
+        strangers.unsorted.retain(|one| !over && one.line.is_wanted());
         state.lines.retain(|line| line.is_wanted());
         if state.lines.is_empty() {
             state.runs = false;
@@ -319,45 +390,44 @@ impl Reception {
     }
 
     /// Waits for one thing to happen, and sorts.
-    fn turn(&self, lines: &[Arc<Line>], unsorted: &mut Vec<Unsorted>) {
-        let held = unsorted.len() + lines.iter().map(|line| line.channels()).sum::<usize>();
+    fn turn(&self, lines: &[Arc<Line>], strangers: &mut Strangers) {
+        strangers.give_up_slow_ones();
+        let (unsorted, late) = (&strangers.unsorted, &strangers.late);
+        let held = unsorted.len() + lines.iter().map(|line| line.waiting()).sum::<usize>();
         let looked_at: Vec<usize> = (0..unsorted.len()).filter(|i| unsorted[*i].again.is_none()).collect();
         let mut fds: Vec<BorrowedFd<'_>> = looked_at.iter().map(|i| unsorted[*i].fd.as_fd()).collect();
+        fds.push(self.news.as_fd());
+        let first_line = fds.len();
         if held < HELD_MAX {
             fds.extend(lines.iter().map(|line| line.listener.as_fd()));
         }
-        fds.push(self.news.as_fd());
-        let next = unsorted.iter().map(|one| one.again.unwrap_or(one.until)).min();
+        // Last, so that one who never stops talking holds nobody up.
+        let first_late = fds.len();
+        fds.extend(late.iter().map(|late| late.fd.as_fd()));
+        let times =
+            unsorted.iter().map(|one| one.again.unwrap_or(one.until)).chain(late.iter().map(|late| late.until));
         // A failing poll is not lasting: it lacks memory.
-        let woken = io::wait_any(&fds, self.calm.as_fd(), next).unwrap_or(None);
-        let (count, listening) = (fds.len(), held < HELD_MAX);
+        let woken = io::wait_any(&fds, self.calm.as_fd(), times.min()).unwrap_or(None);
         drop(fds);
         match woken {
-            Some(index) if index + 1 == count => self.news.clear(),
-            Some(index) if index < looked_at.len() => self.sort(looked_at[index], unsorted),
-            Some(index) if listening => accept(&lines[index - looked_at.len()], unsorted),
-            _ => {
-                let now = Instant::now();
-                unsorted.retain(|one| one.until > now);
-                for one in unsorted.iter_mut().filter(|one| one.again.is_some_and(|at| at <= now)) {
-                    one.again = None;
-                }
-            }
+            Some(index) if index >= first_late => strangers.listen_to(index - first_late),
+            Some(index) if index >= first_line => accept(&lines[index - first_line], &mut strangers.unsorted),
+            Some(index) if index == looked_at.len() => self.news.clear(),
+            Some(index) => self.sort(looked_at[index], strangers),
+            None => (),
         }
     }
 
     /// Finds out what a connection is.
-    fn sort(&self, index: usize, unsorted: &mut Vec<Unsorted>) {
-        let one = &mut unsorted[index];
+    fn sort(&self, index: usize, strangers: &mut Strangers) {
+        let one = &mut strangers.unsorted[index];
         let mut first = [0; ask::LEN];
         let there = match io::peek(one.fd.as_fd(), &mut first) {
             Ok(there) => there,
             Err(error) => {
                 // Most likely it closed before it said anything.
-                if let Some(intake) = &mut *lock(&one.line.intake) {
-                    intake.broken = Some(Error::from_io("looking at a connection", &error));
-                }
-                unsorted.swap_remove(index);
+                one.line.broke(Error::from_io("looking at a connection", &error));
+                strangers.unsorted.swap_remove(index);
                 return;
             }
         };
@@ -367,12 +437,19 @@ impl Reception {
             one.again = Some(Instant::now() + LOOK_AGAIN);
             return;
         }
-        let one = unsorted.swap_remove(index);
-        let Ok(fd) = one.fd.try_clone() else { return };
-        if !asks {
-            one.line.admit(fd, first[..4] == packet::MAGIC.to_be_bytes());
-        } else if there == ask::LEN && io::read(fd.as_fd(), FdKind::Socket, &mut first).is_ok() {
-            self.question(fd, &first);
+        let one = strangers.unsorted.swap_remove(index);
+        let fd = match one.fd.try_clone() {
+            Ok(fd) => fd,
+            Err(error) => return one.line.broke(Error::from_io("keeping a connection", &error)),
+        };
+        if asks {
+            if there == ask::LEN && io::read(fd.as_fd(), FdKind::Socket, &mut first).is_ok() {
+                self.question(fd, &first);
+            }
+        } else if let Some(fd) = one.line.admit(fd, first[..4] == packet::MAGIC.to_be_bytes())
+            && first[..4] == hello::MAGIC.to_be_bytes()
+        {
+            strangers.turn_away(fd, &one.line);
         }
     }
 
@@ -405,17 +482,59 @@ fn accept(line: &Arc<Line>, unsorted: &mut Vec<Unsorted>) {
             unsorted.push(Unsorted { fd, line: Arc::clone(line), until, again: None });
         }
         // Too many descriptors, or a connection that was taken back: the next turn sees.
-        Ok(None) | Err(_) => {
+        refused => {
             line.unsorted.fetch_sub(1, Ordering::AcqRel);
+            if let Err(error) = refused {
+                line.broke(error);
+            }
             std::thread::sleep(LOOK_AGAIN);
         }
     }
 }
 
-/// One write into an empty socket: it is taken whole, or the asker is gone and will ask again.
+impl Strangers {
+    /// Lets go of those whose time is over, and looks at those again whose time it is.
+    fn give_up_slow_ones(&mut self) {
+        let now = Instant::now();
+        self.late.retain(|late| late.until > now);
+        self.unsorted.retain(|one| one.until > now);
+        for one in self.unsorted.iter_mut().filter(|one| one.again.is_some_and(|at| at <= now)) {
+            one.again = None;
+        }
+    }
+
+    /// Tells a vmig why it cannot come.
+    fn turn_away(&mut self, fd: OwnedFd, line: &Line) {
+        let mut bytes = Vec::new();
+        if hello::put_answer(&mut bytes, &Answer::Refused(vec![line.refusal()])).is_err() {
+            return;
+        }
+        say(&fd, &bytes);
+        io::close_write(fd.as_fd());
+        if self.late.len() == LATE_MAX {
+            self.late.pop_front();
+        }
+        self.late.push_back(Late { fd, until: Instant::now() + LATE_TIME });
+    }
+
+    /// Reads what one says in vain, until it hangs up.
+    fn listen_to(&mut self, index: usize) {
+        let mut drain = [0; 16 << 10];
+        let said = self.late.get(index).map(|late| io::read(late.fd.as_fd(), FdKind::Socket, &mut drain));
+        if !matches!(said, Some(Ok(None | Some(1..)))) {
+            self.late.remove(index);
+        }
+    }
+}
+
 fn answer(fd: &OwnedFd, vote: &Message) {
     let Some(reply) = super::handover::reply_of(vote) else { return };
     let mut bytes = Vec::new();
     reply::put(&mut bytes, &reply);
-    let _ = io::write(fd.as_fd(), FdKind::Socket, &[Piece::of(&bytes)]);
+    say(fd, &bytes);
+}
+
+/// One write into an empty socket: it is taken whole, or the one who asked is gone and will ask again.
+fn say(fd: &OwnedFd, bytes: &[u8]) {
+    let _ = io::write(fd.as_fd(), FdKind::Socket, &[Piece::of(bytes)]);
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::{Entry, Reentry};
 use crate::error::{Error, Result};
 use crate::thread::Threads;
+use crate::wire::cpu::Cpu;
 
 /// KVM state of a guest; there is none on this architecture yet.
 #[derive(Debug)]
@@ -37,6 +38,16 @@ impl Kvm {
     /// See x86-64.
     pub fn sections(self: &Arc<Self>) -> Result<Vec<Entry>> {
         match **self {}
+    }
+
+    /// See x86-64.
+    pub fn facts(&self, _stopped: bool) -> Result<Cpu> {
+        match *self {}
+    }
+
+    /// See x86-64.
+    pub fn compare(&self, _source: &Cpu, _here: &Cpu) -> Vec<Error> {
+        match *self {}
     }
 
     /// See x86-64.

@@ -125,6 +125,8 @@ impl Migration<'_> {
         self.sender.end_section(&mut self.out, true)?;
         took.ram = lap.time();
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
+        // Whatever is written behind this counts as the handover.
+        self.may_speak = false;
         self.write_bodies(devices)?;
         took.devices += lap.time();
         Ok(())

@@ -1,9 +1,11 @@
 //! The source half: connect, say hello, set up, iterate while the guest runs, complete with the guest stopped.
 
 mod aftermath;
+mod check;
 mod complete;
 #[cfg(feature = "fault-injection")]
 mod fault;
+mod greet;
 mod hand;
 mod handover;
 mod lanes;
@@ -21,11 +23,11 @@ use std::time::{Duration, Instant};
 use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
+use crate::kvm::Kvm;
 use crate::options::{Opt, Options};
 use crate::pacing::downtime::Known;
 use crate::pacing::{self, Convergence, Rate};
-use crate::ram::presence::{GRANULE, Hint, Presence};
-use crate::ram::survey::Survey;
+use crate::ram::presence::Hint;
 use crate::ram::{Block, PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status, store_time};
@@ -33,16 +35,16 @@ use crate::switchover::keeper::Keeper;
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::Threads;
-use crate::transport::stream::{StreamInput, StreamOutput};
+use crate::transport::stream::StreamOutput;
 use crate::transport::{Channel, STALL, Target};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::ask::MigrationId;
 use crate::wire::command::Command;
 use crate::wire::frame::Bodies;
-use crate::wire::{checksum, hello, stream};
+use crate::wire::stream;
+pub use check::{Report, check};
 use hand::HandOver;
 use handover::Rest;
-use lanes::Lanes;
 use replies::Replies;
 use sections::SectionSaver;
 use sender::{FindZeros, RamSender};
@@ -57,6 +59,8 @@ const SECTION_SLICE: u64 = 8 << 20;
 const WRITE_MIN: u64 = 64 << 10;
 /// How often the loop looks for permission to switch over when nothing else is left to do.
 const NAP: Duration = Duration::from_millis(10);
+/// How long a failing source tries to tell the destination why: the guest waits no longer for that.
+const LAST_WRITE: Duration = Duration::from_millis(200);
 /// How long a failing source listens for the destination's reason.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -69,6 +73,10 @@ pub struct Job {
     pub ram: RamList,
     /// Sections at the start.
     pub sections: Arc<[Entry]>,
+    /// vCPUs, if the library knows them.
+    pub kvm: Option<Arc<Kvm>>,
+    /// What the destination is to build itself from.
+    pub config: Option<Arc<[u8]>>,
     /// Dirty pages.
     pub dirty: Arc<Hub>,
     /// Stop and start.
@@ -147,38 +155,6 @@ fn first_error(job: &Job, error: Error) -> Error {
     }
 }
 
-/// Touched memory may be all zeros, which the destination need not have: a few pages of each full granule tell. Others
-/// are not looked at, because looking at a page that does not exist may make it.
-fn without_zeros(block: &Block, hint: &Hint) -> Hint {
-    const SAMPLES: usize = 4;
-    let mut without = hint.clone();
-    for (granule, _) in hint.full().enumerate().filter(|(_, full)| *full) {
-        let (first, pages) = (granule * GRANULE, hint.granule_pages(granule));
-        if (0..SAMPLES).all(|n| block.is_zero(first + n * pages / SAMPLES)) {
-            without.set(granule, 0);
-        }
-    }
-    without
-}
-
-fn needs_vmig() -> Error {
-    let text =
-        "option 'checksum' needs a destination that uses this library and can answer: not a QEMU, a pipe or a file";
-    Error::new(libc::ENOTSUP, text).by_option(Opt::Checksum.name())
-}
-
-/// The destination answered `checksum` with its contrary.
-fn no_checksum(asked: bool) -> Error {
-    let (errno, text) = match asked {
-        true => (
-            libc::ENOTSUP,
-            "the destination's library is older and knows nothing of option 'checksum': set it to none",
-        ),
-        false => (libc::EPROTO, "the destination would send checksums, which nobody asked for"),
-    };
-    Error::new(errno, text).by_option(Opt::Checksum.name())
-}
-
 /// Lets the guest run on here. Should that fail it is left as paused by the user, so that vmig_start can try again.
 fn resume(vmm: &Vmm) -> Result<()> {
     vmm.start(StopReason::Migration).map(drop).or_else(|error| {
@@ -214,6 +190,10 @@ struct Migration<'a> {
     to_vmig: bool,
     /// It took our offer to switch over in four words.
     votes: bool,
+    /// Connections for pages that the destination takes.
+    channels_most: u8,
+    /// The stream is where a command may come, when no section is open.
+    may_speak: bool,
     sections: SectionSaver<'a>,
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
@@ -249,6 +229,8 @@ impl<'a> Migration<'a> {
             replies: None,
             to_vmig,
             votes: false,
+            channels_most: u8::MAX,
+            may_speak: false,
             sections: SectionSaver::new(&job.sections, !to_vmig),
             set: None,
             sender: RamSender::new(
@@ -289,122 +271,6 @@ impl<'a> Migration<'a> {
     fn prepare(&mut self) -> Result<()> {
         let _bql = self.job.vmm.bql().guard()?;
         self.sections.prepare()
-    }
-
-    /// Between two vmigs: both sides compare what they have. Then the header, and the return path.
-    fn greet(&mut self) -> Result<()> {
-        let two_way = self.channel.is_two_way();
-        if !two_way && self.job.options.on(Opt::SwitchoverAck) {
-            let text = "switchover-ack needs a destination that can answer; a pipe or a file cannot";
-            return Err(Error::invalid(text));
-        }
-        let checksum = self.job.options.on(Opt::Checksum);
-        if checksum && !self.to_vmig {
-            return Err(needs_vmig());
-        }
-        hand::check_devices(self.job, &*self.channel, self.sections.fd_fields())?;
-        self.hand = HandOver::new(self.job, &*self.channel)?;
-        let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
-        if self.to_vmig {
-            let survey = Survey::new().ok();
-            let mut bytes = Vec::new();
-            hello::put(&mut bytes, &self.hello(survey.as_ref()))?;
-            self.out.write(&bytes)?;
-            // Looked for while the destination compares; what that takes is not the destination's fault.
-            let begun = Instant::now();
-            self.existing = survey.as_ref().map(|survey| self.existing(survey)).transpose()?.unwrap_or_default();
-            let answer_by = self.answer_by + begun.elapsed();
-            answers.set_deadline(Some((answer_by, self.job.options.time(Opt::ConnectTimeout))));
-            match hello::read_answer(&mut answers)? {
-                hello::Answer::Welcome(welcome) => {
-                    answers.set_deadline(None);
-                    hand::check_welcome(&welcome, self.sections.fd_fields())?;
-                    if checksum != welcome.checksum {
-                        return Err(no_checksum(checksum));
-                    }
-                    if checksum {
-                        self.out.use_frames()?;
-                        answers.expect_frames()?;
-                    }
-                    self.hand.pass(&welcome, &mut self.out)?;
-                    self.votes = welcome.switchover && self.job.options.on(Opt::ReturnPath);
-                    if welcome.zero_runs {
-                        self.sender.use_zero_runs();
-                    }
-                }
-                hello::Answer::Refused(errors) => return Err(hello::join(&errors)),
-            }
-            let mut bytes = Vec::new();
-            self.existing.iter().for_each(|(block, hint)| hello::put_hint(&mut bytes, &without_zeros(block, hint)));
-            self.out.write(&bytes)?;
-        }
-        let channels = self.channels();
-        if channels > 0 {
-            let find_zeros = self.job.options.get(Opt::ZeroPageDetection) == 2;
-            self.sender.use_lanes(Lanes::connect(
-                self.job,
-                channels,
-                (find_zeros, self.sender.has_zero_runs(), checksum),
-                &self.toll,
-            )?);
-        }
-        let mut bytes = Vec::new();
-        stream::put_header(&mut bytes, &self.job.options.machine())?;
-        if two_way && self.job.options.on(Opt::ReturnPath) {
-            stream::put_command(&mut bytes, Command::OpenReturnPath);
-            self.pings += 1;
-            stream::put_command(&mut bytes, Command::Ping(self.pings));
-            self.replies = Some(Replies::start(self.job, answers)?);
-        }
-        self.write(&bytes)
-    }
-
-    /// Connections for pages; pipes, files and a lone descriptor have only the plain stream.
-    fn channels(&self) -> u8 {
-        let options = &self.job.options;
-        if options.get(Opt::Peer) == 1 && !options.is_set(Opt::Multifd) {
-            // A QEMU has no channels unless it was told, and so must we be.
-            return 0;
-        }
-        if self.hand.is_all() {
-            // Connections for nothing; should the destination not take every file, one stream does.
-            return 0;
-        }
-        match self.job.target {
-            Target::Address(_) => options.channels(),
-            Target::Ready(_) => 0,
-        }
-    }
-
-    /// Where the blocks that certainly travel have pages.
-    fn existing(&self, survey: &Survey) -> Result<Vec<(Arc<Block>, Hint)>> {
-        let blocks = self.job.ram.iter().filter(|b| b.is_sent() && !self.hand.is_offered(b));
-        blocks.map(|block| Ok((Arc::clone(block), Presence::new(block, survey, None).hint()?))).collect()
-    }
-
-    fn identities(&self, survey: &Survey) -> Vec<String> {
-        self.job.ram.iter().filter(|b| b.is_sent()).flat_map(|block| survey.identities(block)).collect()
-    }
-
-    fn hello(&self, survey: Option<&Survey>) -> hello::Hello {
-        hello::Hello {
-            machine: self.job.options.machine(),
-            page_size: PAGE,
-            blocks: self.job.ram.iter().filter(|b| b.is_sent()).map(|b| (b.name().to_owned(), b.len())).collect(),
-            sections: self.sections.devices(),
-            channels: self.channels(),
-            meet_each_section: self.job.options.on(Opt::MultifdFlushAfterEachSection),
-            memory: survey.map_or_else(Vec::new, |survey| self.identities(survey)),
-            hints: survey.is_some(),
-            checksum: self.job.options.on(Opt::Checksum).then(|| checksum::NAME.to_owned()),
-            hand_over: self.hand.offers(),
-            // Without a return path nobody could answer.
-            attempt: self
-                .job
-                .options
-                .on(Opt::ReturnPath)
-                .then(|| hello::Attempt { migration: self.job.migration, epoch: self.job.keeper.epoch() }),
-        }
     }
 
     /// Dirty logging on, START of every iterative section.
@@ -645,12 +511,40 @@ impl<'a> Migration<'a> {
         error
     }
 
+    /// Tells a vmig why it will get no more, where the stream is between two messages and the words go out at once.
+    fn say_why(&mut self, error: &Error) {
+        if !self.may_speak || self.out.is_broken() {
+            return;
+        }
+        let error = match error.errno() {
+            libc::ECANCELED => {
+                let phase = error.place().phase.as_deref().unwrap_or("iterate");
+                Error::new(libc::ECANCELED, "the migration was cancelled at the source").in_phase(phase)
+            }
+            _ => self.job.status.cause(error.clone()),
+        };
+        // What the destination said itself it need not hear again.
+        if error.place().side.as_deref() == Some("destination") {
+            return;
+        }
+        let mut bytes = Vec::new();
+        self.sender.put_end(&mut bytes);
+        stream::put_command(&mut bytes, Command::Error(error.on_side("source")));
+        // The destination may be gone; then there is nobody to tell.
+        let _ = self.out.write_last(&bytes, LAST_WRITE);
+    }
+
     /// Undoes what was set up, once, whatever happened.
     fn hang_up(mut self, result: Result<Outcome>) -> Result<Outcome> {
         let result = match result {
-            Err(error) => Err(self.reason(error)),
+            Err(error) => {
+                let error = self.reason(error);
+                self.say_why(&error);
+                Err(error)
+            }
             Ok(Outcome::Switched(rest)) if !self.job.status.is_committed() => {
                 let why = rest.why.map(|why| first_error(self.job, self.reason(why)));
+                why.iter().for_each(|why| self.say_why(why));
                 Ok(Outcome::Switched(Rest { why, ..rest }))
             }
             Ok(outcome) => {

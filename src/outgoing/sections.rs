@@ -1,6 +1,8 @@
 //! Saving sections: what is sent when, in which order, and what describes it.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -17,6 +19,19 @@ use crate::wire::stream::{self, SectionName};
 pub(super) const FIRST_ID: u32 = 16;
 const TIMER_ID: u32 = 0;
 const GLOBAL_STATE_ID: u32 = 2;
+
+/// What saving takes, as far as it could be tried.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rehearsal {
+    /// Time it took.
+    pub took: Duration,
+    /// Bytes it gave.
+    pub bytes: u64,
+    /// Devices that were saved for it.
+    pub timed: u32,
+    /// Devices that were not: only a stopped guest's can be saved.
+    pub untimed: u32,
+}
 
 /// The sections of one migration, in walking order.
 #[derive(Debug)]
@@ -75,8 +90,26 @@ impl<'a> SectionSaver<'a> {
         let device = |(entry, section): (&Entry, &dyn Section)| Device {
             name: name_of(entry),
             fds: section.fd_fields(entry.version),
+            shape: Arc::new(section.shape(entry.version, None)),
         };
         self.active().map(device).collect()
+    }
+
+    /// Saves what can be saved while the guest runs without an effect on it, only to see what it takes. \[bql\]
+    pub(super) fn rehearse(&self) -> Result<Rehearsal> {
+        let mut seen = Rehearsal::default();
+        for (entry, section) in self.active() {
+            let (begin, mut bytes) = (Instant::now(), Vec::new());
+            match section.rehearse(&mut bytes).map_err(|e| e.in_section(&entry.name))? {
+                true => {
+                    seen.timed += 1;
+                    seen.took += begin.elapsed();
+                    seen.bytes += bytes.len() as u64;
+                }
+                false => seen.untimed += 1,
+            }
+        }
+        Ok(seen)
     }
 
     /// Fields that are file descriptors, by device and instance, as `prepare` found them.

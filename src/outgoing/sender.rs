@@ -55,6 +55,8 @@ impl Next {
 pub(super) struct RamSender {
     find_zeros: FindZeros,
     lanes: Option<Lanes>,
+    /// A section was begun and not ended.
+    open: bool,
     /// All lanes meet at the end of each section (as QEMU did before 8.1), not at a mark once a round.
     meet_each_section: bool,
     stretches: Stretches,
@@ -79,6 +81,7 @@ impl RamSender {
         Self {
             find_zeros,
             lanes: None,
+            open: false,
             meet_each_section,
             stretches: Stretches::default(),
             zero_runs: false,
@@ -150,15 +153,17 @@ impl RamSender {
         let mut bytes = Vec::new();
         let name = SectionName { name: ram::NAME.to_owned(), instance: 0, version: ram::VERSION };
         stream::put_start(&mut bytes, RAM_ID, &name)?;
+        self.open = true;
         ram::put_setup(&mut bytes, set.blocks().map(|b| (b.name(), b.len())))?;
         out.write(&bytes)?;
         self.end_section(out, true)
     }
 
     /// Begins a PART section.
-    pub(super) fn begin_part(&self, out: &mut StreamOutput) -> Result<()> {
+    pub(super) fn begin_part(&mut self, out: &mut StreamOutput) -> Result<()> {
         let mut bytes = Vec::new();
         stream::put_part(&mut bytes, RAM_ID);
+        self.open = true;
         out.write(&bytes)
     }
 
@@ -166,6 +171,7 @@ impl RamSender {
     pub(super) fn begin_end(&mut self, out: &mut StreamOutput) -> Result<()> {
         let mut bytes = Vec::new();
         stream::put_end(&mut bytes, RAM_ID);
+        self.open = true;
         out.write(&bytes)
     }
 
@@ -181,9 +187,16 @@ impl RamSender {
                 ram::put_flush(&mut bytes);
             }
         }
-        ram::put_end(&mut bytes);
-        stream::put_footer(&mut bytes, RAM_ID);
+        self.put_end(&mut bytes);
         out.write(&bytes)
+    }
+
+    /// Ends a section that is open, so that something else can follow it.
+    pub(super) fn put_end(&mut self, bytes: &mut Vec<u8>) {
+        if std::mem::take(&mut self.open) {
+            ram::put_end(bytes);
+            stream::put_footer(bytes, RAM_ID);
+        }
     }
 
     /// Sends one batch of at most about `most` pages, and at least one. False: no page is dirty.

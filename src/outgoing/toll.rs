@@ -1,6 +1,6 @@
 //! The bandwidth limit at work: whoever writes while the guest runs pays here first, whatever connection it is.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,8 @@ pub(super) struct Toll {
     moved: Condvar,
     began: Instant,
     live: Arc<Options>,
+    /// What the destination takes at most; 0 = as much as there is.
+    theirs: AtomicU64,
     wake: Arc<Wake>,
     /// The guest is stopped: nothing may hold its last bytes up.
     lifted: AtomicBool,
@@ -53,6 +55,7 @@ impl Toll {
             moved: Condvar::new(),
             began: Instant::now(),
             live: Arc::clone(live),
+            theirs: AtomicU64::new(0),
             wake: Arc::clone(wake),
             lifted: AtomicBool::new(false),
         })
@@ -62,8 +65,17 @@ impl Toll {
     pub(super) fn limit(&self) -> u64 {
         match self.lifted.load(Ordering::Relaxed) {
             true => 0,
-            false => self.live.get(Opt::MaxBandwidth),
+            false => match (self.live.get(Opt::MaxBandwidth), self.theirs.load(Ordering::Relaxed)) {
+                (0, theirs) => theirs,
+                (ours, 0) => ours,
+                (ours, theirs) => ours.min(theirs),
+            },
         }
+    }
+
+    /// The destination takes at most so many bytes per second.
+    pub(super) fn limit_to(&self, bytes_per_second: u64) {
+        self.theirs.store(bytes_per_second, Ordering::Relaxed);
     }
 
     /// No limit from here on.

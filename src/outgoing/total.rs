@@ -21,6 +21,11 @@ struct Shared {
 pub(super) struct TotalTime(Option<(Arc<Shared>, Handle<()>)>);
 
 impl TotalTime {
+    /// Of what is no attempt.
+    pub(super) fn none() -> Self {
+        Self(None)
+    }
+
     /// From when the migration was asked for.
     pub(super) fn start(job: &Job) -> Result<Self> {
         let limit = job.options.time(Opt::TotalTimeout);

@@ -328,8 +328,7 @@ impl Section for Custom {
         let (body, end) = (body.map_err(in_section)?, input.position());
         Ok(Box::new(move || {
             let start = end - body.len() as u64;
-            self.load(code, version, body)
-                .map_err(|e| e.context(format!("body at byte {start:#x} of the stream")).in_section(&self.name))
+            self.load(code, version, body).map_err(|e| e.in_body_at(start).in_section(&self.name))
         }))
     }
 

@@ -168,7 +168,7 @@ fn a_load_that_reads_too_little_or_too_much_is_an_error_with_section_and_offset(
             // An errno of a load that read within the body is its own.
             let own = want == 2 && result != 0;
             let what = if own { "load of section 'gpu' failed: Bad message" } else { what };
-            assert!(error.text().contains(what) && error.text().contains("byte 0x4 of the stream"), "{error}");
+            assert!(error.text().contains(what) && error.text().contains("body at byte 0x4: "), "{error}");
             assert_eq!(input.rest().len(), 0, "the stream stays in step");
         }
     }

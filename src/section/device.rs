@@ -10,6 +10,7 @@ use super::table::Checked;
 use super::{Apply, Part, Section};
 use crate::error::{Error, Result};
 use crate::wire::input::Input;
+use crate::wire::shape::Shape;
 
 /// State at an address, shaped by a table: one FULL body.
 #[derive(Debug)]
@@ -69,6 +70,14 @@ impl Section for Device {
         unsafe { save(&self.table, self.base.0, out) }
     }
 
+    /// Tables whose saving runs none of the VMM's code: memory under the big lock is just read.
+    fn rehearse(&self, out: &mut Vec<u8>) -> Result<bool> {
+        if self.table.has_hooks() || self.table.has_fds() {
+            return Ok(false);
+        }
+        self.complete(out).map(|()| true)
+    }
+
     fn complete_with_fds(&self, out: &mut Vec<u8>, fds: &mut Outbox) -> Result<()> {
         // SAFETY: as in `complete`.
         unsafe { save_with_fds(&self.table, self.base.0, out, fds) }
@@ -76,6 +85,10 @@ impl Section for Device {
 
     fn fd_fields(&self, version: u32) -> Vec<String> {
         self.table.fd_fields(version)
+    }
+
+    fn shape(&self, version: u32, peer: Option<&Shape>) -> Shape {
+        self.table.shape(version, peer)
     }
 
     fn fds_to_send(&self) -> Result<Vec<String>> {

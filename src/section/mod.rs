@@ -12,6 +12,7 @@ mod errno;
 pub mod list;
 mod memory;
 pub mod ops;
+pub mod shape;
 pub mod staged;
 pub mod stream;
 pub mod table;
@@ -37,6 +38,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::wire::input::Input;
+use crate::wire::shape::Shape;
 use fds::{Inbox, Outbox};
 
 /// Bytes still to be sent by a section.
@@ -137,9 +139,21 @@ pub trait Section: Send + Sync {
         self.complete(out)
     }
 
+    /// Saves as [`complete`](Self::complete) does, while the guest runs, only for the time and the bytes it takes. False:
+    /// that might have an effect on the device, and was not done. \[bql\]
+    fn rehearse(&self, _out: &mut Vec<u8>) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Fields that are file descriptors in a body of `version`, parts not counted: both sides must agree on them.
     fn fd_fields(&self, _version: u32) -> Vec<String> {
         Vec::new()
+    }
+
+    /// What a body of `version` looks like, for the comparison with the peer; its parts at the versions that the peer has,
+    /// where they can be read. Empty: only the section's own code knows.
+    fn shape(&self, _version: u32, _peer: Option<&Shape>) -> Shape {
+        Shape::new()
     }
 
     /// Fields that are file descriptors in a body saved now, parts included. \[bql\]

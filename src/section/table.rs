@@ -155,6 +155,12 @@ impl Table {
         self.fields.iter().any(field) || self.parts.iter().any(|part| part.has_fds())
     }
 
+    /// Whether it or anything below it has code of the VMM's.
+    pub fn has_hooks(&self) -> bool {
+        let field = |field: &Field| matches!(&field.kind, Kind::Struct(inner, _) if inner.has_hooks());
+        self.hooks.is_some() || self.fields.iter().any(field) || self.parts.iter().any(|part| part.has_hooks())
+    }
+
     /// Fields that are file descriptors in a body saved now: those of parts too, if they are needed. \[bql\]
     pub fn fds_to_send(&self, device: *mut u8) -> Result<Vec<String>> {
         let mut found = self.fd_fields(self.version);

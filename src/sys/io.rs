@@ -330,6 +330,12 @@ pub fn peer_is_done(fd: BorrowedFd<'_>) -> bool {
     unsafe { libc::poll(&raw mut polled, 1, 0) > 0 }
 }
 
+/// No more is written to this socket: the peer sees the end.
+pub fn close_write(fd: BorrowedFd<'_>) {
+    // It fails only where the peer is gone.
+    let _ = socket2::SockRef::from(&fd).shutdown(std::net::Shutdown::Write);
+}
+
 /// Sleeps for `time`, or until `wake` is readable (true).
 pub fn sleep(wake: &impl AsFd, time: Duration) -> Result<bool> {
     Ok(wait(None, false, wake.as_fd(), Some(Instant::now() + time))? == Ready::Woken)

@@ -4,8 +4,11 @@
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 
 use kvm_bindings::{
-    KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_IRQCHIP_IOAPIC, KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GUEST_MODE,
-    kvm_ioapic_state, kvm_irqchip, kvm_pic_state, kvm_sregs2, kvm_xsave,
+    KVM_CAP_ADJUST_CLOCK, KVM_CAP_DEBUGREGS, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_MP_STATE, KVM_CAP_SREGS2,
+    KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_VCPU_EVENTS, KVM_CAP_X86_SMM,
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CAP_XCRS, KVM_CAP_XSAVE, KVM_CAP_XSAVE2, KVM_IRQCHIP_IOAPIC,
+    KVM_MAX_CPUID_ENTRIES, KVM_STATE_NESTED_FORMAT_VMX, KVM_STATE_NESTED_GUEST_MODE, kvm_ioapic_state, kvm_irqchip,
+    kvm_pic_state, kvm_sregs2, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, KvmNestedStateBuffer, VcpuFd, VmFd};
 
@@ -24,6 +27,20 @@ pub const XSAVE_MAX: usize = 16 << 10;
 
 /// `KVM_NMSR`-like limit of the kernel: entries in one `KVM_GET_MSRS` or `KVM_SET_MSRS`.
 pub const MSRS_MAX: usize = 256;
+
+/// Capabilities without which state that a vCPU may have is lost on the way.
+const NEEDED: [(u32, &str); 10] = [
+    (KVM_CAP_MP_STATE, "mp-state"),
+    (KVM_CAP_ADJUST_CLOCK, "adjust-clock"),
+    (KVM_CAP_VCPU_EVENTS, "vcpu-events"),
+    (KVM_CAP_DEBUGREGS, "debugregs"),
+    (KVM_CAP_XSAVE, "xsave"),
+    (KVM_CAP_XCRS, "xcrs"),
+    (KVM_CAP_TSC_DEADLINE_TIMER, "tsc-deadline-timer"),
+    (KVM_CAP_X86_SMM, "smm"),
+    (KVM_CAP_EXCEPTION_PAYLOAD, "exception-payload"),
+    (KVM_CAP_X86_TRIPLE_FAULT_EVENT, "triple-fault-event"),
+];
 
 /// An error of a KVM call, as `what: strerror`.
 pub fn failed(what: impl std::fmt::Display, error: &kvm_ioctls::Error) -> Error {
@@ -76,6 +93,32 @@ impl Machine {
     /// The VM's calls that `kvm-ioctls` wraps safely.
     pub fn vm(&self) -> &VmFd {
         &self.vm
+    }
+
+    /// Of the capabilities that matter to a vCPU's state those that KVM has here, by name.
+    pub fn capabilities(&self) -> Vec<String> {
+        let has = |cap: u32| self.vm.check_extension_raw(cap.into()) > 0;
+        NEEDED.iter().filter(|(cap, _)| has(*cap)).map(|(_, name)| (*name).to_owned()).collect()
+    }
+
+    /// Whether vCPUs can have a TSC of any frequency.
+    pub fn tsc_scales(&self) -> bool {
+        self.vm.check_extension_raw(KVM_CAP_TSC_CONTROL.into()) > 0
+    }
+
+    /// Bytes of a vCPU's xsave area.
+    pub fn xsave_size(&self) -> usize {
+        self.features.xsave2.max(size_of::<kvm_xsave>())
+    }
+
+    /// Components of xsave that KVM keeps of a vCPU, as bits of XCR0 and IA32_XSS.
+    pub fn xsave_components(&self) -> Result<u64> {
+        let supported = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+        let supported = supported.map_err(|e| failed("KVM_GET_SUPPORTED_CPUID", &e))?;
+        let leaf = |index| supported.as_slice().iter().find(|e| e.function == 0xd && e.index == index);
+        let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+        let (user, supervisor) = (leaf(0).map(|e| pair(e.eax, e.edx)), leaf(1).map(|e| pair(e.ecx, e.edx)));
+        Ok(user.unwrap_or(0) | supervisor.unwrap_or(0))
     }
 
     /// Indices of the MSRs a vCPU's state consists of.

@@ -145,6 +145,21 @@ impl Channel for FdChannel {
         }
     }
 
+    fn write_last(&self, bytes: &[u8], limit: Duration) -> Result<()> {
+        const NAP: Duration = Duration::from_millis(1);
+        let (fd, deadline, mut rest) = (self.fd()?, Instant::now() + limit, bytes);
+        while !rest.is_empty() {
+            match io::write(fd.as_fd(), self.kind, &[Piece::of(rest)]) {
+                Ok(Some(n)) => rest = &rest[n..],
+                // Rare and short, so that it need not be a wait of its own kind.
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(NAP),
+                Ok(None) => return Err(Error::new(libc::ETIMEDOUT, "no room for the last words")),
+                Err(error) => return Err(Error::from_io("writing to the peer", &error)),
+            }
+        }
+        Ok(())
+    }
+
     fn close_write(&self) {
         self.close(Shutdown::Write);
     }

@@ -36,6 +36,9 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
     /// Writes once, waiting for room for at most `limit`; returns how many bytes went.
     fn write(&self, pieces: &[Piece<'_>], limit: Duration) -> Result<usize>;
 
+    /// Writes last words, even where the wake was raised, waiting for room for at most `limit`.
+    fn write_last(&self, bytes: &[u8], limit: Duration) -> Result<()>;
+
     /// No more writes: the peer sees the end of the stream.
     fn close_write(&self);
 

@@ -244,6 +244,16 @@ impl StreamOutput {
         Ok(())
     }
 
+    /// Writes last words of at most [`LEN_MAX`](frame::LEN_MAX) bytes, even where the wake was raised, waiting for room
+    /// for at most `limit`.
+    pub fn write_last(&mut self, bytes: &[u8], limit: Duration) -> Result<()> {
+        if self.frames.is_none() {
+            return self.channel.write_last(bytes, limit);
+        }
+        let framed = framed(bytes);
+        self.channel.write_last(&framed, limit)
+    }
+
     /// Writes all parts, each in frames of its own if there are frames.
     pub fn write_bodies(&mut self, bodies: &Bodies) -> Result<()> {
         let Some(mut room) = self.frames.take() else { return self.write(&bodies.bytes) };
@@ -267,11 +277,7 @@ impl StreamOutput {
     /// Writes all bytes; the descriptors, at most [`FDS_MAX`](super::FDS_MAX), arrive with the first.
     pub fn write_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         if self.frames.is_some() {
-            debug_assert!(bytes.len() <= frame::LEN_MAX, "a message with descriptors is short");
-            let mut framed = vec![0; frame::HEAD];
-            framed.extend(bytes);
-            frame::seal(&mut framed);
-            return self.write_fds_raw(&framed, fds);
+            return self.write_fds_raw(&framed(bytes), fds);
         }
         self.write_fds_raw(bytes, fds)
     }
@@ -330,6 +336,15 @@ impl StreamOutput {
             }
         }
     }
+}
+
+/// A short message in a frame of its own.
+fn framed(bytes: &[u8]) -> Vec<u8> {
+    debug_assert!(bytes.len() <= frame::LEN_MAX, "one frame holds it");
+    let mut framed = vec![0; frame::HEAD];
+    framed.extend(bytes);
+    frame::seal(&mut framed);
+    framed
 }
 
 #[cfg(test)]

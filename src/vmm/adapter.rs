@@ -131,6 +131,17 @@ impl Hooks for CHooks {
         check_return(&format!("the ram_replaced hook (RAM block '{}')", ram.name), value).map(|_| ())
     }
 
+    fn config(&self, blob: &[u8]) -> Result<()> {
+        let Some(hook) = self.0.ops.config else { return Ok(()) };
+        // SAFETY: the VMM's own function and pointer, called as the header promises; the bytes live through the call.
+        let value = unsafe { hook(self.0.vm.0, blob.as_ptr().cast(), blob.len()) };
+        check_return("the config hook", value).map(|_| ())
+    }
+
+    fn has_config(&self) -> bool {
+        self.0.ops.config.is_some()
+    }
+
     fn has_log_dirty(&self) -> bool {
         self.0.ops.log_dirty.is_some()
     }

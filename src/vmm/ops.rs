@@ -81,6 +81,13 @@ pub struct vmig_ops {
     /// guest is taken back. On failure, and without this hook, the state is `switchover-unknown`. Called at the source,
     /// on a migration thread. Must not wait for vmig_resolve().
     pub fence: Option<unsafe extern "C" fn(vm: *mut c_void, epoch: u64) -> c_int>,
+    /// A source is here and sent `len` bytes of configuration (its vmig_set_config()): build what it needs, and register
+    /// RAM, devices and KVM as usual, with the big lock. Optional; without it a configuration is ignored. Called at the
+    /// destination, on the thread `incoming`, before both sides compare what they have; for the length of the call
+    /// registering does not fail with -EBUSY. A failure refuses the source, which is told. What was registered stays if the
+    /// migration fails afterwards: the next source's configuration comes to a VMM that has it. `blob` is the library's,
+    /// valid during the call, and comes from the network: believe nothing in it.
+    pub config: Option<unsafe extern "C" fn(vm: *mut c_void, blob: *const c_void, len: usize) -> c_int>,
 }
 
 // SAFETY: repr(C), starts with its size, only pointer-sized members, and a null function pointer is None.

@@ -46,6 +46,14 @@ pub trait Hooks: Send + Sync {
     fn ram_replaced(&self, _ram: &ReplacedRam<'_>) -> Result<()> {
         Ok(())
     }
+    /// A source sent this configuration: everything it needs is to be registered now.
+    fn config(&self, _blob: &[u8]) -> Result<()> {
+        Ok(())
+    }
+    /// Whether `config` does anything.
+    fn has_config(&self) -> bool {
+        false
+    }
     /// Whether `log_dirty` can work.
     fn has_log_dirty(&self) -> bool {
         false
@@ -387,6 +395,16 @@ impl Vmm {
     /// Tells the VMM that a RAM block shows other memory. \[free\]
     pub fn ram_replaced(&self, ram: &ReplacedRam<'_>) -> Result<()> {
         fence("the ram_replaced hook", || self.hooks.ram_replaced(ram))
+    }
+
+    /// Lets the VMM build what a source's configuration asks for.
+    pub fn config(&self, blob: &[u8]) -> Result<()> {
+        fence("the config hook", || self.hooks.config(blob))
+    }
+
+    /// Whether the VMM gave a config hook.
+    pub fn has_config(&self) -> bool {
+        self.hooks.has_config()
     }
 
     /// Whether the VMM gave a log_dirty hook.

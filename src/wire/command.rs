@@ -7,15 +7,18 @@ use crate::error::{Error, Result};
 const OPEN_RETURN_PATH: u16 = 1;
 const PING: u16 = 2;
 const SWITCHOVER_START: u16 = 11;
-/// Ours, between two vmigs only.
+/// Ours, between two vmigs only: be64 length and a JSON error follow.
+const ERROR: u16 = 0x5600;
 const FDS: u16 = 0x5601;
+/// Longest JSON error.
+pub const ERROR_MAX: u64 = 64 << 10;
 /// Ours: the switchover's words, see docs/switchover.md.
 const PREPARE: u16 = 0x5610;
 const GO: u16 = 0x5611;
 const ABORT: u16 = 0x5612;
 
 /// The commands of a precopy migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Answer from now on.
     OpenReturnPath,
@@ -31,6 +34,8 @@ pub enum Command {
     Go(u64, u64),
     /// The attempt with this epoch is off.
     Abort(u64),
+    /// Why nothing follows.
+    Error(Error),
 }
 
 /// Names of QEMU's other commands, for the error that refuses them.
@@ -49,18 +54,18 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
     let number = input.u16()?;
     let len = input.u16()?;
     let want = match number {
-        OPEN_RETURN_PATH | SWITCHOVER_START => 0,
+        OPEN_RETURN_PATH | SWITCHOVER_START | ERROR => 0,
         PING | FDS => 4,
         PREPARE | ABORT => 8,
         GO => 16,
         _ => {
             let text = format!("byte {at:#x}: command {number:#x} ({}) is not supported", name(number));
-            return Err(Error::invalid(text));
+            return Err(Error::invalid(text).at_byte(at));
         }
     };
     if len != want {
         let text = format!("byte {at:#x}: command {number:#x} has the wrong length");
-        return Err(Error::new(libc::ERANGE, text).expected_got(want, len));
+        return Err(Error::new(libc::ERANGE, text).at_byte(at).expected_got(want, len));
     }
     Ok(match number {
         OPEN_RETURN_PATH => Command::OpenReturnPath,
@@ -69,8 +74,29 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
         PREPARE => Command::Prepare(input.u64()?),
         ABORT => Command::Abort(input.u64()?),
         GO => Command::Go(input.u64()?, input.u64()?),
+        ERROR => {
+            let len = input.u64()?;
+            let json = input.blob("the source's error", len, ERROR_MAX)?;
+            Command::Error(error_of(&json))
+        }
         _ => Command::SwitchoverStart,
     })
+}
+
+fn error_of(json: &[u8]) -> Error {
+    let json = serde_json::from_slice(json).unwrap_or_default();
+    let unreadable = || Error::new(libc::EIO, "the source failed; its error could not be read");
+    Error::from_json(&json).unwrap_or_else(unreadable).on_side("source")
+}
+
+/// The source's error, if a stream of which this is the end ends with one.
+pub fn last_words(end: &[u8]) -> Option<Error> {
+    const HEAD: [u8; 4] = [ERROR.to_be_bytes()[0], ERROR.to_be_bytes()[1], 0, 0];
+    let json = end.windows(HEAD.len()).enumerate().find_map(|(at, head)| {
+        let (len, json) = end.get(at + HEAD.len()..)?.split_first_chunk()?;
+        (head == HEAD && u64::from_be_bytes(*len) == json.len() as u64).then_some(json)
+    })?;
+    Some(error_of(json))
 }
 
 /// Writes a command after its type byte.
@@ -110,6 +136,13 @@ pub fn put(out: &mut Vec<u8>, command: Command) {
             out.u16(8);
             out.u64(epoch);
         }
+        Command::Error(error) => {
+            let json = error.to_json_for_peer().to_string();
+            out.u16(ERROR);
+            out.u16(0);
+            out.u64(json.len() as u64);
+            out.bytes(json.as_bytes());
+        }
     }
 }
 
@@ -120,20 +153,31 @@ mod tests {
 
     #[test]
     fn round_trip_and_refusals() {
-        let words = [Command::Prepare(1 << 40), Command::Go(5, u64::MAX), Command::Abort(6)];
-        let others = [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart, Command::Fds(3)];
-        for command in others.into_iter().chain(words) {
+        let error = Command::Error(Error::invalid("late writer").in_section("ram").on_side("source"));
+        let words = [Command::Prepare(1 << 40), Command::Go(5, u64::MAX), Command::Abort(6), error];
+        let plain = [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart, Command::Fds(3)];
+        for command in plain.into_iter().chain(words) {
             let mut out = Vec::new();
-            put(&mut out, command);
+            put(&mut out, command.clone());
             assert_eq!(read(&mut Slice::new(&out)).unwrap(), command);
             out[3] ^= 1;
             assert_eq!(read(&mut Slice::new(&out)).unwrap_err().errno(), libc::ERANGE);
         }
-        for number in [0u16, 3, 7, 8, 12, 0x5600, 0xffff] {
+        for number in [0u16, 3, 7, 8, 12, 0x5602, 0xffff] {
             let mut out = Vec::new();
             out.u16(number);
             out.u16(0);
             assert_eq!(read(&mut Slice::new(&out)).unwrap_err().errno(), libc::EINVAL, "{number}");
         }
+    }
+
+    #[test]
+    fn last_words_are_found_at_the_very_end() {
+        let mut out = vec![8];
+        put(&mut out, Command::Error(Error::invalid("late writer")));
+        let with = |before: &[u8], after: &[u8]| last_words(&[before, &out, after].concat()).map(|e| e.to_string());
+        assert_eq!(with(b"", b"").as_deref(), Some("source: late writer"));
+        assert_eq!(with(b"\x56\0\0\0\x56\0\0", b"").as_deref(), Some("source: late writer"));
+        assert_eq!((with(b"", b"x"), last_words(&out[..out.len() - 1]), last_words(b"")), (None, None, None));
     }
 }

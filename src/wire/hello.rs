@@ -4,12 +4,17 @@
 //! features; the destination compares it with what it has itself and answers with the features it takes, or with
 //! every difference it found. Unknown keys are ignored, so that old and new may meet.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use super::ask::{EPOCH_MAX, MigrationId};
 use super::checksum;
+use super::cpu::{self, Cpu};
 use super::input::Input;
 use super::output::Put;
+use super::shape::{self, Shape};
 use super::stream::SectionName;
 use crate::error::{Error, Result};
 use crate::ram::presence::Hint;
@@ -18,11 +23,18 @@ use crate::ram::presence::Hint;
 pub const MAGIC: u32 = 0x564d_4947;
 const VERSION: u32 = 1;
 const LEN_MAX: u64 = 1 << 20;
-/// Differences listed at most.
+/// Differences listed at most, and their bytes.
 const ERRORS_MAX: usize = 256;
+const ERRORS_LEN_MAX: usize = 768 << 10;
+/// Longest name of a section, RAM block or feature.
+const NAME_MAX: usize = 255;
+/// Longest path of a field, or identity of a file.
+const PATH_MAX: usize = 4096;
+/// Longest configuration that may follow a hello.
+pub const CONFIG_MAX: u64 = 1 << 20;
 
 /// What the source says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hello {
     /// Machine name.
     pub machine: String,
@@ -46,6 +58,16 @@ pub struct Hello {
     pub hand_over: Option<Vec<Offer>>,
     /// Offers the switchover in four words, for this attempt; none: the last byte is the handover.
     pub attempt: Option<Attempt>,
+    /// The guest's CPUs, if the library knows them.
+    pub cpu: Option<Cpu>,
+    /// Features without which the source does not migrate, by name.
+    pub needs: Vec<String>,
+    /// Features the source has and the destination may take.
+    pub offers: Vec<String>,
+    /// Bytes of configuration that follow; none: the source has none.
+    pub config: Option<u64>,
+    /// Nobody migrates: the source only wants to know what differs.
+    pub check: bool,
 }
 
 /// Which attempt to move a guest this is.
@@ -64,6 +86,8 @@ pub struct Device {
     pub name: SectionName,
     /// Its fields that are file descriptors.
     pub fds: Vec<String>,
+    /// What its body looks like; empty if it does not say.
+    pub shape: Arc<Shape>,
 }
 
 /// A block whose file the source would hand over.
@@ -84,6 +108,8 @@ pub enum Answer {
     Welcome(Welcome),
     /// Everything that differs.
     Refused(Vec<Error>),
+    /// Everything that differs, for one who only asked; and how many nanoseconds the comparison took.
+    Checked(Vec<Error>, u64),
 }
 
 /// What a destination takes.
@@ -100,11 +126,22 @@ pub struct Welcome {
     /// Blocks whose files it takes, in the order of the offer: these follow, and no pages of them. None: it knows
     /// nothing of handing over.
     pub hand_over: Option<Vec<String>>,
+    /// It takes at most so many connections for pages.
+    pub channels: Option<u8>,
+    /// It takes at most so many bytes per second.
+    pub max_bandwidth: Option<u64>,
 }
 
-const FEATURE_FDS: &str = "device-fds";
-const FEATURE_ZERO_RUNS: &str = "zero-runs";
-const FEATURE_SWITCHOVER: &str = "switchover";
+/// Feature: file descriptors of devices.
+pub const FEATURE_FDS: &str = "device-fds";
+/// Feature: records of many zero pages.
+pub const FEATURE_ZERO_RUNS: &str = "zero-runs";
+/// Feature: connections for pages.
+pub const FEATURE_MULTIFD: &str = "multifd";
+/// Feature: RAM by its files.
+pub const FEATURE_HAND_OVER: &str = "hand-over";
+/// Feature: the switchover in four words.
+pub const FEATURE_SWITCHOVER: &str = "switchover";
 
 fn put_frame(out: &mut Vec<u8>, json: &Value) -> Result<()> {
     let text = json.to_string();
@@ -128,7 +165,7 @@ fn read_frame(input: &mut dyn Input, who: &str) -> Result<Value> {
     let version = input.u32()?;
     if version != VERSION {
         let text = format!("{who} speaks another version of the hello");
-        return Err(Error::new(libc::ENOTSUP, text).expected_got(VERSION, version));
+        return Err(Error::new(libc::ENOTSUP, text).in_field("version").expected_got(VERSION, version));
     }
     let len = u64::from(input.u32()?);
     let bytes = input.blob("the hello", len, LEN_MAX)?;
@@ -138,20 +175,27 @@ fn read_frame(input: &mut dyn Input, who: &str) -> Result<Value> {
 /// Writes a hello.
 pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
     let blocks: Vec<Value> = hello.blocks.iter().map(|(name, len)| json!({"name": name, "length": len})).collect();
-    let section = |d: &Device| {
+    let mut tables = Tables::default();
+    let mut section = |d: &Device| {
         let mut json = json!({"name": d.name.name, "instance": d.name.instance, "version": d.name.version});
         if !d.fds.is_empty() {
             json["fds"] = d.fds.clone().into();
         }
+        if !d.shape.is_empty() {
+            json["table"] = tables.number(&d.shape).into();
+        }
         json
     };
-    let sections: Vec<Value> = hello.sections.iter().map(section).collect();
+    let sections: Vec<Value> = hello.sections.iter().map(&mut section).collect();
     let mut json = json!({
         "library": env!("CARGO_PKG_VERSION"),
         "machine": hello.machine,
         "page-size": hello.page_size,
         "ram": blocks,
         "devices": sections,
+        "tables": tables.shapes,
+        "needs": hello.needs,
+        "offers": hello.offers,
         "channels": hello.channels,
         "meet-each-section": hello.meet_each_section,
         "memory": hello.memory,
@@ -168,20 +212,62 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
         json["migration"] = attempt.migration.to_string().into();
         json["epoch"] = attempt.epoch.into();
     }
+    if let Some(cpu) = &hello.cpu {
+        json["cpu"] = cpu::to_json(cpu);
+    }
+    if let Some(len) = hello.config {
+        json["config"] = len.into();
+    }
+    if hello.check {
+        json["check"] = true.into();
+    }
     put_frame(out, &json)
+}
+
+/// Shapes by number: the devices of one kind share theirs.
+#[derive(Default)]
+struct Tables {
+    numbers: HashMap<String, usize>,
+    shapes: Vec<Value>,
+}
+
+impl Tables {
+    fn number(&mut self, shape: &Shape) -> usize {
+        let json = shape::to_json(shape);
+        let shapes = &mut self.shapes;
+        *self.numbers.entry(json.to_string()).or_insert_with(|| {
+            shapes.push(json);
+            shapes.len() - 1
+        })
+    }
 }
 
 /// Reads a hello.
 pub fn read(input: &mut dyn Input) -> Result<Hello> {
     let json = read_frame(input, "the source")?;
-    parse(&json).ok_or_else(|| Error::invalid("the source's hello lacks machine, page-size, ram or devices"))
+    parse(&json).ok_or_else(|| {
+        Error::invalid("the source's hello lacks machine, page-size, ram or devices, or something in it is not what it should be")
+    })
+}
+
+/// A name of a peer.
+fn name(json: &Value) -> Option<String> {
+    json.as_str().filter(|text| text.len() <= NAME_MAX).map(str::to_owned)
 }
 
 fn parse(json: &Value) -> Option<Hello> {
-    let text = |v: &Value, key: &str| Some(v.get(key)?.as_str()?.to_owned());
+    let text = |v: &Value, key: &str| name(v.get(key)?);
     let word = |v: &Value, key: &str| u32::try_from(v.get(key)?.as_u64()?).ok();
     let blocks = json.get("ram")?.as_array()?.iter();
     let sections = json.get("devices")?.as_array()?.iter();
+    let tables: Vec<Arc<Shape>> = match json.get("tables") {
+        Some(all) => all.as_array()?.iter().map(|t| shape::from_json(t).map(Arc::new)).collect::<Option<_>>()?,
+        None => Vec::new(),
+    };
+    let shape = |number: Option<&Value>| match number {
+        Some(number) => tables.get(usize::try_from(number.as_u64()?).ok()?).cloned(),
+        None => Some(Arc::default()),
+    };
     Some(Hello {
         machine: text(json, "machine")?,
         page_size: json.get("page-size")?.as_u64()?,
@@ -189,7 +275,11 @@ fn parse(json: &Value) -> Option<Hello> {
         sections: sections
             .map(|s| {
                 let (name, instance, version) = (text(s, "name")?, word(s, "instance")?, word(s, "version")?);
-                Some(Device { name: SectionName { name, instance, version }, fds: texts(s.get("fds"))? })
+                Some(Device {
+                    name: SectionName { name, instance, version },
+                    fds: texts(s.get("fds"))?,
+                    shape: shape(s.get("table"))?,
+                })
             })
             .collect::<Option<_>>()?,
         channels: json.get("channels").map_or(Some(0), |n| u8::try_from(n.as_u64()?).ok())?,
@@ -208,18 +298,34 @@ fn parse(json: &Value) -> Option<Hello> {
                 epoch: json.get("epoch")?.as_u64().filter(|epoch| *epoch <= EPOCH_MAX)?,
             }),
         },
+        cpu: match json.get("cpu") {
+            None => None,
+            Some(cpu) => Some(cpu::from_json(cpu)?),
+        },
+        needs: texts(json.get("needs"))?,
+        offers: texts(json.get("offers"))?,
+        config: match json.get("config") {
+            None => None,
+            Some(len) => Some(len.as_u64()?),
+        },
+        check: json.get("check").is_some_and(|v| v == true),
     })
+}
+
+/// Reads the configuration behind a hello that announces one.
+pub fn read_config(input: &mut dyn Input, hello: &Hello) -> Result<Option<Vec<u8>>> {
+    hello.config.map(|len| input.blob("the source's configuration", len, CONFIG_MAX)).transpose()
 }
 
 fn offer(json: &Value) -> Option<Offer> {
     let number = |key| json.get(key)?.as_u64();
-    Some(Offer { name: json.get("name")?.as_str()?.to_owned(), len: number("length")?, offset: number("offset")? })
+    Some(Offer { name: name(json.get("name")?)?, len: number("length")?, offset: number("offset")? })
 }
 
-/// A list of strings; what is missing is empty.
+/// A list of strings, which may be paths of fields or of files; what is missing is empty.
 fn texts(json: Option<&Value>) -> Option<Vec<String>> {
     let Some(json) = json else { return Some(Vec::new()) };
-    json.as_array()?.iter().map(|v| Some(v.as_str()?.to_owned())).collect()
+    json.as_array()?.iter().map(|v| v.as_str().filter(|t| t.len() <= PATH_MAX).map(str::to_owned)).collect()
 }
 
 /// Writes an answer.
@@ -237,14 +343,38 @@ pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
             if let Some(names) = &welcome.hand_over {
                 json["hand-over"] = names.clone().into();
             }
+            if let Some(channels) = welcome.channels {
+                json["channels"] = channels.into();
+            }
+            if let Some(most) = welcome.max_bandwidth {
+                json["max-bandwidth"] = most.into();
+            }
             json
         }
-        Answer::Refused(errors) => {
-            let errors: Vec<Value> = errors.iter().take(ERRORS_MAX).map(Error::to_json).collect();
-            json!({"library": env!("CARGO_PKG_VERSION"), "errors": errors})
+        Answer::Refused(errors) => json!({"library": env!("CARGO_PKG_VERSION"), "errors": listed(errors)}),
+        Answer::Checked(errors, took) => {
+            json!({"library": env!("CARGO_PKG_VERSION"), "errors": listed(errors), "checked-ns": took})
         }
     };
     put_frame(out, &json)
+}
+
+/// As many errors as an answer may have; the last says how many more there are.
+fn listed(errors: &[Error]) -> Vec<Value> {
+    let (mut list, mut len) = (Vec::new(), 0);
+    for error in errors.iter().take(ERRORS_MAX) {
+        let json = error.to_json_for_peer();
+        len += json.to_string().len();
+        if len > ERRORS_LEN_MAX {
+            break;
+        }
+        list.push(json);
+    }
+    if list.len() < errors.len() {
+        let text = format!("and {} more differences", errors.len() - list.len());
+        list.push(Error::invalid(text).on_side("destination").to_json());
+    }
+    list
 }
 
 /// Reads an answer.
@@ -256,13 +386,26 @@ pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
             let features = texts(json.get("features")).ok_or_else(odd)?;
             let hand_over = json.get("hand-over").map(|list| texts(Some(list)).ok_or_else(odd)).transpose()?;
             let has = |name: &str| features.iter().any(|f| f == name);
-            let (fds, zero_runs) = (has(FEATURE_FDS), has(FEATURE_ZERO_RUNS));
-            let (checksum, switchover) = (has(checksum::NAME), has(FEATURE_SWITCHOVER));
-            Ok(Answer::Welcome(Welcome { fds, zero_runs, checksum, switchover, hand_over }))
+            let channels = json.get("channels").and_then(Value::as_u64).map(|n| u8::try_from(n).unwrap_or(u8::MAX));
+            let max_bandwidth = json.get("max-bandwidth").and_then(Value::as_u64);
+            Ok(Answer::Welcome(Welcome {
+                fds: has(FEATURE_FDS),
+                zero_runs: has(FEATURE_ZERO_RUNS),
+                checksum: has(checksum::NAME),
+                switchover: has(FEATURE_SWITCHOVER),
+                hand_over,
+                channels,
+                max_bandwidth,
+            }))
         }
-        Some(errors) => Ok(Answer::Refused(
-            errors.iter().take(ERRORS_MAX).filter_map(Error::from_json).map(|e| e.on_side("destination")).collect(),
-        )),
+        Some(errors) => {
+            let errors = errors.iter().take(ERRORS_MAX + 1).filter_map(Error::from_json);
+            let errors = errors.map(|e| e.on_side("destination")).collect();
+            Ok(match json.get("checked-ns").and_then(Value::as_u64) {
+                Some(took) => Answer::Checked(errors, took),
+                None => Answer::Refused(errors),
+            })
+        }
     }
 }
 
@@ -290,100 +433,15 @@ pub fn join(errors: &[Error]) -> Error {
     if errors.len() == 1 {
         return first.clone();
     }
-    let mut list: Vec<String> = errors.iter().take(ERRORS_MAX).map(ToString::to_string).collect();
+    let mut list: Vec<String> = errors.iter().take(ERRORS_MAX).map(Error::item).collect();
     if errors.len() > ERRORS_MAX {
         list.push(format!("and {} more", errors.len() - ERRORS_MAX));
     }
     let text = format!("{} differences: {}", errors.len(), list.join("; "));
-    Error::new(first.errno(), text).on_side(first.place().side.as_deref().unwrap_or("destination"))
+    let side = first.place().side.as_deref().unwrap_or("destination");
+    Error::new(first.errno(), text).on_side(side).in_phase("hello")
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::input::Slice;
-    use super::*;
-
-    fn hello() -> Hello {
-        Hello {
-            machine: "none".into(),
-            page_size: 4096,
-            blocks: vec![("low".into(), 0x1000), ("high".into(), 0x4000)],
-            sections: vec![Device {
-                name: SectionName { name: "uart".into(), instance: 0, version: 2 },
-                fds: vec!["tap".into()],
-            }],
-            channels: 3,
-            meet_each_section: true,
-            memory: vec!["host/0:1/77".into()],
-            hints: true,
-            checksum: Some("crc32c".into()),
-            hand_over: Some(vec![Offer { name: "low".into(), len: 0x1000, offset: 0x2000 }]),
-            attempt: Some(Attempt { migration: MigrationId([7; 16]), epoch: 1 << 40 }),
-        }
-    }
-
-    #[test]
-    fn round_trip() {
-        let mut out = Vec::new();
-        put(&mut out, &hello()).unwrap();
-        assert_eq!(read(&mut Slice::new(&out)).unwrap(), hello());
-        for len in 0..out.len() {
-            assert_eq!(read(&mut Slice::new(&out[..len])).unwrap_err().errno(), libc::EIO, "cut at {len}");
-        }
-    }
-
-    #[test]
-    fn answers_carry_every_difference() {
-        let errors = vec![
-            Error::invalid("no RAM block 'x'").on_side("destination"),
-            Error::invalid("missing").in_section("uart").on_side("destination"),
-        ];
-        let welcome = Answer::Welcome(Welcome {
-            fds: true,
-            zero_runs: true,
-            checksum: true,
-            switchover: true,
-            hand_over: Some(vec!["low".into()]),
-        });
-        for answer in [Answer::Welcome(Welcome::default()), welcome, Answer::Refused(errors.clone())] {
-            let mut out = Vec::new();
-            put_answer(&mut out, &answer).unwrap();
-            assert_eq!(read_answer(&mut Slice::new(&out)).unwrap(), answer);
-        }
-        assert_eq!(
-            join(&errors).to_string(),
-            "destination: 2 differences: destination: no RAM block 'x'; destination: section 'uart': missing"
-        );
-    }
-
-    #[test]
-    fn hints_are_as_long_as_the_block() {
-        let mut hint = Hint::new(2 * 512 + 7).unwrap();
-        hint.add(0..512);
-        hint.add(600..601);
-        hint.add(1024..1031);
-        let mut out = Vec::new();
-        put_hint(&mut out, &hint);
-        assert_eq!(out, [255, 1, 4]);
-        assert_eq!(read_hint(&mut Slice::new(&out), 1031).unwrap().counts(), [510, 2, 7]);
-        assert!(read_hint(&mut Slice::new(&out), 2048).is_err());
-    }
-
-    #[test]
-    fn hostile_hellos_are_refused() {
-        let frame = |json: &str| {
-            let mut out = Vec::new();
-            out.u32(MAGIC);
-            out.u32(VERSION);
-            out.u32(u32::try_from(json.len()).unwrap());
-            out.bytes(json.as_bytes());
-            read(&mut Slice::new(&out)).unwrap_err()
-        };
-        let deep = format!("{}{}", "[".repeat(10_000), "]".repeat(10_000));
-        for json in ["", "{", "[]", "{}", &deep, r#"{"machine":1,"page-size":1,"ram":[],"devices":[]}"#] {
-            assert_eq!(frame(json).errno(), libc::EINVAL);
-        }
-        let long = [MAGIC.to_be_bytes(), VERSION.to_be_bytes(), [0xff; 4]].concat();
-        assert_eq!(read(&mut Slice::new(&long)).unwrap_err().errno(), libc::EINVAL);
-    }
-}
+#[path = "hello_tests.rs"]
+mod tests;

@@ -52,7 +52,7 @@ pub trait Input {
         self.read(&mut bytes[..len])?;
         match std::str::from_utf8(&bytes[..len]) {
             Ok(text) => Ok(text.to_owned()),
-            Err(_) => Err(Error::invalid(format!("the name at byte {at:#x} of the stream is not UTF-8"))),
+            Err(_) => Err(Error::invalid(format!("the name at byte {at:#x} of the stream is not UTF-8")).at_byte(at)),
         }
     }
 
@@ -63,6 +63,7 @@ pub trait Input {
         let at = self.position();
         if len > limit {
             return Err(Error::invalid(format!("{what} at byte {at:#x} is longer than its limit"))
+                .at_byte(at)
                 .expected_got(format!("at most {limit} bytes"), len));
         }
         let mut left = usize::try_from(len).map_err(|_| Error::no_memory(what, len))?;
@@ -123,5 +124,6 @@ impl Input for Slice<'_> {
 
 /// The error every input gives when bytes run out.
 pub fn ends_early(position: u64, missing: u64) -> Error {
-    Error::new(libc::EIO, format!("the stream ends at byte {position:#x}, at least {missing} bytes before it should"))
+    let text = format!("the stream ends at byte {position:#x}, at least {missing} bytes before it should");
+    Error::new(libc::EIO, text).at_byte(position)
 }

@@ -5,6 +5,7 @@
 pub mod ask;
 pub mod checksum;
 pub mod command;
+pub mod cpu;
 pub mod frame;
 pub mod hello;
 pub mod input;
@@ -12,4 +13,5 @@ pub mod output;
 pub mod packet;
 pub mod ram;
 pub mod reply;
+pub mod shape;
 pub mod stream;

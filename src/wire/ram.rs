@@ -102,7 +102,7 @@ pub fn read(input: &mut dyn Input) -> Result<Record> {
 }
 
 fn wrong(at: u64, text: String) -> Error {
-    Error::invalid(format!("byte {at:#x}: {text}")).in_section(NAME)
+    Error::invalid(format!("byte {at:#x}: {text}")).at_byte(at).in_section(NAME)
 }
 
 /// Reads the blocks that follow a setup record, as (name, length).

@@ -1,5 +1,6 @@
 //! Replies: what a destination tells a source on the return path.
 
+use super::command::ERROR_MAX;
 use super::input::Input;
 use super::output::Put;
 use crate::error::{Error, Result};
@@ -21,8 +22,6 @@ const STARTED: u16 = 0x5601;
 /// Ours: the switchover's words, see docs/switchover.md.
 const READY: u16 = 0x5610;
 const VOTE: u16 = 0x5611;
-/// Longest JSON error.
-const ERROR_MAX: u64 = 64 << 10;
 
 /// The replies of a precopy migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,7 +119,7 @@ pub fn put(out: &mut Vec<u8>, reply: &Reply) {
             out.u32(*vote);
         }
         Reply::Error(error) => {
-            let json = error.to_json().to_string();
+            let json = error.to_json_for_peer().to_string();
             out.u16(ERROR);
             out.u16(0);
             out.u64(json.len() as u64);

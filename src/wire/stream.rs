@@ -67,11 +67,13 @@ pub fn read_header(input: &mut dyn Input) -> Result<()> {
     let magic = input.u32()?;
     if magic != MAGIC {
         return Err(Error::invalid("byte 0x0: this is not a migration stream")
+            .at_byte(0)
             .expected_got(format!("magic {MAGIC:#010x}"), format!("{magic:#010x}")));
     }
     let version = input.u32()?;
     if version != VERSION {
         return Err(Error::new(libc::ENOTSUP, "byte 0x4: unsupported version of the migration stream")
+            .at_byte(4)
             .expected_got(VERSION, version));
     }
     Ok(())
@@ -86,6 +88,7 @@ pub fn read_configuration(input: &mut dyn Input, machine: &str) -> Result<()> {
     let kind = input.u8()?;
     if kind != CONFIGURATION {
         return Err(Error::invalid(format!("byte {at:#x}: configuration section missing"))
+            .at_byte(at)
             .expected_got(format!("{CONFIGURATION:#04x}"), format!("{kind:#04x}")));
     }
     let len = u64::from(input.u32()?);
@@ -107,7 +110,8 @@ fn read_configuration_part(input: &mut dyn Input) -> Result<()> {
     input.u8()?;
     let name = input.counted_string()?;
     let version = input.u32()?;
-    let wrong = |text: String| Err(Error::invalid(format!("byte {at:#x}: {text}")).in_section(name.clone()));
+    let wrong =
+        |text: String| Err(Error::invalid(format!("byte {at:#x}: {text}")).at_byte(at).in_section(name.clone()));
     if version != 1 {
         return wrong(format!("unsupported version {version} of the configuration"));
     }
@@ -145,7 +149,7 @@ pub fn read_element(input: &mut dyn Input) -> Result<Element> {
         END => Element::End(input.u32()?),
         FULL => Element::Full(input.u32()?, read_name(input)?),
         COMMAND => Element::Command(super::command::read(input)?),
-        kind => return Err(Error::invalid(format!("byte {at:#x}: unknown section type {kind:#04x}"))),
+        kind => return Err(Error::invalid(format!("byte {at:#x}: unknown section type {kind:#04x}")).at_byte(at)),
     })
 }
 
@@ -161,12 +165,14 @@ pub fn read_footer(input: &mut dyn Input, id: u32, name: &str) -> Result<()> {
         let text =
             format!("byte {at:#x}: the section's footer is missing; the two sides disagree about its contents");
         return Err(Error::invalid(text)
+            .at_byte(at)
             .in_section(name)
             .expected_got(format!("{FOOTER:#04x}"), format!("{kind:#04x}")));
     }
     let got = input.u32()?;
     if got != id {
         return Err(Error::invalid(format!("byte {at:#x}: the footer is another section's"))
+            .at_byte(at)
             .in_section(name)
             .expected_got(format!("id {id}"), format!("id {got}")));
     }
@@ -179,6 +185,7 @@ pub fn read_description(input: &mut dyn Input) -> Result<Vec<u8>> {
     let kind = input.u8()?;
     if kind != DESCRIPTION {
         return Err(Error::invalid(format!("byte {at:#x}: the stream's description is missing"))
+            .at_byte(at)
             .expected_got(format!("{DESCRIPTION:#04x}"), format!("{kind:#04x}")));
     }
     let len = u64::from(input.u32()?);

@@ -126,9 +126,12 @@ static void check_failed_source(int side, enum callback c, const char *what)
 {
     char *error = vmig_get_error(dst.m);
 
-    /* The destination only knows that the source left. */
+    /* The destination is told why, unless the source left before it said anything of its own. */
     if (side == 0) {
-        CHECK(error && strstr(error, "\"side\":\"destination\""), "%s: %s", what, error);
+        bool told = c != CB_IS_ACTIVE && c != CB_PREPARE;
+        CHECK(error && strstr(error, told ? "\"side\":\"source\"" : "\"side\":\"destination\""), "%s: %s", what, error);
+        if (told)
+            error_says(&dst, what, callback_words[c]);
         CHECK(state_of(&src) == VMIG_STATE_FAILED && state_of(&dst) == VMIG_STATE_FAILED, "%s", what);
         error_says(&src, what, callback_words[c]);
         error_says(&src, what, "\"side\":\"source\"");

@@ -353,6 +353,7 @@ static void devices(void)
 
 static int outgoing(const char *uri) { return vmig_outgoing(m, uri); }
 static int incoming(const char *uri) { return vmig_incoming(m, uri); }
+static int check(const char *uri) { return vmig_check(m, uri, NULL, NULL); }
 static int set_name(const char *name) { return vmig_set(m, name, "1"); }
 static int set_value(const char *value) { return vmig_set(m, "max-bandwidth", value); }
 static int status_of(void *p) { return vmig_get_status(m, p); }
@@ -360,6 +361,8 @@ static int event_of(void *p) { return vmig_next_event(m, p); }
 
 static int downtime_of(void *p) { return vmig_get_downtime(m, p); }
 static int expected_of(void *p) { return vmig_get_expected_downtime(m, p); }
+
+static char long_config[(1 << 20) + 1];
 
 static void migrating(void)
 {
@@ -379,6 +382,17 @@ static void migrating(void)
     REFUSES(EINVAL, "handle", vmig_resolve(NULL, 0));
     REFUSES(EINVAL, "run is 2", vmig_resolve(m, 2));
     REFUSES(EINVAL, "nothing to resolve", vmig_resolve(m, 1));
+    CASE(vmig_set_config), CASE(vmig_check);
+    REFUSES(EINVAL, "handle", vmig_set_config(NULL, "x", 1));
+    REFUSES(EINVAL, "NULL", vmig_set_config(m, NULL, 1));
+    REFUSES(EINVAL, "no number of bytes", vmig_set_config(m, "x", SIZE_MAX));
+    REFUSES(E2BIG, "at most 1048576 bytes", vmig_set_config(m, long_config, sizeof long_config));
+    CHECK(vmig_set_config(m, NULL, 0) == 0, "no configuration");
+    STRINGS("uri", check);
+    REFUSES(EINVAL, "handle", vmig_check(NULL, "tcp::1", NULL, NULL));
+    REFUSES(EINVAL, "protocol 'smtp'", vmig_check(m, "smtp:x", NULL, NULL));
+    REFUSES(ENOTSUP, "listens at an address", vmig_check(m, "fd:1", NULL, NULL));
+    REFUSES(ECONNREFUSED, "127.0.0.1", vmig_check(m, "tcp:127.0.0.1:1", NULL, NULL));
     REFUSES(EINVAL, "handle", vmig_wait(NULL, 0));
     CHECK(vmig_wait(m, -1) == 1, "nothing to wait for");
     CASE(vmig_get_status), CASE(vmig_next_event), CASE(vmig_event_fd), CASE(vmig_get_error), CASE(vmig_state_name);

@@ -427,6 +427,10 @@ static const vmig_field uart_fields[] = {
     VMIG_U32(struct dev, control), VMIG_U32(struct dev, count), VMIG_BYTES_VARRAY(struct dev, fifo, count),
     VMIG_SINCE(2), VMIG_TIMER(struct dev, due), VMIG_END,
 };
+static const vmig_field uart_other_fields[] = {     /* of another kind of device, that took the name */
+    VMIG_U16(struct dev, extra), VMIG_U32(struct dev, count), VMIG_BYTES_VARRAY(struct dev, fifo, count),
+    VMIG_SINCE(2), VMIG_TIMER(struct dev, due), VMIG_END,
+};
 static const vmig_field counter_fields[] = { VMIG_U64(struct guest, counter), VMIG_END };
 static const vmig_device counter_kind = {
     .size = sizeof(vmig_device), .name = "counter", .version = 1, .fields = counter_fields,
@@ -439,6 +443,10 @@ struct shape {
     const char *uart_name;
     uint32_t uart_version, section_version;
     int own_lock;
+    const char *more;                   /* a further device of this name */
+    int other_uart;                     /* other fields */
+    int unbuilt;                        /* nothing is registered yet */
+    int (*config)(void *, const void *, size_t);
 };
 
 static UNUSED void add_ram(struct guest *g, const char *name, uint8_t *host, size_t bytes, uint64_t gpa)
@@ -457,13 +465,18 @@ static UNUSED void add_parts(struct guest *g, const struct shape *s)
     add_ram(g, "low", g->low, g->low_bytes, 0);
     add_ram(g, s->high_name ? s->high_name : "high", g->high, g->high_bytes, 1 << 20);
     uart.name = s->uart_name ? s->uart_name : "uart", uart.version = s->uart_version ? s->uart_version : 2;
-    uart.fields = uart_fields, uart.oldest = 1;
+    uart.fields = s->other_uart ? uart_other_fields : uart_fields, uart.oldest = 1;
     uart.pre_save = dev_pre_save, uart.post_save = dev_post_save;
     uart.pre_load = dev_pre_load, uart.post_load = dev_post_load;
     if (!s->uart_name)
         uart.parts = uart_parts;
     CHECK(vmig_add_device(g->m, &uart, 7, &g->dev) == 0, "add the device");
     CHECK(vmig_add_device(g->m, &counter_kind, 0, g) == 0, "counter");
+    if (s->more) {
+        vmig_device more = counter_kind;
+        more.name = s->more;
+        CHECK(vmig_add_device(g->m, &more, 0, g) == 0, "add %s", s->more);
+    }
     ops.is_active = sec_is_active, ops.is_active_iterate = sec_is_active_iterate, ops.prepare = sec_prepare;
     ops.setup = sec_setup, ops.pending_estimate = sec_estimate, ops.pending_exact = sec_exact;
     ops.iterate = sec_iterate, ops.complete = sec_complete, ops.cleanup = sec_cleanup;
@@ -492,13 +505,14 @@ static UNUSED void guest_new(struct guest *g, const struct shape *shape, uint8_t
     }
     g->own_lock = s->own_lock;
     ops.stop = guest_stop, ops.start = guest_start, ops.announce = guest_announce, ops.log = guest_log;
-    ops.destroy = guest_gone;
+    ops.destroy = guest_gone, ops.config = s->config;
     ops.release = guest_release, ops.reacquire = guest_reacquire, ops.fence = guest_fence;
     if (s->own_lock)
         ops.lock = own_lock, ops.unlock = own_unlock, ops.held = s->own_lock == 2 ? own_held : NULL;
     CHECK(vmig_new(&ops, g, &g->m) == 0, "vmig_new");
     big_lock(g);
-    add_parts(g, s);
+    if (!s->unbuilt)
+        add_parts(g, s);
     big_unlock(g);
     CHECK(pthread_create(&g->cpu, NULL, cpu_thread, g) == 0, "vCPU thread");
 }

@@ -1,15 +1,19 @@
 /* A VMM steered by lines on stdin, one answer line for each; tests/bad_input.rs plays the hostile peer.
  *
- *   hostile [KEY=VALUE...]     low, high: pages; high-name; uart-name; uart, section: versions; fill: 0 for an empty guest
+ *   hostile [KEY=VALUE...]     low, high: pages; high-name; uart-name; uart, section: versions; fill: 0 for an empty guest;
+ *                              more: name of a further device; other: 1 for other fields; build: registers what fits, and
+ *                              only when a source's configuration says "build"
  *
  * Commands: in URI, out URI, set OPTION VALUE, get OPTION, wait MS, start, stop, resolve N, cancel, idle N, counts,
- * starts, hash, look, left, fds, save PATH, and sweep GOOD, which reads "cut N", "set N BYTE" or "file PATH" lines up to
+ * check URI, config TEXT, starts, hash, look, left, fds, save PATH, and sweep GOOD, which reads "cut N", "set N BYTE" or "file PATH" lines up to
  * "end" and loads each so damaged stream, and the good one after it, into the same guest. */
 #include "guest.h"
 
 #include <dirent.h>
 
 static struct guest g;
+static struct shape shape;
+static bool built;
 static const char *point = "the good stream";
 
 static unsigned entries(const char *path)
@@ -179,6 +183,36 @@ static void descriptors(void)
     printf("fds done\n");
 }
 
+static void print_check(const char *uri)
+{
+    vmig_check_report r = VMIG_SIZED(vmig_check_report);
+    char *list = NULL;
+    int found = vmig_check(g.m, uri, &r, &list);
+
+    if (found < 0) {
+        print_result(found);
+        return;
+    }
+    CHECK(r.size == sizeof r && r.hello >= r.compare && r.connect > 0, "times");
+    printf("%d %u %u %" PRIu64 " %s\n", found, r.devices_timed, r.devices_untimed, r.device_bytes, list);
+    vmig_string_free(list);
+}
+
+/* Lets the destination build itself. */
+static int config(void *opaque, const void *blob, size_t len)
+{
+    CHECK(opaque == &g && len > 0, "%zu bytes of configuration", len);
+    if (len != 5 || memcmp(blob, "build", 5))
+        return -ENOEXEC;
+    if (built)
+        return 0;
+    big_lock(&g);
+    add_parts(&g, &shape);
+    big_unlock(&g);
+    built = true;
+    return 0;
+}
+
 static void print_text(char *text)
 {
     printf("%s\n", text ? text : vmig_errmsg());
@@ -199,6 +233,10 @@ static void command(char *line)
         print_result(vmig_set(g.m, first, rest));
     else if (!strcmp(word, "get"))
         print_text(vmig_get(g.m, first));
+    else if (!strcmp(word, "check"))
+        print_check(first);
+    else if (!strcmp(word, "config"))
+        print_result(vmig_set_config(g.m, first, first ? strlen(first) : 0));
     else if (!strcmp(word, "wait"))
         vmig_wait(g.m, atoi(first)), print_error();
     else if (!strcmp(word, "look"))
@@ -233,7 +271,6 @@ static void command(char *line)
 
 int main(int argc, char **argv)
 {
-    struct shape shape = { 0 };
     uint8_t fill = 17;
     char line[66000];
 
@@ -247,6 +284,9 @@ int main(int argc, char **argv)
         else if (!strcmp(argv[i], "uart-name")) shape.uart_name = value;
         else if (!strcmp(argv[i], "uart")) shape.uart_version = (uint32_t)atoi(value);
         else if (!strcmp(argv[i], "section")) shape.section_version = (uint32_t)atoi(value);
+        else if (!strcmp(argv[i], "more")) shape.more = value;
+        else if (!strcmp(argv[i], "other")) shape.other_uart = atoi(value);
+        else if (!strcmp(argv[i], "build")) shape.unbuilt = 1, shape.config = config;
         else if (!strcmp(argv[i], "fill")) fill = (uint8_t)atoi(value);
         else CHECK(false, "%s", argv[i]);
     }

@@ -6,7 +6,8 @@
  * The guest counts steps. Each step overwrites one of SLOTS pages, after a look whether the page holds what it should,
  * so that all of memory follows from the number of steps: a page that got lost, or is of another time, is found. Each
  * step is then written to the board, which is the guest's disk: it takes step n only after step n - 1 and only from the
- * process that holds it. So two guests at once, or an old copy that comes back, are found by the first step they make.
+ * process that holds it. Only a process that has the disk's lock may start the guest; the hooks release and reacquire move
+ * it, and it refuses an epoch that is not higher than all before. So two guests at once, or an old copy that comes back, are found by the first step they make.
  * What is found goes to the board as words, and the process aborts.
  * Commands, beside those of program.h: look, check (pause, verify, resume), resolve 0|1, left (fds, threads), fail N (the
  * N-th callback from now on fails), calls (callbacks since then). */
@@ -28,6 +29,7 @@ struct board {
     _Atomic uint64_t stops, starts, starter;
     _Atomic uint64_t violations;
     char words[512];
+    _Atomic uint64_t lock;              /* highest epoch << 32 | process that has it, 0: released */
 };
 
 struct rtc {
@@ -136,6 +138,11 @@ static uint64_t background(unsigned number, unsigned word)
     return number % 3 == 1 && word % 64 == 5 ? mix(number * 1000ull + word) | 1 : 0;
 }
 
+static uint64_t lock_of(uint64_t epoch)
+{
+    return epoch << 32 | (uint32_t)getpid();
+}
+
 /* A guest that has lived for SLOTS steps, so that each slot was written. */
 static void be_born(void)
 {
@@ -150,6 +157,7 @@ static void be_born(void)
     for (size_t i = 0; i < sizeof vmm.gpu; i++)
         vmm.gpu[i] = (uint8_t)(i * 37 >> 3);
     vmm.board->disk = SLOTS;
+    vmm.board->lock = lock_of(1);
 }
 
 /* All of the stopped guest is as its number of steps says. */
@@ -249,6 +257,8 @@ static int start(void *unused)
         return err;
     if (!atomic_compare_exchange_strong(&vmm.board->runner, &nobody, (uint64_t)getpid()))
         violation("a second guest: its disk is held by process %" PRIu64, nobody);
+    if ((uint32_t)vmm.board->lock != (uint32_t)getpid())
+        violation("a start without the disk's lock, 0x%" PRIx64, vmm.board->lock);
     verify("at the start");
     if (vmm.board->stops && vmm.board->hash != whole_hash())
         violation("at the start the guest is not what it was at the stop");
@@ -259,6 +269,44 @@ static int start(void *unused)
     pthread_cond_broadcast(&vmm.changed);
     pthread_mutex_unlock(&vmm.lock);
     return 0;
+}
+
+static int release(void *unused, uint64_t epoch)
+{
+    uint64_t mine = lock_of(epoch);
+    int err = called();
+
+    (void)unused;
+    if (err)
+        return err;
+    if (vmm.run)
+        violation("the lock of a running guest is released");
+    /* Somebody with a higher epoch may have it by now. */
+    atomic_compare_exchange_strong(&vmm.board->lock, &mine, epoch << 32);
+    return 0;
+}
+
+static int reacquire(void *unused, uint64_t epoch)
+{
+    uint64_t was = vmm.board->lock;
+    int err = called();
+
+    (void)unused;
+    if (err)
+        return err;
+    while (was >> 32 < epoch)
+        if (atomic_compare_exchange_strong(&vmm.board->lock, &was, lock_of(epoch)))
+            return 0;
+    return -ESTALE;
+}
+
+/* Nobody here can know whether the other process ran the guest: that is for whoever looks at both. */
+static int fence(void *unused, uint64_t epoch)
+{
+    int err = called();
+
+    (void)unused, (void)epoch;
+    return err ? err : -EAGAIN;
 }
 
 static void no_log(void *unused, int level, const char *line)
@@ -386,6 +434,7 @@ static void setup(void)
     vmig_section_ops gpu = VMIG_SIZED(vmig_section_ops);
 
     ops.stop = stop, ops.start = start, ops.log = no_log;
+    ops.release = release, ops.reacquire = reacquire, ops.fence = fence;
     need(vmig_new(&ops, NULL, &vmm.m), "vmig_new");
     vmig_bql_lock(vmm.m);
     add_block("low", vmm.low, 0);

@@ -8,6 +8,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     os::unix::net::{UnixListener, UnixStream},
     path::Path,
+    sync::Arc,
 };
 
 use vmig::sys::fdpass;
@@ -48,19 +49,15 @@ fn hello_of(hand_over: Option<Vec<Offer>>) -> Hello {
     let device = |name: &str, fds: &[&str]| Device {
         name: SectionName { name: name.into(), instance: 0, version: 1 },
         fds: fds.iter().map(|f| (*f).to_owned()).collect(),
+        shape: Arc::default(),
     };
     Hello {
         machine: "none".into(),
         page_size: 4096,
         blocks: vec![("low".into(), BLOCK), ("high".into(), BLOCK)],
         sections: vec![device("nic", &["fds"]), device("gpu", &[])],
-        channels: 0,
-        meet_each_section: false,
-        memory: Vec::new(),
-        hints: false,
-        checksum: None,
         hand_over,
-        attempt: None,
+        ..Hello::default()
     }
 }
 
@@ -250,10 +247,8 @@ fn answered(what: &str, welcome: &Welcome, words: &str, then: impl FnOnce(&UnixS
 fn destinations_that_take_the_wrong_things() {
     let takes = |names: &[&str]| Welcome {
         fds: true,
-        zero_runs: false,
-        checksum: false,
-        switchover: false,
         hand_over: Some(names.iter().map(|n| (*n).into()).collect()),
+        ..Welcome::default()
     };
     answered("unknown", &takes(&["middle"]), "which was not offered", |_| ());
     answered("twice", &takes(&["low", "low"]), "which was not offered", |_| ());

@@ -1,12 +1,16 @@
 //! Comparing CPUID as two VMMs set it, bit by bit.
 
+use super::feature;
 use super::state::CpuidEntry;
+use crate::wire::cpu::Leaf;
 
 /// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`: the entry is for one subleaf.
 const BY_INDEX: u32 = 1;
 
-/// Differences named at most; more would drown the first.
+/// Differences named in one sentence at most; more would drown the first.
 const NAMED_MAX: usize = 32;
+
+const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
 
 /// Bits that follow the guest's own doing (or name the vCPU), so they say nothing about the machine.
 /// Order: eax, ebx, ecx, edx.
@@ -29,62 +33,84 @@ fn ignored(function: u32, index: u32) -> [u32; 4] {
     }
 }
 
-fn registers(entry: &CpuidEntry) -> [(&'static str, u32); 4] {
-    [("eax", entry.eax), ("ebx", entry.ebx), ("ecx", entry.ecx), ("edx", entry.edx)]
+/// The leaves without what says nothing about the machine, so that vCPUs of one guest are alike.
+pub(super) fn leaves(entries: &[CpuidEntry]) -> Vec<Leaf> {
+    let leaf = |e: &CpuidEntry| {
+        let index = (e.flags & BY_INDEX != 0).then_some(e.index);
+        let masks = ignored(e.function, index.unwrap_or(0));
+        let values = [e.eax, e.ebx, e.ecx, e.edx];
+        Leaf { function: e.function, index, registers: std::array::from_fn(|i| values[i] & !masks[i]) }
+    };
+    entries.iter().map(leaf).collect()
 }
 
-fn leaf(entry: &CpuidEntry) -> String {
-    if entry.flags & BY_INDEX != 0 {
-        format!("leaf {:#x} subleaf {:#x}", entry.function, entry.index)
-    } else {
-        format!("leaf {:#x}", entry.function)
+/// A register of a leaf that is not the same on the two sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Difference {
+    pub(super) function: u32,
+    pub(super) index: Option<u32>,
+    pub(super) register: usize,
+    pub(super) source: u32,
+    pub(super) here: u32,
+}
+
+impl Difference {
+    /// `leaf 0x7 subleaf 0x0 ebx`.
+    pub(super) fn place(&self) -> String {
+        let subleaf = self.index.map_or_else(String::new, |index| format!(" subleaf {index:#x}"));
+        format!("leaf {:#x}{subleaf} {}", self.function, REGISTERS[self.register])
+    }
+
+    /// `bit 5 (avx2) is set at the source only, bits 3, 8 (bmi2) are set at the destination only`.
+    pub(super) fn bits(&self) -> String {
+        let changed = self.source ^ self.here;
+        let side = |bits: u32, side: &str| {
+            let all: Vec<String> = (0..32).filter(|n| bits >> n & 1 != 0).map(|n| self.bit(n)).collect();
+            match all.len() {
+                0 => None,
+                1 => Some(format!("bit {} is set at the {side} only", all[0])),
+                _ => Some(format!("bits {} are set at the {side} only", all.join(", "))),
+            }
+        };
+        let sides = [side(self.source & changed, "source"), side(self.here & changed, "destination")];
+        sides.into_iter().flatten().collect::<Vec<_>>().join(", ")
+    }
+
+    fn bit(&self, number: u32) -> String {
+        match feature::name(self.function, self.index.unwrap_or(0), self.register, number) {
+            Some(name) => format!("{number} ({name})"),
+            None => number.to_string(),
+        }
     }
 }
 
-fn same_leaf(a: &CpuidEntry, b: &CpuidEntry) -> bool {
-    let index = |e: &CpuidEntry| if e.flags & BY_INDEX != 0 { e.index } else { 0 };
-    a.function == b.function && index(a) == index(b)
-}
-
-/// Every difference, as `leaf 0x7 subleaf 0x0 ebx: bits 5 are set at the source only`.
-pub(super) fn differences(source: &[CpuidEntry], here: &[CpuidEntry]) -> Vec<String> {
+/// Every register that differs.
+pub(super) fn differences(source: &[Leaf], here: &[Leaf]) -> Vec<Difference> {
+    let same = |a: &Leaf, b: &Leaf| a.function == b.function && a.index.unwrap_or(0) == b.index.unwrap_or(0);
+    // A leaf that is missing reads as zeros, and so does one that is there and empty.
+    let registers = |leaves: &[Leaf], wanted: &Leaf| {
+        leaves.iter().find(|leaf| same(leaf, wanted)).map_or([0; 4], |leaf| leaf.registers)
+    };
+    let here_only = here.iter().filter(|leaf| !source.iter().any(|other| same(leaf, other)));
     let mut found = Vec::new();
-    for entry in source {
-        // A leaf that is missing reads as zeros, and so does one that is there and empty.
-        let other = here.iter().find(|other| same_leaf(entry, other));
-        let other = other.copied().unwrap_or(CpuidEntry { eax: 0, ebx: 0, ecx: 0, edx: 0, ..*entry });
-        compare(entry, &other, &mut found);
-    }
-    for entry in here.iter().filter(|entry| !source.iter().any(|other| same_leaf(entry, other))) {
-        compare(&CpuidEntry { eax: 0, ebx: 0, ecx: 0, edx: 0, ..*entry }, entry, &mut found);
-    }
-    if found.len() > NAMED_MAX {
-        let more = found.len() - NAMED_MAX;
-        found.truncate(NAMED_MAX);
-        found.push(format!("and {more} more"));
+    for leaf in source.iter().chain(here_only) {
+        let (theirs, ours) = (registers(source, leaf), registers(here, leaf));
+        for register in (0..4).filter(|i| theirs[*i] != ours[*i]) {
+            let (source, here) = (theirs[register], ours[register]);
+            found.push(Difference { function: leaf.function, index: leaf.index, register, source, here });
+        }
     }
     found
 }
 
-fn compare(source: &CpuidEntry, here: &CpuidEntry, found: &mut Vec<String>) {
-    let masks = ignored(source.function, if source.flags & BY_INDEX != 0 { source.index } else { 0 });
-    for (((name, theirs), (_, ours)), mask) in registers(source).into_iter().zip(registers(here)).zip(masks) {
-        let bits = (theirs ^ ours) & !mask;
-        if bits != 0 {
-            let list = |bits: u32| {
-                let numbers = (0..32).filter(|n| bits >> n & 1 != 0).map(|n| n.to_string());
-                numbers.collect::<Vec<_>>().join(",")
-            };
-            let mut sides = Vec::new();
-            if theirs & bits != 0 {
-                sides.push(format!("bits {} are set at the source only", list(theirs & bits)));
-            }
-            if ours & bits != 0 {
-                sides.push(format!("bits {} are set here only", list(ours & bits)));
-            }
-            found.push(format!("{} {name}: {}", leaf(source), sides.join(", ")));
-        }
+/// All of them in one sentence.
+pub(super) fn in_words(found: &[Difference]) -> String {
+    let mut words: Vec<String> =
+        found.iter().take(NAMED_MAX).map(|d| format!("{}: {}", d.place(), d.bits())).collect();
+    if found.len() > NAMED_MAX {
+        words.push(format!("and {} more", found.len() - NAMED_MAX));
     }
+    words.join("; ")
 }
 
 #[cfg(test)]
@@ -96,13 +122,18 @@ mod tests {
         CpuidEntry { function, index, flags, eax, ebx, ecx, edx }
     }
 
+    fn between(source: &[CpuidEntry], here: &[CpuidEntry]) -> String {
+        in_words(&differences(&leaves(source), &leaves(here)))
+    }
+
     #[test]
     fn leaf_register_and_bits_are_named() {
-        let source = [entry(1, 0, 0, [1, 2, 0, 0]), entry(7, 0, BY_INDEX, [0, 0b100100, 0, 0])];
+        let source = [entry(1, 0, 0, [1, 2, 0, 0]), entry(7, 0, BY_INDEX, [0, 0x8000_0020, 0, 0])];
         let here = [entry(7, 0, BY_INDEX, [0, 0b1000, 0, 0]), entry(1, 0, 0, [1, 2, 0, 0])];
         assert_eq!(
-            differences(&source, &here),
-            ["leaf 0x7 subleaf 0x0 ebx: bits 2,5 are set at the source only, bits 3 are set here only"]
+            between(&source, &here),
+            "leaf 0x7 subleaf 0x0 ebx: bits 5 (avx2), 31 (avx512vl) are set at the source only, \
+             bit 3 (bmi1) is set at the destination only"
         );
     }
 
@@ -110,14 +141,23 @@ mod tests {
     fn what_follows_the_guest_is_left_out_and_nothing_else() {
         let source = [entry(1, 0, 0, [0, 0x0100_0000, 1 << 27, 1 << 9]), entry(0xd, 0, BY_INDEX, [7, 832, 832, 0])];
         let here = [entry(1, 0, 0, [0, 0, 0, 0]), entry(0xd, 0, BY_INDEX, [7, 576, 832, 0])];
-        assert!(differences(&source, &here).is_empty());
+        assert_eq!(between(&source, &here), "");
         let here = [entry(1, 0, 0, [0, 0x0001_0000, 0, 0]), entry(0xd, 0, BY_INDEX, [7, 576, 833, 0])];
-        assert_eq!(differences(&source, &here).len(), 2);
+        assert_eq!(differences(&leaves(&source), &leaves(&here)).len(), 2);
     }
 
     #[test]
     fn a_missing_leaf_is_a_leaf_of_zeros() {
-        assert!(differences(&[entry(5, 0, 0, [0; 4])], &[]).is_empty());
-        assert_eq!(differences(&[], &[entry(5, 0, 0, [0, 0, 0, 1])]), ["leaf 0x5 edx: bits 0 are set here only"]);
+        assert_eq!(between(&[entry(5, 0, 0, [0; 4])], &[]), "");
+        assert_eq!(
+            between(&[], &[entry(5, 0, 0, [0, 0, 0, 1])]),
+            "leaf 0x5 edx: bit 0 is set at the destination only"
+        );
+    }
+
+    #[test]
+    fn a_sentence_has_an_end() {
+        let many: Vec<CpuidEntry> = (0..40).map(|n| entry(0x100 + n, 0, 0, [1, 0, 0, 0])).collect();
+        assert!(between(&many, &[]).ends_with("; and 8 more"));
     }
 }

@@ -1,6 +1,8 @@
 //! x86-64: the guest's vCPUs, interrupt controllers, PIT and kvmclock.
 
+mod compare;
 mod cpuid;
+mod feature;
 mod msr;
 mod section;
 mod state;
@@ -17,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_clock_data;
 
+use self::compare::Known;
 use self::section::{KvmSection, Transfer};
 use self::state::{ClockState, IrqchipState, PitState, VcpuState};
 use self::vcpu::Notes;
@@ -65,6 +68,8 @@ struct Shared {
     unreadable_msrs: BTreeSet<u32>,
     /// States being read, by vCPU: the first section that is saved has all of them read at once.
     captures: BTreeMap<usize, Job<Captured>>,
+    /// The vCPUs as they were when nobody ran them last.
+    known: Option<Vec<Known>>,
 }
 
 /// A vCPU's state, and the MSRs that could not be read.
@@ -90,6 +95,7 @@ pub fn attach(threads: Arc<Threads>, vm_fd: RawFd, vcpu_fds: &[RawFd]) -> Result
         clock: None,
         unreadable_msrs: BTreeSet::new(),
         captures: BTreeMap::new(),
+        known: None,
     };
     Ok(Arc::new(Kvm { machine, threads, vcpus, msrs, state: Arc::new(Mutex::new(shared)) }))
 }
@@ -200,6 +206,10 @@ impl Kvm {
             state.clock.take()
         };
         let all: Vec<usize> = (0..self.vcpus.len()).collect();
+        // For the hello of a migration that begins while they run; without it the destination compares when it loads.
+        if lock(&self.state).known.is_none() {
+            let _ = self.get_to_know();
+        }
         let told = clock.map_or(Ok(()), |clock| self.tell_clock(clock, &all));
         self.rest();
         told

@@ -250,7 +250,7 @@ fn another_cpuid_is_refused_by_name() {
     target.vcpus[0].set_cpuid2(&CpuId::from_entries(&entries).unwrap()).unwrap();
     let before = target.vcpus[0].get_regs().unwrap();
     let error = load_in_order(&mut vcpu_of(&target, 0), &state, &LOAD).unwrap_err();
-    assert!(error.text().contains("leaf 0x40000200 ecx: bits 0,20 are set here only"), "{error}");
+    assert!(error.text().contains("leaf 0x40000200 ecx: bits 0, 20 are set at the destination only"), "{error}");
     assert_eq!(target.vcpus[0].get_regs().unwrap(), before);
 }
 

@@ -11,6 +11,7 @@ use crate::section::staged::describe;
 use crate::section::table::Checked;
 use crate::section::{Apply, Part, Section};
 use crate::wire::input::Input;
+use crate::wire::shape::Shape;
 
 /// How a structure gets out of KVM and into it.
 pub(super) trait Transfer: State {
@@ -62,6 +63,10 @@ impl<S: Transfer> Section for KvmSection<S> {
             unsafe { staged.apply(base) }?;
             state.apply(&self.kvm, self.index).map_err(|error| error.in_section(self.name()))
         }))
+    }
+
+    fn shape(&self, version: u32, peer: Option<&Shape>) -> Shape {
+        self.table.shape(version, peer)
     }
 
     fn describe(&self, body: &[u8]) -> serde_json::Value {

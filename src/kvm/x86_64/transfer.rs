@@ -28,6 +28,7 @@ impl Transfer for VcpuState {
     }
 
     fn apply(self: Box<Self>, kvm: &Kvm, index: usize) -> Result<()> {
+        kvm.will_load(index, self.tsc_khz);
         kvm.on_vcpu(index, move |vcpu| vcpu::load(vcpu, &self))
     }
 }

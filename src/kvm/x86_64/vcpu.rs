@@ -106,7 +106,7 @@ fn load_mp_state(vcpu: &mut Vcpu, state: &VcpuState) -> Result<()> {
 }
 
 /// CPUID as the VMM set it, with the few bits KVM keeps up to date.
-fn current_cpuid(vcpu: &Vcpu) -> Result<Vec<CpuidEntry>> {
+pub(super) fn current_cpuid(vcpu: &Vcpu) -> Result<Vec<CpuidEntry>> {
     let cpuid = vcpu.fd().get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(|e| failed("KVM_GET_CPUID2", &e))?;
     let ours = |e: &kvm_cpuid_entry2| CpuidEntry {
         function: e.function,
@@ -147,11 +147,11 @@ fn load_cpuid(vcpu: &mut Vcpu, state: &VcpuState) -> Result<()> {
         let cpuid = CpuId::from_entries(&entries).map_err(|_| Error::no_memory("CPUID", entries.len() as u64))?;
         return vcpu.fd().set_cpuid2(&cpuid).map_err(|e| failed("KVM_SET_CPUID2 with the source's CPUID", &e));
     }
-    let found = cpuid::differences(state.cpuid(), &here);
+    let found = cpuid::differences(&cpuid::leaves(state.cpuid()), &cpuid::leaves(&here));
     if found.is_empty() {
         return Ok(());
     }
-    Err(Error::invalid(format!("this vCPU's CPUID is not the source's: {}", found.join("; "))))
+    Err(Error::invalid(format!("this vCPU's CPUID is not the source's: {}", cpuid::in_words(&found))))
 }
 
 fn save_tsc_khz(vcpu: &Vcpu, _: &mut Notes, state: &mut VcpuState) -> Result<()> {

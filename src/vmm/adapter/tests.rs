@@ -95,6 +95,7 @@ fn full() -> vmig_ops {
         release: None,
         reacquire: None,
         fence: None,
+        config: None,
     }
 }
 
