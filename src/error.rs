@@ -42,6 +42,8 @@ pub struct Place {
     pub compares: bool,
     /// Where in the stream, in bytes.
     pub byte: Option<u64>,
+    /// The peer ended its connection in the middle of something: it may have said why. Does not travel.
+    pub ended: bool,
 }
 
 impl Error {
@@ -54,6 +56,13 @@ impl Error {
     /// `EINVAL` with a sentence.
     pub fn invalid(text: impl Into<String>) -> Self {
         Self::new(libc::EINVAL, text)
+    }
+
+    /// `EIO`: the peer ended its connection in the middle of something.
+    pub fn ended(text: impl Into<String>) -> Self {
+        let mut error = Self::new(libc::EIO, text);
+        error.place.ended = true;
+        error
     }
 
     /// The calling thread's errno, as `what: strerror`.
@@ -96,6 +105,12 @@ impl Error {
     /// Puts `prefix: ` before the sentence.
     pub fn context(mut self, prefix: impl fmt::Display) -> Self {
         self.text = format!("{prefix}: {}", self.text);
+        self
+    }
+
+    /// Puts `: hint` behind the sentence.
+    pub fn hint(mut self, hint: impl fmt::Display) -> Self {
+        self.text = format!("{}: {hint}", self.text);
         self
     }
 
@@ -233,6 +248,7 @@ impl Error {
                 option: get("option"),
                 compares: value.get("compares").is_some_and(|v| v == true),
                 byte: value.get("byte").and_then(serde_json::Value::as_u64),
+                ended: false,
             }),
         })
     }

@@ -275,6 +275,7 @@ impl Machine {
 
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
+        let uri = checked(uri)?;
         let wake = Arc::new(Wake::new()?);
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
         self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
@@ -287,15 +288,14 @@ impl Machine {
     pub fn check(&self, uri: &str) -> Result<Report> {
         self.vmm.bql().require_free("check a migration")?;
         self.status.check_idle()?;
+        let uri = checked(uri)?;
         // What happens is nobody's news.
         let job = self.source_job(uri, Arc::new(Status::new()?), &Arc::new(Wake::new()?))?;
         outgoing::check(&job)
     }
 
     /// What a migration from here needs, or why there can be none.
-    fn source_job(&self, uri: &str, status: Arc<Status>, wake: &Arc<Wake>) -> Result<outgoing::Job> {
-        let uri = Uri::parse(uri)?;
-        transport::check(&uri)?;
+    fn source_job(&self, uri: Uri, status: Arc<Status>, wake: &Arc<Wake>) -> Result<outgoing::Job> {
         if self.vmm.reasons().contains(StopReason::NotOwner) || !self.keeper.phase().owns() {
             return Err(Error::new(libc::EPERM, "the guest is not here: it left, or did not arrive yet"));
         }
@@ -332,8 +332,7 @@ impl Machine {
 
     /// Listens at `uri` for a guest; returns at once.
     pub fn incoming(&self, uri: &str) -> Result<()> {
-        let uri = Uri::parse(uri)?;
-        transport::check(&uri)?;
+        let uri = checked(uri)?;
         self.status.check_idle()?;
         let take_stock = self.take_stock();
         let parts = take_stock()?;
@@ -470,6 +469,13 @@ impl Drop for Machine {
             self.vmm.log().error(error);
         }
     }
+}
+
+/// An address that can be used: asked before a descriptor of ours could take the number that it names.
+fn checked(uri: &str) -> Result<Uri> {
+    let uri = Uri::parse(uri)?;
+    transport::check(&uri)?;
+    Ok(uri)
 }
 
 /// The guest's vCPUs, told how long they may take to leave the guest.

@@ -341,12 +341,14 @@ fn strangers_do_not_disturb() {
     let one = liar.channel(&address, &Liar::honest(1));
     let mut main = Liar::opens(&address);
     // While a channel is awaited: a second main connection, and somebody who is lost. They are shown out.
-    for words in [&b"QEVM\0\0\0\x03"[..], b"GET / HTTP/1.1\r\n\r\n", &hello()] {
+    let busy = "is busy: another guest is arriving there";
+    for (words, answer) in [(&b"QEVM\0\0\0\x03"[..], ""), (b"GET / HTTP/1.1\r\n\r\n", ""), (&hello(), busy)] {
         let mut second = connect(&address);
         second.write_all(words).unwrap();
-        let mut nothing = Vec::new();
-        let end = second.read_to_end(&mut nothing);
-        assert!(nothing.is_empty() && end.is_ok_or_reset(), "{nothing:?}");
+        let mut said = Vec::new();
+        let end = second.read_to_end(&mut said);
+        let said = String::from_utf8_lossy(&said);
+        assert!(said.contains(answer) && said.is_empty() == answer.is_empty() && end.is_ok_or_reset(), "{said}");
     }
     let zero = liar.channel(&address, &Liar::honest(0));
     offer(&mut main, &liar.stream);

@@ -212,7 +212,7 @@ impl Lanes {
             }
             if let Some(id) = state.absent().find(|id| state.standing[*id] == Standing::Ended) {
                 let text = format!("channel {id}: it ended before the meeting point of the main stream");
-                return Err(Error::new(libc::EIO, text));
+                return Err(Error::ended(text));
             }
             let received = self.shared.received.load(Ordering::Relaxed);
             if received != progress.0 {
@@ -279,7 +279,7 @@ fn read_init(channel: &dyn Channel, count: u8, limit: Duration, checksum: bool) 
     let mut filled = 0;
     while filled < init.len() {
         match channel.read(&mut init[filled..], Some(limit))? {
-            0 => return Err(Error::new(libc::EIO, "a channel closed before its first packet was complete")),
+            0 => return Err(Error::ended("a channel closed before its first packet was complete")),
             n => filled += n,
         }
     }
@@ -323,7 +323,7 @@ impl Lane<'_> {
             let limit = (filled > 0).then_some(self.shared.limit);
             match self.channel.read(&mut bytes[filled..], limit) {
                 Ok(0) if filled == 0 => return Ok(false),
-                Ok(0) => return Err(Error::new(libc::EIO, "the channel ended within a packet's header")),
+                Ok(0) => return Err(Error::ended("the channel ended within a packet's header")),
                 Ok(n) => {
                     if filled == 0 {
                         self.shared.stands(self.id, Standing::Busy);
@@ -425,7 +425,7 @@ impl Lane<'_> {
             }
             let mut got = self.channel.read_room(rest, Some(self.shared.limit))?;
             if got == 0 {
-                return Err(Error::new(libc::EIO, "the channel ended within a packet's pages"));
+                return Err(Error::ended("the channel ended within a packet's pages"));
             }
             self.shared.received.fetch_add(got as u64, Ordering::Relaxed);
             for room in rest.iter_mut() {

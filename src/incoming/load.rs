@@ -107,7 +107,7 @@ impl<'a> Loader<'a> {
         }
         // A source whose channel broke sends no more on its main stream than why.
         let error = self.lanes.as_ref().and_then(|l| l.check().err()).unwrap_or(error);
-        let broken = matches!(error.errno(), libc::EIO | libc::ECONNRESET | libc::EPIPE);
+        let broken = error.place().ended || matches!(error.errno(), libc::ECONNRESET | libc::EPIPE);
         // Behind PREPARE come the words of the switchover, for others to read.
         if self.peer.is_vmig
             && broken
@@ -221,7 +221,7 @@ impl<'a> Loader<'a> {
             (libc::EBADMSG, _) => self.name_rejected(error, input),
             (libc::EIO | libc::ETIMEDOUT | libc::ECONNRESET, None) => {
                 let hint = "nothing came of the first section; if the source is QEMU, switch multifd off there";
-                Error::new(error.errno(), format!("{error}: {hint}"))
+                error.hint(hint)
             }
             _ => error,
         })

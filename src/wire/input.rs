@@ -125,5 +125,5 @@ impl Input for Slice<'_> {
 /// The error every input gives when bytes run out.
 pub fn ends_early(position: u64, missing: u64) -> Error {
     let text = format!("the stream ends at byte {position:#x}, at least {missing} bytes before it should");
-    Error::new(libc::EIO, text).at_byte(position)
+    Error::ended(text).at_byte(position)
 }
