@@ -15,7 +15,7 @@ use crate::transport::{CONNECT, Channel, Listener, uri::Uri};
 /// Between two looks at connections that have not said what they are.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Where a source comes in. Dropped, nobody else does; the address is free again unless it was [kept](Self::keep).
+/// Where a source comes in. Dropped, nobody else does; the address is free again unless it was kept.
 #[derive(Debug)]
 pub struct Door {
     line: Option<Arc<Line>>,
