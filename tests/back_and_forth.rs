@@ -120,6 +120,21 @@ fn await_settled(program: &mut Program) -> String {
     }
 }
 
+/// The state, once it will not change any more.
+fn await_end(program: &mut Program) -> String {
+    let end = Instant::now() + MOVE;
+    loop {
+        let state = program.status_text("state");
+        if ["completed", "failed", "cancelled"].contains(&state.as_str()) {
+            return state;
+        }
+        if Instant::now() > end {
+            program.fail("the move does not end");
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
 /// Until the source has settled; does at the point what the relay cannot.
 fn watch(
     relay: &Relay,
@@ -201,7 +216,12 @@ fn decide(what: &str, source: &mut Program, to: Option<&mut Program>, here: &str
     }
     match here {
         "completed" => assert!(arrived, "{what}: the source let go, the destination {there:?}"),
-        here if UNDECIDED.contains(&here) => source.must(if arrived { "resolve there" } else { "resolve here" }),
+        here if UNDECIDED.contains(&here) => {
+            // Refused if it found the destination again meanwhile.
+            source.command(if arrived { "resolve there" } else { "resolve here" });
+            let end = await_end(source);
+            assert_eq!(end == "completed", arrived, "{what}: the source {end}, the destination {there:?}");
+        }
         _ => assert!(!arrived, "{what}: the destination {there:?}"),
     }
     arrived
