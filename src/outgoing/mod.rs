@@ -31,6 +31,7 @@ use crate::ram::presence::Hint;
 use crate::ram::{Block, PAGE, RamList};
 use crate::section::list::Entry;
 use crate::status::{State, Status, store_time};
+use crate::switchover::Phase;
 use crate::switchover::keeper::Keeper;
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
@@ -558,9 +559,14 @@ impl<'a> Migration<'a> {
             replies.join();
         }
         if let Some(set) = self.set.take() {
-            match &result {
-                Ok(Outcome::Completed) => self.job.dirty.leave(&set),
-                _ => self.job.dirty.unsubscribe(&set),
+            let left = match &result {
+                Ok(Outcome::Completed) => true,
+                Ok(Outcome::Switched(_)) => self.job.keeper.phase() == Phase::Empty,
+                _ => false,
+            };
+            match left {
+                true => self.job.dirty.leave(&set),
+                false => self.job.dirty.unsubscribe(&set),
             }
         }
         match self.job.vmm.bql().guard() {
