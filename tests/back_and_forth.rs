@@ -42,6 +42,7 @@ impl Life {
         self.processes += 1;
         let mut args = vec!["--mem", "64", "--vcpus", "2", "--events-fd", "1", "--pages", "2048"];
         args.extend(["--set", "stall-timeout 1000", "--set", "connect-timeout 1000"]);
+        args.extend(["--set", "switchover-timeout 3000"]);
         args.extend(more);
         Program::start(&format!("vmm-{}", self.processes), &self.dir, &c_program("vmm"), &args)
     }
