@@ -382,7 +382,7 @@ impl Status {
         self.changed.notify_all();
     }
 
-    /// The peer says why: whatever went wrong here before was the consequence.
+    /// This is why, as the peer says or we tell it: whatever else goes wrong is the consequence.
     pub fn blame(&self, error: Error) {
         let mut shared = self.lock();
         if !shared.state.is_final() && shared.state != State::Cancelling {

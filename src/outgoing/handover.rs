@@ -103,6 +103,8 @@ impl Migration<'_> {
             Action::Send(Message::Abort { epoch }) => {
                 // In the middle of a section nobody would take it for a word.
                 if course.prepared {
+                    // The destination answers that we gave up, which is no reason.
+                    course.why.iter().for_each(|why| self.job.status.blame(why.clone()));
                     // A destination that does not hear it has its deadline.
                     let _ = self.word(Command::Abort(epoch));
                 }
