@@ -1,203 +1,21 @@
 //! Where a migration stands: its state, its numbers, its news, its first error, and whether it may still be cancelled.
 
+mod numbers;
+mod state;
+
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-use crossbeam_utils::CachePadded;
 
 use crate::error::{Error, Result};
 use crate::pacing::downtime::Downtime;
 use crate::sys::eventfd::{EventFd, Wake};
 use crate::thread::lock;
+pub use numbers::{Counters, Snapshot, store_time};
+pub use state::{STATES, Side, State};
 
 /// News kept for a reader who does not come; the oldest are dropped.
 const NEWS_MAX: usize = 256;
-
-/// States of a migration: QEMU's names, and one of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum State {
-    /// No migration yet.
-    None = 0,
-    /// Connecting or listening, and preparing.
-    Setup = 1,
-    /// A cancel was asked for and is being carried out.
-    Cancelling = 2,
-    /// Ended by a cancel; the guest runs on at the source.
-    Cancelled = 3,
-    /// Data moves; at the source the guest runs.
-    Active = 4,
-    /// The guest is stopped; devices and the last pages move.
-    Device = 5,
-    /// Ended well.
-    Completed = 6,
-    /// Ended by an error; before the handover the guest runs on at the source.
-    Failed = 7,
-    /// The guest was handed over and the answer got lost: who runs it is decided by `resolve`.
-    SwitchoverUnknown = 8,
-    /// The guest is stopped and still ours, until the user says go on (`pause-before-switchover`).
-    PreSwitchover = 9,
-    /// The guest is stopped here and nowhere else, because it could not be taken back: `resolve` decides.
-    Held = 10,
-}
-
-/// Every state, in the order of their numbers.
-pub const STATES: [State; 11] = [
-    State::None,
-    State::Setup,
-    State::Cancelling,
-    State::Cancelled,
-    State::Active,
-    State::Device,
-    State::Completed,
-    State::Failed,
-    State::SwitchoverUnknown,
-    State::PreSwitchover,
-    State::Held,
-];
-
-impl State {
-    /// The name QEMU and its tools use.
-    pub fn name(self) -> &'static str {
-        match self {
-            State::None => "none",
-            State::Setup => "setup",
-            State::Cancelling => "cancelling",
-            State::Cancelled => "cancelled",
-            State::Active => "active",
-            State::Device => "device",
-            State::Completed => "completed",
-            State::Failed => "failed",
-            State::SwitchoverUnknown => "switchover-unknown",
-            State::PreSwitchover => "pre-switchover",
-            State::Held => "held",
-        }
-    }
-
-    /// Whether a migration in this state is over.
-    pub fn is_final(self) -> bool {
-        matches!(self, State::None | State::Cancelled | State::Completed | State::Failed)
-    }
-
-    /// Whether `self -> to` is a move a migration may make.
-    pub fn may_become(self, to: State) -> bool {
-        use State::{
-            Active, Cancelled, Cancelling, Completed, Device, Failed, Held, None, PreSwitchover, Setup,
-            SwitchoverUnknown,
-        };
-        match self {
-            None | Cancelled | Completed | Failed => to == Setup,
-            Setup => matches!(to, Active | Cancelling | Failed),
-            // A destination has no other state until it said READY, and its source may be lost then.
-            Active => matches!(to, Device | PreSwitchover | Completed | Cancelling | Failed | SwitchoverUnknown),
-            PreSwitchover => matches!(to, Device | Cancelling | Failed),
-            Device => matches!(to, Completed | Cancelling | Failed | SwitchoverUnknown | Held),
-            Cancelling => matches!(to, Cancelled | Failed | Held),
-            SwitchoverUnknown => matches!(to, Completed | Cancelling | Failed | Held | Active),
-            Held => matches!(to, Completed | Failed),
-        }
-    }
-}
-
-/// Which half this guest is in the present (or last) migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// The guest leaves.
-    Source,
-    /// The guest arrives.
-    Destination,
-}
-
-impl Side {
-    /// `source` or `destination`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Side::Source => "source",
-            Side::Destination => "destination",
-        }
-    }
-}
-
-/// Numbers that move while a migration runs. Bytes, bytes per second, nanoseconds.
-#[derive(Debug, Default)]
-#[expect(missing_docs, reason = "Snapshot documents each")]
-pub struct Counters {
-    pub total: AtomicU64,
-    pub remaining: CachePadded<AtomicU64>,
-    pub transferred: CachePadded<AtomicU64>,
-    pub normal_pages: CachePadded<AtomicU64>,
-    pub zero_pages: CachePadded<AtomicU64>,
-    pub iteration: AtomicU64,
-    pub dirty_rate: AtomicU64,
-    pub bandwidth: AtomicU64,
-    pub expected_downtime: AtomicU64,
-    pub setup: AtomicU64,
-    pub stop: AtomicU64,
-    pub downtime: AtomicU64,
-}
-
-impl Counters {
-    fn all(&self) -> [&AtomicU64; 12] {
-        [
-            &self.total,
-            &self.remaining,
-            &self.transferred,
-            &self.normal_pages,
-            &self.zero_pages,
-            &self.iteration,
-            &self.dirty_rate,
-            &self.bandwidth,
-            &self.expected_downtime,
-            &self.setup,
-            &self.stop,
-            &self.downtime,
-        ]
-    }
-}
-
-/// Stores a duration in a counter of nanoseconds.
-pub fn store_time(counter: &AtomicU64, time: Duration) {
-    counter.store(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-}
-
-/// The numbers at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// State.
-    pub state: State,
-    /// Which half, if any migration was started yet.
-    pub side: Option<Side>,
-    /// Dirty-log syncs so far; 1 is the first pass over all pages.
-    pub iteration: u64,
-    /// Guest RAM that migrates, in bytes.
-    pub total: u64,
-    /// RAM still to send, in bytes.
-    pub remaining: u64,
-    /// Bytes on the wire.
-    pub transferred: u64,
-    /// Pages sent whole.
-    pub normal_pages: u64,
-    /// Pages sent as zero.
-    pub zero_pages: u64,
-    /// Bytes per second the guest dirtied between the last two syncs.
-    pub dirty_rate: u64,
-    /// Bytes per second over the last 100 ms.
-    pub bandwidth: u64,
-    /// Nanoseconds since the start, final once ended.
-    pub elapsed: u64,
-    /// Nanoseconds the setup took.
-    pub setup: u64,
-    /// Nanoseconds the guest would be stopped if it were stopped now.
-    pub expected_downtime: u64,
-    /// Nanoseconds the stop hook and handlers took.
-    pub stop: u64,
-    /// Nanoseconds the guest was stopped by the migration.
-    pub downtime: u64,
-    /// Nanoseconds until completion at the present rates; `u64::MAX` while unknown.
-    pub eta: u64,
-}
 
 #[derive(Debug)]
 struct Shared {
@@ -282,9 +100,7 @@ impl Status {
         let mut shared = self.lock();
         check_idle(&shared)?;
         shared.wake = Arc::clone(wake);
-        for counter in self.counters.all() {
-            counter.store(0, Ordering::Relaxed);
-        }
+        self.counters.clear();
         shared.side = Some(side);
         shared.error = None;
         shared.events = events;
@@ -543,29 +359,9 @@ impl Status {
     }
 
     fn snapshot_of(&self, shared: &Shared) -> Snapshot {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let c = &self.counters;
         let until = shared.ended.unwrap_or_else(Instant::now);
         let elapsed = shared.started.map_or(Duration::ZERO, |at| until.saturating_duration_since(at));
-        let (remaining, bandwidth, dirty) = (get(&c.remaining), get(&c.bandwidth), get(&c.dirty_rate));
-        Snapshot {
-            state: shared.state,
-            side: shared.side,
-            iteration: get(&c.iteration),
-            total: get(&c.total),
-            remaining,
-            transferred: get(&c.transferred),
-            normal_pages: get(&c.normal_pages),
-            zero_pages: get(&c.zero_pages),
-            dirty_rate: dirty,
-            bandwidth,
-            elapsed: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
-            setup: get(&c.setup),
-            expected_downtime: get(&c.expected_downtime),
-            stop: get(&c.stop),
-            downtime: get(&c.downtime),
-            eta: eta(shared.state, remaining, bandwidth, dirty),
-        }
+        self.counters.snapshot(shared.state, shared.side, elapsed)
     }
 
     /// The next piece of news, oldest first.
@@ -594,18 +390,6 @@ fn check_idle(shared: &Shared) -> Result<()> {
     }
 }
 
-/// What is left shrinks by bandwidth minus dirty rate; `u64::MAX` if it does not shrink.
-fn eta(state: State, remaining: u64, bandwidth: u64, dirty_rate: u64) -> u64 {
-    if state.is_final() {
-        return 0;
-    }
-    let net = bandwidth.saturating_sub(dirty_rate);
-    match crate::pacing::time_for(remaining, net) {
-        Some(time) if bandwidth > 0 => u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
-        _ => u64::MAX,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -614,16 +398,6 @@ mod tests {
         let status = Status::new().unwrap();
         status.begin(Side::Source, true, &Arc::new(Wake::new().unwrap())).unwrap();
         status
-    }
-
-    #[test]
-    fn legal_moves_only() {
-        let count = STATES.iter().flat_map(|a| STATES.iter().filter(|b| a.may_become(**b))).count();
-        assert_eq!(count, 4 + 3 + 6 + 3 + 5 + 3 + 5 + 2);
-        for (number, state) in STATES.iter().enumerate() {
-            assert_eq!(*state as usize, number);
-            assert!(!state.may_become(*state) && !state.may_become(State::None), "{state:?}");
-        }
     }
 
     #[test]
@@ -679,12 +453,5 @@ mod tests {
         assert!(!status.wait(Some(Instant::now() + Duration::from_millis(5))));
         status.end(Err(Error::invalid("x")));
         assert!(status.wait(None));
-    }
-
-    #[test]
-    fn no_eta_while_the_guest_is_faster_than_the_link() {
-        assert_eq!(eta(State::Active, 1000, 10, 10), u64::MAX);
-        assert_eq!(eta(State::Active, 1000, 1010, 10), 1_000_000_000);
-        assert_eq!(eta(State::Active, 1000, 0, 0), u64::MAX);
     }
 }
