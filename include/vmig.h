@@ -412,8 +412,13 @@ int vmig_remove_kvm_slot(vmig *m, uint32_t slot);
 #define VMIG_DEVICE_EARLY 1
 
 /* Flag of a device: loading it writes guest RAM (a callback of it does). Memory that is handed over by its file is
- * read-only until the guest has arrived, so such a device refuses option `hand-over`. */
+ * read-only until the guest has arrived, so such a device refuses option `hand-over`; and memory that differs from the
+ * source's, option `verify`. */
 #define VMIG_DEVICE_WRITES_RAM 2
+
+/* Flag of a device: saved again where it was just loaded it has other bytes, because it has something that goes on by
+ * itself, as a clock. Option `verify` then compares only the bytes that travelled. */
+#define VMIG_DEVICE_VARIES 4
 
 /* One field of a device's state. Write it with the VMIG_... macros, which check the member's type and fill in every
  * member; a field written by hand must be zero where nothing is given. */

@@ -63,6 +63,7 @@ pub enum Opt {
     Peer,
     HandOver,
     Checksum,
+    Verify,
     ConnectTimeout,
     TotalTimeout,
     StallTimeout,
@@ -221,6 +222,18 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
          The source decides; a destination where it is set refuses a source where it is not. TLS has its own.",
     ),
     row(
+        "verify",
+        Type::Bool,
+        0,
+        BOOL,
+        false,
+        "With the guest stopped, hash all its memory and devices on both sides of a migration between two vmigs and compare, \
+         and hash the source's memory once more before the guest may run elsewhere; the first page that differs is named, \
+         and the guest stays. The guest stands still meanwhile, some 0.1 s a GiB and processor, which downtime-limit does \
+         not count. The source decides; a destination where it is set refuses a source where it is not. Devices with a \
+         table are saved again at the destination, which calls their hooks. Needs return-path.",
+    ),
+    row(
         "connect-timeout",
         Type::Millis,
         10_000,
@@ -314,7 +327,7 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         ANY,
         false,
         "At the destination: what a source may ask for: all, none, or names with commas between (multifd, hand-over, \
-         device-fds, zero-runs, crc32c, switchover). A source that needs another feature is refused, and the feature named.",
+         device-fds, zero-runs, crc32c, switchover, verify). A source that needs another feature is refused, and the feature named.",
     ),
     row("machine", Type::Text, 0, ANY, false, "Machine name in the stream; the same on both sides. Default none."),
     row(
@@ -379,15 +392,19 @@ impl Options {
         i32::try_from(self.get(Opt::WorkerNice)).unwrap_or(0)
     }
 
+    /// Threads for work that can be divided, where no option says otherwise.
+    pub fn threads() -> usize {
+        const MOST: usize = 4;
+        std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST))
+    }
+
     /// Connections for pages: 0 = the plain stream.
     pub fn channels(&self) -> u8 {
-        const MOST: usize = 4;
         if !self.on(Opt::Multifd) {
             return 0;
         }
-        let auto = || std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST));
         match self.get(Opt::MultifdChannels) {
-            0 => u8::try_from(auto()).unwrap_or(1),
+            0 => u8::try_from(Self::threads()).unwrap_or(1),
             n => u8::try_from(n).unwrap_or(u8::MAX),
         }
     }
@@ -465,7 +482,7 @@ impl Options {
 }
 
 /// The names that option `allow-features` knows.
-pub const FEATURES: [&str; 6] = ["multifd", "hand-over", "device-fds", "zero-runs", "crc32c", "switchover"];
+pub const FEATURES: [&str; 7] = ["multifd", "hand-over", "device-fds", "zero-runs", "crc32c", "switchover", "verify"];
 
 fn default_text(option: Opt) -> std::sync::Mutex<String> {
     std::sync::Mutex::new(if option == Opt::Machine { "none" } else { "all" }.to_owned())
@@ -585,14 +602,14 @@ mod tests {
     fn features_are_allowed_by_name() {
         let options = Options::default();
         let allowed = || FEATURES.map(|name| options.allows(name));
-        assert_eq!(allowed(), [true; 6]);
+        assert_eq!(allowed(), [true; FEATURES.len()]);
         options.set_text("allow-features", "multifd, zero-runs", false).unwrap();
-        assert_eq!(allowed(), [true, false, false, true, false, false]);
+        assert_eq!(allowed(), [true, false, false, true, false, false, false]);
         assert_eq!(options.snapshot().get_text("allow-features").unwrap(), "multifd, zero-runs");
         options.set_text("allow-features", "none", false).unwrap();
-        assert_eq!(allowed(), [false; 6]);
+        assert_eq!(allowed(), [false; FEATURES.len()]);
         options.set_text("defaults", "vmig", false).unwrap();
-        assert_eq!(allowed(), [true; 6]);
+        assert_eq!(allowed(), [true; FEATURES.len()]);
     }
 
     #[test]

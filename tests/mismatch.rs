@@ -135,9 +135,14 @@ fn another_kind_of_field() {
 
 #[test]
 fn a_feature_that_is_not_allowed() {
-    for (allowed, refused) in [("zero-runs,crc32c,switchover", "multifd"), ("zero-runs,multifd", "crc32c")] {
+    for (option, allowed, refused) in [
+        ("checksum crc32c", "zero-runs,crc32c,switchover", "multifd"),
+        ("checksum crc32c", "zero-runs,multifd", "crc32c"),
+        ("verify on", "multifd,switchover", "verify"),
+        ("verify on", "multifd,verify", "switchover"),
+    ] {
         let mut source = Vmm::new(&[]);
-        source.does("set checksum crc32c");
+        source.does(&format!("set {option}"));
         source.does("start");
         let mut there = Vmm::new(&["fill=0"]);
         there.does(&format!("set allow-features {allowed}"));

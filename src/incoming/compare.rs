@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::Job;
 use super::hand::Hand;
+use super::verify;
 use crate::error::Error;
 use crate::options::{FEATURES, Opt};
 use crate::ram::survey::Survey;
@@ -28,6 +29,7 @@ pub(super) fn everything(theirs: &Hello, job: &Job, channel: &dyn Channel, hand:
     hand.compare(theirs, channel, &mut found);
     machine(theirs, job, &mut found);
     checksum(theirs, job, &mut found);
+    verify::compare(theirs, job, &mut found);
     // A destination that would build itself has nothing to compare before it has.
     if !(theirs.check && theirs.config.is_some() && job.vmm.has_config()) {
         ram(theirs, &job.ram, hand, &mut found);

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::Job;
+use super::{Job, verify};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::handed::{MemoryFile, Replaced};
@@ -134,6 +134,7 @@ impl<'a> Hand<'a> {
             fds: options.allows(hello::FEATURE_FDS),
             zero_runs: takes(hello::FEATURE_ZERO_RUNS),
             checksum: theirs.checksum.is_some(),
+            verify: verify::is_needed(theirs),
             switchover: theirs.attempt.is_some() && takes(hello::FEATURE_SWITCHOVER),
             hand_over: self.on.then(names),
             channels: (theirs.channels > most).then_some(most),

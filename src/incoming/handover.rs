@@ -304,7 +304,12 @@ impl<'a> Handover<'a> {
     /// The word on the connection.
     fn hear(&mut self) -> Event {
         self.input.set_limit(WORD);
-        let event = match stream::read_element(&mut self.input) {
+        let mut word = stream::read_element(&mut self.input);
+        if let Ok(Element::Command(Command::Error(why))) = word {
+            self.why.get_or_insert(why);
+            word = stream::read_element(&mut self.input);
+        }
+        let event = match word {
             Ok(Element::Command(Command::Go(epoch, incarnation))) => {
                 Event::Heard(Message::Go { epoch, incarnation: Incarnation(incarnation) })
             }

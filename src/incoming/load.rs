@@ -9,6 +9,7 @@ use super::ahead::Scout;
 use super::lanes::Lanes;
 use super::receiver::RamReceiver;
 use super::target::Targets;
+use super::verify::Arrived;
 use super::{Job, Peer};
 use crate::error::{Error, Result};
 use crate::section::builtin;
@@ -53,6 +54,8 @@ pub(super) struct Loader<'a> {
     set_up: usize,
     /// Descriptors of devices.
     fds: Arc<Inbox>,
+    /// What came, as it was hashed; none: nobody compares.
+    arrived: Option<Arrived>,
     /// PREPARE came: the switchover's words follow.
     prepared: bool,
 }
@@ -66,6 +69,7 @@ impl<'a> Loader<'a> {
         lanes: Option<Lanes>,
         fds: Arc<Inbox>,
     ) -> Self {
+        let arrived = peer.verify.then(Arrived::default);
         Self {
             job,
             peer,
@@ -79,6 +83,7 @@ impl<'a> Loader<'a> {
             takes_part: vec![false; job.sections.len()],
             set_up: 0,
             fds,
+            arrived,
             prepared: false,
         }
     }
@@ -150,6 +155,7 @@ impl<'a> Loader<'a> {
                 Element::Full(id, name) => self.named(input, id, &name, Part::Full)?,
                 Element::Part(id) => self.numbered(input, id, Part::Iterate)?,
                 Element::End(id) => self.numbered(input, id, Part::End)?,
+                Element::Command(Command::Hash) => self.verify(input)?,
                 Element::Command(Command::Prepare(epoch)) => {
                     self.prepare_for(epoch)?;
                     break;
@@ -184,6 +190,15 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
+    /// Everything came: compares it with what the source has.
+    fn verify(&mut self, input: &mut StreamInput) -> Result<()> {
+        self.check_complete()?;
+        match &self.arrived {
+            Some(arrived) => arrived.compare(self.job, self.peer, input).map_err(|e| e.in_phase("verify")),
+            None => Err(Error::new(libc::EPROTO, "hashes came, on which the hello did not agree")),
+        }
+    }
+
     /// PREPARE is the end of the stream where the hello agreed on words, and nothing elsewhere.
     fn prepare_for(&mut self, epoch: u64) -> Result<()> {
         let agreed = self.peer.attempt.map(|attempt| attempt.epoch);
@@ -191,6 +206,9 @@ impl<'a> Loader<'a> {
             let text = "PREPARE for an attempt that the hello did not name";
             let agreed = agreed.map_or("none".to_owned(), |epoch| epoch.to_string());
             return Err(Error::new(libc::EPROTO, text).expected_got(agreed, epoch));
+        }
+        if self.arrived.as_ref().is_some_and(|arrived| !arrived.is_compared()) {
+            return Err(Error::new(libc::EPROTO, "PREPARE came without the hashes that the hello promised"));
         }
         self.prepared = true;
         Ok(())
@@ -243,10 +261,16 @@ impl<'a> Loader<'a> {
     /// START or FULL: binds the id and loads the body.
     fn named(&mut self, input: &mut StreamInput, id: u32, name: &SectionName, part: Part) -> Result<()> {
         let at = input.position();
-        let body = match self.own(id, name)? {
+        let own = self.own(id, name)?;
+        let arrived = &mut self.arrived;
+        let body = match own {
             Some(Own::Ram) => self.ram_body(input),
-            Some(Own::Timer) => builtin::read_timer(input).map(|ns| self.clock_ns = Some(ns)),
-            Some(Own::GlobalState) => builtin::read_global_state(input).map(|running| self.running = running),
+            Some(Own::Timer) => builtin::read_timer(&mut Arrived::body(arrived, id, &name.name, None, input))
+                .map(|ns| self.clock_ns = Some(ns)),
+            Some(Own::GlobalState) => {
+                builtin::read_global_state(&mut Arrived::body(arrived, id, &name.name, None, input))
+                    .map(|running| self.running = running)
+            }
             None => self.device(input, id, name, part),
         };
         body.map_err(|e| e.in_section(&name.name).in_body_at(at))?;
@@ -281,7 +305,9 @@ impl<'a> Loader<'a> {
 
     fn device(&mut self, input: &mut StreamInput, id: u32, name: &SectionName, part: Part) -> Result<()> {
         let (_, section) = self.bindings.bind(id, &name.name, name.instance, name.version)?;
-        let apply = section.parse_with_fds(part, name.version, input, &self.fds)?;
+        let again = section.saves_again().then_some((name.instance, name.version));
+        let mut input = Arrived::body(&mut self.arrived, id, &name.name, again, input);
+        let apply = section.parse_with_fds(part, name.version, &mut input, &self.fds)?;
         apply_locked(self.job, apply)
     }
 
@@ -293,7 +319,8 @@ impl<'a> Loader<'a> {
             return stream::read_footer(input, id, ram::NAME);
         }
         let (entry, section, version) = self.bindings.find(id)?;
-        let parsed = section.parse_with_fds(part, version, input, &self.fds);
+        let mut tee = Arrived::body(&mut self.arrived, id, &entry.name, None, input);
+        let parsed = section.parse_with_fds(part, version, &mut tee, &self.fds);
         let loaded = parsed.and_then(|apply| apply_locked(self.job, apply));
         loaded.map_err(|e| e.in_section(&entry.name).in_body_at(at))?;
         if part == Part::End {
@@ -321,7 +348,12 @@ impl<'a> Loader<'a> {
             }
             Command::Error(error) => Err(error),
             Command::Fds(count) => self.fds.add(self.peer.take_fds(count)?),
-            Command::Prepare(_) | Command::Go(..) | Command::Abort(_) => {
+            Command::Hash
+            | Command::PageHashes
+            | Command::Hashes
+            | Command::Prepare(_)
+            | Command::Go(..)
+            | Command::Abort(_) => {
                 Err(Error::new(libc::EPROTO, "a word of the switchover in the middle of the stream"))
             }
         }

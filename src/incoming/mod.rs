@@ -10,6 +10,7 @@ mod load;
 mod receiver;
 pub mod reception;
 mod target;
+mod verify;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -273,6 +274,8 @@ pub(crate) struct Peer {
     pub(crate) is_vmig: bool,
     /// The source asked for replies.
     pub(crate) listens: bool,
+    /// Everything is hashed and compared, as the hello agreed.
+    pub(crate) verify: bool,
     /// The attempt whose switchover goes by words, as the hello agreed.
     pub(crate) attempt: Option<Attempt>,
 }
@@ -280,7 +283,7 @@ pub(crate) struct Peer {
 impl Peer {
     fn new(job: &Job, channel: Arc<dyn Channel>) -> Self {
         let out = StreamOutput::new(Arc::clone(&channel), job.options.time(Opt::StallTimeout));
-        Self { channel, out, is_vmig: false, listens: false, attempt: None }
+        Self { channel, out, is_vmig: false, listens: false, verify: false, attempt: None }
     }
 
     /// Sends a reply.
@@ -389,10 +392,12 @@ fn load_all(
         // A QEMU says nothing of its channels: both sides must have been told the same.
         None => {
             hand.check_plain()?;
-            if job.options.on(Opt::Checksum) {
-                let text =
-                    "option 'checksum' is set, but the source does not use this library, or is a pipe or a file";
-                return Err(Error::invalid(text).by_option(Opt::Checksum.name()).in_phase("hello"));
+            for option in [Opt::Checksum, Opt::Verify].into_iter().filter(|option| job.options.on(*option)) {
+                let name = option.name();
+                let text = format!(
+                    "option '{name}' is set, but the source does not use this library, or is a pipe or a file"
+                );
+                return Err(Error::invalid(text).by_option(name).in_phase("hello"));
             }
             (Parallel::configured(&job.options), Vec::new())
         }
@@ -496,6 +501,7 @@ fn greet(
     let welcome = hand.welcome(theirs, &*peer.channel);
     let (channels, checksum) = (welcome.channels.unwrap_or(theirs.channels), welcome.checksum);
     peer.attempt = theirs.attempt.filter(|_| welcome.switchover);
+    peer.verify = welcome.verify;
     peer.answer(&Answer::Welcome(welcome))?;
     if checksum {
         peer.out.use_frames()?;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::lanes::Lanes;
 use super::replies::Replies;
-use super::{HandOver, Migration, hand};
+use super::{HandOver, Migration, hand, verify};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::presence::{GRANULE, Hint, Presence};
@@ -31,6 +31,7 @@ impl Migration<'_> {
         if checksum && !self.to_vmig {
             return Err(needs_vmig());
         }
+        self.verify = verify::wanted(&self.job.options, self.to_vmig)?;
         hand::check_devices(self.job, &*self.channel, self.sections.fd_fields())?;
         self.hand = HandOver::new(self.job, &*self.channel)?;
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
@@ -83,6 +84,7 @@ impl Migration<'_> {
         if checksum != welcome.checksum {
             return Err(no_checksum(checksum));
         }
+        verify::check_welcome(self.verify.is_some(), welcome.verify && welcome.switchover)?;
         if checksum {
             self.out.use_frames()?;
             answers.expect_frames()?;
@@ -147,6 +149,9 @@ impl Migration<'_> {
             (self.hand.offers().is_some(), hello::FEATURE_HAND_OVER),
             (devices.iter().any(|device| !device.fds.is_empty()), hello::FEATURE_FDS),
             (self.job.options.on(Opt::Checksum), checksum::NAME),
+            // It is the vote that the hashes come before.
+            (self.job.options.on(Opt::Verify), hello::FEATURE_VERIFY),
+            (self.job.options.on(Opt::Verify), hello::FEATURE_SWITCHOVER),
         ];
         wants.iter().filter(|(wanted, _)| *wanted).map(|(_, name)| (*name).to_owned()).collect()
     }

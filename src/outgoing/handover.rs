@@ -106,7 +106,9 @@ impl Migration<'_> {
                     // The destination answers that we gave up, which is no reason.
                     course.why.iter().for_each(|why| self.job.status.blame(why.clone()));
                     // A destination that does not hear it has its deadline.
-                    let _ = self.word(Command::Abort(epoch));
+                    let why = course.why.as_ref().and_then(|why| self.words_for(why));
+                    let told = why.map_or(Ok(()), |why| self.word(why));
+                    let _ = told.and_then(|()| self.word(Command::Abort(epoch)));
                 }
                 None
             }
@@ -122,15 +124,21 @@ impl Migration<'_> {
     /// Devices and the last pages, then PREPARE.
     fn send_all(&mut self, epoch: u64, course: &mut Course<'_>) -> Result<()> {
         let mut devices = self.save_devices().map_err(|e| e.in_phase("save"))?;
-        stream::put_command(&mut devices.bytes, Command::Prepare(epoch));
+        if self.verify.is_none() {
+            stream::put_command(&mut devices.bytes, Command::Prepare(epoch));
+        }
         course.took.devices = course.lap.time();
         self.send_rest(&devices, course.took, &mut course.lap).map_err(|e| e.in_phase("complete"))?;
+        if self.verify.is_some() {
+            self.verify().map_err(|e| e.in_phase("verify"))?;
+            self.word(Command::Prepare(epoch))?;
+        }
         course.prepared = true;
         self.publish();
         Ok(())
     }
 
-    fn word(&mut self, word: Command) -> Result<()> {
+    pub(super) fn word(&mut self, word: Command) -> Result<()> {
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, word);
         self.out.write(&bytes)
@@ -139,10 +147,10 @@ impl Migration<'_> {
     /// READY is here: the last moment at which a write to the stopped guest can be noticed, and a cancel obeyed.
     fn decide(&mut self, course: &mut Course<'_>) -> Event {
         course.took.load = course.lap.time();
-        let quiet = match &self.set {
+        let quiet = self.verify_again().map_err(|e| e.in_phase("verify")).and_then(|()| match &self.set {
             Some(set) => self.job.dirty.check_quiet(set).map_err(|e| e.in_phase("complete")),
             None => Ok(()),
-        };
+        });
         match quiet.and_then(|()| self.job.status.check()).and_then(|()| self.job.status.commit()) {
             Ok(()) => Event::Committed,
             Err(error) => {

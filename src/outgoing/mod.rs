@@ -15,6 +15,7 @@ mod sections;
 mod stretch;
 mod toll;
 mod total;
+mod verify;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -51,6 +52,7 @@ use sections::SectionSaver;
 use sender::{FindZeros, RamSender};
 use toll::Toll;
 use total::TotalTime;
+use verify::Verify;
 
 /// Longest a section or the page loop works before the loop looks up (errors, limits, other sections).
 const SLICE: Duration = Duration::from_millis(50);
@@ -196,6 +198,7 @@ struct Migration<'a> {
     /// The stream is where a command may come, when no section is open.
     may_speak: bool,
     sections: SectionSaver<'a>,
+    verify: Option<Verify>,
     set: Option<Arc<DirtySet>>,
     sender: RamSender,
     /// Where blocks had pages when they were first looked at.
@@ -233,6 +236,7 @@ impl<'a> Migration<'a> {
             channels_most: u8::MAX,
             may_speak: false,
             sections: SectionSaver::new(&job.sections, !to_vmig),
+            verify: None,
             set: None,
             sender: RamSender::new(
                 match job.options.get(Opt::ZeroPageDetection) {
@@ -468,6 +472,7 @@ impl<'a> Migration<'a> {
     }
 
     fn write_bodies(&mut self, bodies: &Bodies) -> Result<()> {
+        self.verify.as_mut().map_or(Ok(()), |verify| verify.sent(bodies))?;
         drop(self.toll.pay(0)?);
         self.out.write_bodies(bodies)?;
         self.account();
@@ -512,11 +517,8 @@ impl<'a> Migration<'a> {
         error
     }
 
-    /// Tells a vmig why it will get no more, where the stream is between two messages and the words go out at once.
-    fn say_why(&mut self, error: &Error) {
-        if !self.may_speak || self.out.is_broken() {
-            return;
-        }
+    /// Why a vmig gets no guest, in words for it; none if it said so itself.
+    fn words_for(&self, error: &Error) -> Option<Command> {
         let error = match error.errno() {
             libc::ECANCELED => {
                 let phase = error.place().phase.as_deref().unwrap_or("iterate");
@@ -524,13 +526,18 @@ impl<'a> Migration<'a> {
             }
             _ => self.job.status.cause(error.clone()),
         };
-        // What the destination said itself it need not hear again.
-        if error.place().side.as_deref() == Some("destination") {
+        (error.place().side.as_deref() != Some("destination")).then(|| Command::Error(error.on_side("source")))
+    }
+
+    /// Tells a vmig why it will get no more, where the stream is between two messages and the words go out at once.
+    fn say_why(&mut self, error: &Error) {
+        if !self.may_speak || self.out.is_broken() {
             return;
         }
+        let Some(words) = self.words_for(error) else { return };
         let mut bytes = Vec::new();
         self.sender.put_end(&mut bytes);
-        stream::put_command(&mut bytes, Command::Error(error.on_side("source")));
+        stream::put_command(&mut bytes, words);
         // The destination may be gone; then there is nobody to tell.
         let _ = self.out.write_last(&bytes, LAST_WRITE);
     }

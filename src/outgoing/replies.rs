@@ -40,6 +40,8 @@ pub(super) enum Said {
 struct Heard {
     /// READY, until it was taken.
     ready: Option<Reply>,
+    /// What came of comparing hashes, until it was taken.
+    compared: Option<Reply>,
     /// A vote, until it was taken.
     vote: Option<Reply>,
     acknowledged: bool,
@@ -93,6 +95,7 @@ impl Shared {
                 Ok(Reply::Error(error)) => heard.error = Some(error),
                 Ok(Reply::Shut(code)) => heard.shut = Some(code),
                 Ok(Reply::Started(ns)) => heard.started = Some(Duration::from_nanos(ns)),
+                Ok(compared @ (Reply::Same | Reply::Differs(..))) => heard.compared = Some(compared),
                 Ok(ready @ Reply::Ready(..)) => heard.ready = Some(ready),
                 Ok(vote @ Reply::Vote(..)) => {
                     heard.vote = Some(vote);
@@ -187,6 +190,12 @@ impl Replies {
     /// Waits until ping `number` was answered, at most for `limit`. False: not yet.
     pub(super) fn has_caught_up(&self, number: u32, limit: Duration) -> bool {
         self.shared.wait(limit, |h| h.pong == number || h.shut.is_some() || h.ended.is_some()).pong == number
+    }
+
+    /// What comparing hashes came to, if the destination says so within `limit`.
+    pub(super) fn compared(&self, limit: Duration) -> Option<Reply> {
+        let mut heard = self.shared.wait(limit, |h| h.compared.is_some() || h.shut.is_some() || h.ended.is_some());
+        heard.compared.take()
     }
 
     /// The next of the switchover's words, and why it came to that; waits at most `limit` for it.

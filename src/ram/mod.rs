@@ -4,6 +4,7 @@
 //! an address that the VMM promised to keep mapped while the block is registered.
 #![allow(unsafe_code, reason = "guest bytes are touched here and nowhere else")]
 
+pub mod digest;
 pub mod fresh;
 pub mod handed;
 pub mod prepare;

@@ -51,8 +51,13 @@ pub const VMIG_FIELD_POINTER: u32 = 1;
 pub const VMIG_DEVICE_EARLY: u32 = 1;
 
 /// Flag of a device: loading it writes guest RAM (a callback of it does). Memory that is handed over by its file is
-/// read-only until the guest has arrived, so such a device refuses option `hand-over`.
+/// read-only until the guest has arrived, so such a device refuses option `hand-over`; and memory that differs from the
+/// source's, option `verify`.
 pub const VMIG_DEVICE_WRITES_RAM: u32 = 2;
+
+/// Flag of a device: saved again where it was just loaded it has other bytes, because it has something that goes on by
+/// itself, as a clock. Option `verify` then compares only the bytes that travelled.
+pub const VMIG_DEVICE_VARIES: u32 = 4;
 
 /// One field of a device's state. Write it with the VMIG_... macros, which check the member's type and fill in every
 /// member; a field written by hand must be zero where nothing is given.

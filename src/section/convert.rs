@@ -53,11 +53,12 @@ impl vmig_device {
         }
         // SAFETY: the caller vouches for the pointers in the struct.
         let mut table = unsafe { convert.table(&c, 0) }?;
-        let unknown = c.flags & !(VMIG_DEVICE_EARLY | VMIG_DEVICE_WRITES_RAM);
+        let unknown = c.flags & !(VMIG_DEVICE_EARLY | VMIG_DEVICE_WRITES_RAM | VMIG_DEVICE_VARIES);
         if unknown != 0 {
             return Err(Error::invalid(format!("unknown flags {unknown:#x}")).in_section(&table.name));
         }
         table.early = c.flags & VMIG_DEVICE_EARLY != 0;
+        table.varies = c.flags & VMIG_DEVICE_VARIES != 0;
         table.writes_ram = c.flags & VMIG_DEVICE_WRITES_RAM != 0;
         Ok((Declared::State(table.checked()?), c.priority))
     }

@@ -243,7 +243,7 @@ fn hostile_structs_are_refused() {
 
     refused(&vmig_device { name: null(), ..good }, "vmig_device.name is NULL");
     refused(&vmig_device { version: 0, ..good }, "1 <= oldest <= version");
-    refused(&vmig_device { flags: 4, ..good }, "unknown flags");
+    refused(&vmig_device { flags: 8, ..good }, "unknown flags");
     let long = CString::new("x".repeat(300)).unwrap();
     refused(&vmig_device { name: long.as_ptr(), ..good }, "longer than 255");
     refused(&vmig_device { name: c"\xff".as_ptr(), ..good }, "not UTF-8");

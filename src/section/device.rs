@@ -95,6 +95,10 @@ impl Section for Device {
         self.table.fds_to_send(self.base.0).map_err(|e| e.in_section(&self.table.name))
     }
 
+    fn saves_again(&self) -> bool {
+        !self.table.has_fds() && !self.table.varies
+    }
+
     fn writes_ram(&self) -> bool {
         self.table.writes_ram
     }

@@ -161,6 +161,11 @@ pub trait Section: Send + Sync {
         Ok(Vec::new())
     }
 
+    /// Whether `complete` may also be called where it was loaded, and must give the bytes it was loaded from.
+    fn saves_again(&self) -> bool {
+        false
+    }
+
     /// Whether loading writes guest RAM.
     fn writes_ram(&self) -> bool {
         false

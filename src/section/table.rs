@@ -107,6 +107,8 @@ pub struct Table {
     pub early: bool,
     /// Loading it writes guest RAM.
     pub writes_ram: bool,
+    /// Saved again where it was loaded it may have other bytes.
+    pub varies: bool,
 }
 
 impl Table {
@@ -121,6 +123,7 @@ impl Table {
             hooks: None,
             early: false,
             writes_ram: false,
+            varies: false,
         }
     }
 

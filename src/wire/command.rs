@@ -12,6 +12,10 @@ const ERROR: u16 = 0x5600;
 const FDS: u16 = 0x5601;
 /// Longest JSON error.
 pub const ERROR_MAX: u64 = 64 << 10;
+/// Ours, with option `verify`: bytes follow two of these three, see `digest`.
+const HASH: u16 = 0x5620;
+const HASHES: u16 = 0x5621;
+const PAGE_HASHES: u16 = 0x5622;
 /// Ours: the switchover's words, see docs/switchover.md.
 const PREPARE: u16 = 0x5610;
 const GO: u16 = 0x5611;
@@ -28,13 +32,19 @@ pub enum Command {
     SwitchoverStart,
     /// So many file descriptors came with these bytes, for the bodies that follow.
     Fds(u32),
+    /// All pages and devices came: hash them.
+    Hash,
+    /// The hashes of the source follow.
+    Hashes,
+    /// The hashes of the pages of the granule that was said to differ follow.
+    PageHashes,
     /// All pages and devices of the attempt with this epoch came before this. Ends the stream of sections.
     Prepare(u64),
     /// Run the guest: the attempt's epoch, and the incarnation that said READY.
     Go(u64, u64),
     /// The attempt with this epoch is off.
     Abort(u64),
-    /// Why nothing follows.
+    /// Why nothing follows, or an ABORT does.
     Error(Error),
 }
 
@@ -54,7 +64,7 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
     let number = input.u16()?;
     let len = input.u16()?;
     let want = match number {
-        OPEN_RETURN_PATH | SWITCHOVER_START | ERROR => 0,
+        OPEN_RETURN_PATH | SWITCHOVER_START | ERROR | HASH | HASHES | PAGE_HASHES => 0,
         PING | FDS => 4,
         PREPARE | ABORT => 8,
         GO => 16,
@@ -71,6 +81,9 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
         OPEN_RETURN_PATH => Command::OpenReturnPath,
         PING => Command::Ping(input.u32()?),
         FDS => Command::Fds(input.u32()?),
+        HASH => Command::Hash,
+        HASHES => Command::Hashes,
+        PAGE_HASHES => Command::PageHashes,
         PREPARE => Command::Prepare(input.u64()?),
         ABORT => Command::Abort(input.u64()?),
         GO => Command::Go(input.u64()?, input.u64()?),
@@ -120,6 +133,18 @@ pub fn put(out: &mut Vec<u8>, command: Command) {
             out.u16(4);
             out.u32(count);
         }
+        Command::Hash => {
+            out.u16(HASH);
+            out.u16(0);
+        }
+        Command::Hashes => {
+            out.u16(HASHES);
+            out.u16(0);
+        }
+        Command::PageHashes => {
+            out.u16(PAGE_HASHES);
+            out.u16(0);
+        }
         Command::Prepare(epoch) => {
             out.u16(PREPARE);
             out.u16(8);
@@ -156,7 +181,8 @@ mod tests {
         let error = Command::Error(Error::invalid("late writer").in_section("ram").on_side("source"));
         let words = [Command::Prepare(1 << 40), Command::Go(5, u64::MAX), Command::Abort(6), error];
         let plain = [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart, Command::Fds(3)];
-        for command in plain.into_iter().chain(words) {
+        let verify = [Command::Hash, Command::Hashes, Command::PageHashes];
+        for command in plain.into_iter().chain(verify).chain(words) {
             let mut out = Vec::new();
             put(&mut out, command.clone());
             assert_eq!(read(&mut Slice::new(&out)).unwrap(), command);

@@ -121,6 +121,8 @@ pub struct Welcome {
     pub zero_runs: bool,
     /// From here on everything has the checksum that the source asked for.
     pub checksum: bool,
+    /// It hashes and compares, as the source asked for.
+    pub verify: bool,
     /// It takes the switchover in four words.
     pub switchover: bool,
     /// Blocks whose files it takes, in the order of the offer: these follow, and no pages of them. None: it knows
@@ -142,6 +144,8 @@ pub const FEATURE_MULTIFD: &str = "multifd";
 pub const FEATURE_HAND_OVER: &str = "hand-over";
 /// Feature: the switchover in four words.
 pub const FEATURE_SWITCHOVER: &str = "switchover";
+/// Feature: hashes of memory and devices are compared before the guest leaves.
+pub const FEATURE_VERIFY: &str = "verify";
 
 fn put_frame(out: &mut Vec<u8>, json: &Value) -> Result<()> {
     let text = json.to_string();
@@ -337,6 +341,7 @@ pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
                 (welcome.zero_runs, FEATURE_ZERO_RUNS),
                 (welcome.checksum, checksum::NAME),
                 (welcome.switchover, FEATURE_SWITCHOVER),
+                (welcome.verify, FEATURE_VERIFY),
             ];
             let features: Vec<&str> = all.iter().filter(|(takes, _)| *takes).map(|(_, name)| *name).collect();
             let mut json = json!({"library": env!("CARGO_PKG_VERSION"), "features": features});
@@ -392,6 +397,7 @@ pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
                 fds: has(FEATURE_FDS),
                 zero_runs: has(FEATURE_ZERO_RUNS),
                 checksum: has(checksum::NAME),
+                verify: has(FEATURE_VERIFY),
                 switchover: has(FEATURE_SWITCHOVER),
                 hand_over,
                 channels,

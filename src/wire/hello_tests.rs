@@ -48,6 +48,7 @@ fn answers_carry_every_difference() {
         fds: true,
         zero_runs: true,
         checksum: true,
+        verify: true,
         switchover: true,
         hand_over: Some(vec!["low".into()]),
         channels: Some(2),

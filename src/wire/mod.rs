@@ -6,6 +6,7 @@ pub mod ask;
 pub mod checksum;
 pub mod command;
 pub mod cpu;
+pub mod digest;
 pub mod frame;
 pub mod hello;
 pub mod input;

@@ -19,6 +19,9 @@ const SWITCHOVER_ACK: u16 = 7;
 const ERROR: u16 = 0x5600;
 /// Ours, after a SHUT with 0: be64 nanoseconds that the handlers and the start hook took.
 const STARTED: u16 = 0x5601;
+/// Ours, with option `verify`.
+const SAME: u16 = 0x5620;
+const DIFFERS: u16 = 0x5621;
 /// Ours: the switchover's words, see docs/switchover.md.
 const READY: u16 = 0x5610;
 const VOTE: u16 = 0x5611;
@@ -36,6 +39,10 @@ pub enum Reply {
     Started(u64),
     /// Why a SHUT with an error, or the vote NEVER, is about to follow.
     Error(Error),
+    /// Everything that was hashed is the same here.
+    Same,
+    /// A block, by its number in the list of hashes, differs in this granule: which page is it?
+    Differs(u32, u64),
     /// Ready to run the guest of the attempt with this epoch, says this incarnation.
     Ready(u64, u64),
     /// What became of the attempt with this epoch: incarnation, and one of [`OWNED`], [`NEVER`], [`UNKNOWN`].
@@ -50,9 +57,10 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
     let want = match number {
         SHUT | PONG => 4,
         STARTED => 8,
+        DIFFERS => 12,
         READY => 16,
         VOTE => 20,
-        SWITCHOVER_ACK | ERROR => 0,
+        SWITCHOVER_ACK | ERROR | SAME => 0,
         3 | 4 => return Err(Error::invalid(format!("reply byte {at:#x}: a page request outside of postcopy"))),
         _ => return Err(Error::invalid(format!("reply byte {at:#x}: unknown reply {number:#x}"))),
     };
@@ -65,6 +73,8 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
         PONG => Reply::Pong(input.u32()?),
         SWITCHOVER_ACK => Reply::SwitchoverAck,
         STARTED => Reply::Started(input.u64()?),
+        SAME => Reply::Same,
+        DIFFERS => Reply::Differs(input.u32()?, input.u64()?),
         READY => Reply::Ready(input.u64()?, input.u64()?),
         VOTE => {
             let (epoch, incarnation, vote) = (input.u64()?, input.u64()?, input.u32()?);
@@ -105,6 +115,16 @@ pub fn put(out: &mut Vec<u8>, reply: &Reply) {
             out.u16(8);
             out.u64(*ns);
         }
+        Reply::Same => {
+            out.u16(SAME);
+            out.u16(0);
+        }
+        Reply::Differs(block, granule) => {
+            out.u16(DIFFERS);
+            out.u16(12);
+            out.u32(*block);
+            out.u64(*granule);
+        }
         Reply::Ready(epoch, incarnation) => {
             out.u16(READY);
             out.u16(16);
@@ -136,7 +156,7 @@ mod tests {
     #[test]
     fn round_trip_and_refusals() {
         let error = Error::invalid("no such block").in_section("ram").on_side("destination");
-        let words = [Reply::Ready(1, u64::MAX), Reply::Vote(2, 3, NEVER)];
+        let words = [Reply::Ready(1, u64::MAX), Reply::Vote(2, 3, NEVER), Reply::Same, Reply::Differs(1, 1 << 40)];
         let others = [Reply::Shut(3), Reply::Pong(1), Reply::SwitchoverAck, Reply::Started(7), Reply::Error(error)];
         for reply in others.into_iter().chain(words) {
             let mut out = Vec::new();

@@ -4,7 +4,9 @@
  *
  * Commands: set OPTION VALUE, get OPTION, in URI, out URI, start, stop, cancel, continue, resolve N, status, error,
  * fail HOOK|none, hold HOOK|none (it waits there: "note held"), hooks (what was called since the last time), counts (1 if
- * the guest counts on), reasons, hash, memory (how many bytes of it are not zero), quit.   SPDX: MIT OR Apache-2.0 */
+ * the guest counts on), reasons, hash, arrival (the hash when the guest was last started), memory (how many bytes of it are not zero), poke N (writes a byte of the low block and
+ * tells nobody), twist 0|1 (the uart does not load what it is given), cancels N (so many threads cancel at once: "value"
+ * and the result that all have, or "differs"), unmap (the memory is gone), quit.   SPDX: MIT OR Apache-2.0 */
 #include "guest.h"
 
 static struct guest g;
@@ -12,6 +14,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static char calls[1024];
 static const char *failing = "none", *held = "none";
+static bool twisted;
 
 static const char *name_of(enum callback c)
 {
@@ -32,6 +35,8 @@ static int plot(struct guest *guest, enum callback c)
     size_t used;
     int result;
 
+    if (c == CB_POST_LOAD && twisted)
+        guest->dev.control ^= 0x100;
     if (!name)
         return 0;
     pthread_mutex_lock(&lock);
@@ -136,8 +141,66 @@ static bool look(const char *verb, char *rest)
         printf("value %d\n", vmig_get_stop_reasons(g.m));
     else if (!strcmp(verb, "hash"))
         printf("value %" PRIx64 "\n", guest_hash(&g));
+    else if (!strcmp(verb, "arrival"))
+        printf("value %" PRIx64 "\n", g.arrival_hash);
     else if (!strcmp(verb, "memory"))
         printf("value %u\n", not_zero());
+    else
+        return false;
+    return true;
+}
+
+static pthread_barrier_t together;
+
+static void *cancel_thread(void *unused)
+{
+    (void)unused;
+    pthread_barrier_wait(&together);
+    return (void *)(intptr_t)vmig_cancel(g.m);
+}
+
+/* Many threads cancel at the same moment, and none may wait for another. */
+static void cancels(unsigned count)
+{
+    pthread_t threads[16];
+    void *first = NULL, *result;
+    bool same = true;
+
+    CHECK(count > 0 && count <= 16 && pthread_barrier_init(&together, NULL, count) == 0, "cancels %u", count);
+    for (unsigned i = 0; i < count; i++)
+        CHECK(pthread_create(&threads[i], NULL, cancel_thread, NULL) == 0, "a thread");
+    for (unsigned i = 0; i < count; i++) {
+        CHECK(pthread_join(threads[i], &result) == 0, "join");
+        if (i == 0)
+            first = result;
+        same = same && result == first;
+    }
+    pthread_barrier_destroy(&together);
+    if (same)
+        printf("value %d\n", (int)(intptr_t)first);
+    else
+        printf("value differs\n");
+}
+
+/* The guest completed elsewhere: whoever touches its memory here now dies. */
+static void unmap(void)
+{
+    CHECK(mprotect(g.low, g.low_bytes, PROT_NONE) == 0 && mprotect(g.high, g.high_bytes, PROT_NONE) == 0, "mprotect");
+    printf("ok\n");
+}
+
+static bool harm(const char *verb, char *rest)
+{
+    if (!strcmp(verb, "poke")) {
+        g.low[strtoul(rest, NULL, 0)] ^= 0xff;
+        printf("ok\n");
+    } else if (!strcmp(verb, "twist")) {
+        twisted = atoi(rest);
+        printf("ok\n");
+    } else if (!strcmp(verb, "cancels"))
+        cancels((unsigned)atoi(rest));
+    else if (!strcmp(verb, "unmap"))
+        unmap();
     else
         return false;
     return true;
@@ -183,7 +246,7 @@ int main(int argc, char **argv)
         verb = strsep(&rest, " ");
         if (!strcmp(verb, "quit"))
             break;
-        if (!look(verb, rest))
+        if (!look(verb, rest) && !harm(verb, rest))
             obey(verb, rest);
     }
     guest_free(&g);

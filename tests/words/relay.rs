@@ -1,4 +1,5 @@
 //! A relay that knows the switchover's words: it holds one back, tells, and does with it what it is told.
+#![allow(dead_code, reason = "each test file uses its own part of this")]
 
 use std::{
     io::{Read, Write},
@@ -13,12 +14,16 @@ use std::{
 };
 
 /// What the relay holds back, by how it begins on the wire, and whether the source says it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Word(&'static [u8], bool);
 
 pub(crate) const PREPARE: Word = Word(&[8, 0x56, 0x10, 0, 8], true);
 pub(crate) const GO: Word = Word(&[8, 0x56, 0x11, 0, 16], true);
+/// With option `verify`: all hashes are the same.
+pub(crate) const SAME: Word = Word(&[0x56, 0x20, 0, 0], false);
 pub(crate) const READY: Word = Word(&[0x56, 0x10, 0, 16], false);
+/// Before its first answer to a ping the source does not stop the guest.
+pub(crate) const PONG: Word = Word(&[0, 2, 0, 4], false);
 pub(crate) const VOTE: Word = Word(&[0x56, 0x11, 0, 20], false);
 
 const HOLD: u8 = 0;

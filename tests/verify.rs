@@ -1,0 +1,288 @@
+//! Option `verify`: what differs between the two sides when everything arrived is named, whoever made it differ, and the
+//! guest stays; without the option nobody notices.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+#[path = "words/flip.rs"]
+mod flip;
+#[path = "words/pair.rs"]
+mod pair;
+#[path = "common/program.rs"]
+mod program;
+#[path = "words/relay.rs"]
+mod relay;
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+
+use common::hostile::{Look, Vmm};
+use common::scratch;
+use flip::{Bit, HEADER};
+use pair::{Pair, hooks, value};
+use relay::{READY, SAME, VOTE};
+use serde_json::Value;
+
+const SHAPE: [&str; 1] = ["low=64"];
+
+/// A guest that stands still, so that what changes on its way is not sent again.
+fn source(channels: usize, verify: &str) -> Vmm {
+    let mut source = Vmm::new(&SHAPE);
+    source.does("idle 1");
+    source.does("start");
+    source.does(&format!("set multifd {}", if channels > 0 { "on" } else { "off" }));
+    if channels > 0 {
+        source.does(&format!("set multifd-channels {channels}"));
+    }
+    source.does("set zero-page-detection none");
+    source.does(&format!("set verify {verify}"));
+    source
+}
+
+fn ends(source: &mut Vmm, there: &mut Vmm, uri: &str) -> (Look, Look) {
+    source.does(&format!("out {uri}"));
+    (source.wait(), there.wait())
+}
+
+fn completed(left: &Look, came: &Look) {
+    let states = (left.state.as_str(), came.state.as_str());
+    assert_eq!(states, ("completed", "completed"), "{} {}", left.error, came.error);
+}
+
+/// Both sides failed by the same difference, and say all that there is to know.
+fn named(error: &Value, section: &str, field: Option<&str>, words: &str) {
+    let seen = error.to_string();
+    println!("{seen}");
+    assert_eq!(error["errno"].as_i64(), Some(libc::EBADMSG.into()), "{seen}");
+    assert_eq!((error["section"].as_str(), error["field"].as_str()), (Some(section), field), "{seen}");
+    assert!(error["message"].as_str().unwrap().contains(words), "{seen}");
+    let of = |key: &str| error[key].as_str().unwrap_or("").to_owned();
+    assert!(of("expected").starts_with("0x") && of("expected") != of("got") && of("got").starts_with("0x"), "{seen}");
+}
+
+/// A bit changes between the two sides: with the option it is named, without it arrives.
+fn flipped(channels: usize, bit: Bit, section: &str, field: Option<&str>, words: &str) {
+    let mut here = source(channels, "on");
+    let (mut there, address) = Vmm::destination(&SHAPE);
+    let (left, came) = ends(&mut here, &mut there, &flip::relay(&address, channels, bit));
+    for look in [&left, &came] {
+        assert_eq!((look.state.as_str(), look.error["side"].as_str()), ("failed", Some("destination")), "{bit:?}");
+        named(&look.error, section, field, words);
+    }
+    assert_eq!(there.ask("starts"), "0", "{bit:?}");
+    // The guest is as it was, and runs; the next attempt succeeds, and is compared, too.
+    here.does("idle 0");
+    here.runs_on();
+    let address = there.listen("tcp:127.0.0.1:0");
+    let (left, came) = ends(&mut here, &mut there, &address);
+    completed(&left, &came);
+    there.has_what_left(&mut here);
+    there.runs_on();
+    here.end();
+    there.end();
+
+    let mut here = source(channels, "off");
+    let (mut there, address) = Vmm::destination(&SHAPE);
+    let (left, came) = ends(&mut here, &mut there, &flip::relay(&address, channels, bit));
+    completed(&left, &came);
+    let (left, arrived) = (here.ask("hash"), there.ask("hash"));
+    assert_ne!(left.split(' ').next(), arrived.split(' ').nth(1), "{bit:?}: it changed nothing");
+    here.end();
+    there.end();
+}
+
+#[test]
+fn a_page_that_changed_on_its_way_is_named() {
+    for channels in [1, 3] {
+        let bit = Bit::Packet("low", HEADER + 5 * 4096 + 77);
+        flipped(
+            channels,
+            bit,
+            "ram",
+            Some("low"),
+            "'low' differs from the source's at page 0x5 (bytes 0x5000..0x6000)",
+        );
+    }
+    // Of the plain stream's first record; a page goes behind a head of eight bytes.
+    flipped(0, Bit::Behind(b"\x03low", 23_000), "ram", Some("low"), "'low' differs from the source's at page 0x5 ");
+}
+
+#[test]
+fn a_section_that_changed_on_its_way_is_named() {
+    for channels in [0, 2] {
+        flipped(channels, Bit::Behind(&[18; 40], 20), "gpu", None, "what arrived of section 'gpu' is not what");
+        flipped(
+            channels,
+            Bit::Behind(b"\x07counter", 8 + 8 + 6),
+            "counter",
+            None,
+            "what arrived of section 'counter'",
+        );
+    }
+}
+
+fn error(program: &mut program::Program) -> Value {
+    serde_json::from_str(&value(program, "error")).unwrap()
+}
+
+#[test]
+fn a_late_writer_at_the_source_is_named() {
+    let mut pair = Pair::new("late", READY);
+    pair.source.must("set verify on");
+    pair.until_held();
+    // Everything was compared: a thread of the source writes, and tells nobody.
+    pair.source.must("poke 0x3010");
+    pair.relay.pass();
+    pair.end_in("failed", "failed");
+    for side in [&mut pair.source, &mut pair.destination] {
+        let error = error(side);
+        assert_eq!(error["side"], "source");
+        named(&error, "ram", Some("low"), "'low' changed at page 0x3 (bytes 0x3000..0x4000)");
+    }
+    assert_eq!(hooks(&mut pair.source), "stop release=1 reacquire=3 start");
+    assert_eq!(hooks(&mut pair.destination), "reacquire=2 release=2");
+    assert_eq!(value(&mut pair.destination, "memory"), "0", "nothing of the guest is left");
+    pair.stayed();
+    pair.moves_after_all();
+    pair.quit();
+    // Without the option nobody notices.
+    let mut pair = Pair::new("unseen", READY);
+    pair.until_held();
+    pair.source.must("poke 0x3010");
+    pair.relay.pass();
+    pair.end_in("completed", "completed");
+    pair.quit();
+}
+
+#[test]
+fn a_source_that_is_cancelled_while_hashes_are_compared_says_so() {
+    let mut pair = Pair::new("compared", SAME);
+    pair.source.must("set verify on");
+    pair.until_held();
+    pair.source.must("cancel");
+    pair.end_in("cancelled", "failed");
+    let error = error(&mut pair.destination);
+    assert_eq!((&error["side"], &error["phase"]), (&"source".into(), &"verify".into()), "{error}");
+    assert_eq!(error["errno"].as_i64(), Some(libc::ECANCELED.into()), "{error}");
+    assert_eq!(value(&mut pair.destination, "memory"), "0", "nothing of the guest is left");
+    pair.relay.pass();
+    pair.stayed();
+    pair.moves_after_all();
+    pair.quit();
+}
+
+#[test]
+fn a_writer_before_the_hash_is_named_by_the_destination() {
+    for verify in ["on", "off"] {
+        let mut pair = Pair::new("early", VOTE);
+        pair.relay.pass();
+        pair.source.must(&format!("set verify {verify}"));
+        pair.source.must("hold release");
+        pair.source.must(&format!("out {}", pair.relay.uri));
+        pair.source.await_news("note held");
+        // The page was sent in the first round, and is not dirty.
+        pair.source.must("poke 0x3010");
+        pair.source.must("hold none");
+        if verify == "off" {
+            pair.end_in("completed", "completed");
+        } else {
+            pair.end_in("failed", "failed");
+            for side in [&mut pair.source, &mut pair.destination] {
+                let error = error(side);
+                assert_eq!((&error["side"], &error["phase"]), (&"destination".into(), &"verify".into()), "{error}");
+                named(&error, "ram", Some("low"), "'low' differs from the source's at page 0x3 ");
+            }
+            pair.stayed();
+            pair.moves_after_all();
+        }
+        pair.quit();
+    }
+}
+
+#[test]
+fn a_device_that_loads_wrongly_is_named() {
+    for verify in ["on", "off"] {
+        let mut pair = Pair::new("twisted", VOTE);
+        pair.relay.pass();
+        pair.source.must(&format!("set verify {verify}"));
+        pair.destination.must("twist 1");
+        pair.source.must(&format!("out {}", pair.relay.uri));
+        if verify == "off" {
+            pair.end_in("completed", "completed");
+        } else {
+            pair.end_in("failed", "failed");
+            for side in [&mut pair.source, &mut pair.destination] {
+                let error = error(side);
+                assert_eq!(error["side"], "destination");
+                named(&error, "uart", None, "saved again it differs from byte 0x2 of its body on");
+            }
+            assert_eq!(value(&mut pair.destination, "memory"), "0", "nothing of the guest is left");
+            pair.stayed();
+            pair.destination.must("twist 0");
+            pair.moves_after_all();
+        }
+        pair.quit();
+    }
+}
+
+#[test]
+fn a_busy_guest_arrives_and_nobody_complains() {
+    for (channels, uri, checksum) in
+        [(0, "tcp:127.0.0.1:0", "none"), (0, "tcp:127.0.0.1:0", "crc32c"), (1, "unix", "none"), (4, "unix", "crc32c")]
+    {
+        let mut here = source(channels, "on");
+        here.does("idle 0");
+        here.does("set zero-page-detection multifd");
+        here.does(&format!("set checksum {checksum}"));
+        let mut there = Vmm::new(&["fill=0", SHAPE[0]]);
+        let path = scratch("busy").join("s");
+        let address = there.listen(&if uri == "unix" { format!("unix:{}", path.display()) } else { uri.to_owned() });
+        let (left, came) = ends(&mut here, &mut there, &address);
+        completed(&left, &came);
+        there.has_what_left(&mut here);
+        there.runs_on();
+        here.end();
+        there.end();
+    }
+}
+
+#[test]
+fn it_takes_two() {
+    let refused = |look: &Look, side: &str, words: &str| {
+        let seen = format!("{}: {}", look.state, look.error);
+        assert_eq!((look.state.as_str(), look.error["side"].as_str()), ("failed", Some(side)), "{seen}");
+        assert!(look.message().contains(words) && look.error["option"] == "verify", "{seen}");
+    };
+    // A destination may insist.
+    let mut here = source(0, "off");
+    let mut there = Vmm::new(&["fill=0", SHAPE[0]]);
+    there.does("set verify on");
+    let address = there.listen("tcp:127.0.0.1:0");
+    let (left, came) = ends(&mut here, &mut there, &address);
+    refused(&left, "destination", "set it at the source, too (source: off, destination: on)");
+    refused(&came, "destination", "set it at the source, too");
+    // A QEMU does not compare, whoever of us listens or sends; nor does a file, nor who cannot answer.
+    here.does("set verify on");
+    let address = there.listen("tcp:127.0.0.1:0");
+    let mut plain = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
+    plain.write_all(b"QEVM\0\0\0\x03").unwrap();
+    refused(&there.wait(), "destination", "the source does not use this library");
+    here.does(&format!("save {}", scratch("file").join("f").display()));
+    refused(&here.wait(), "source", "needs a destination that uses this library");
+    for (option, value, back) in [("peer", "qemu", "vmig"), ("return-path", "off", "on")] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        here.does(&format!("set {option} {value}"));
+        here.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
+        refused(&here.wait(), "source", "needs a destination that uses this library");
+        here.does(&format!("set {option} {back}"));
+    }
+    // An older vmig does not know it.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    here.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
+    let mut older = listener.accept().unwrap().0;
+    older.write_all(b"VMIG\0\0\0\x01\0\0\0\x0f{\"features\":[]}").unwrap();
+    refused(&here.wait(), "source", "is older and knows nothing of option 'verify'");
+    here.does("idle 0");
+    here.runs_on();
+    here.end();
+    there.end();
+}
