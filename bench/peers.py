@@ -4,7 +4,7 @@ The guest says one byte per tick on port 0xe9; both VMMs pass it on at once, and
 measured begins when the command to migrate is given and ends when the source says it completed and the destination's
 guest has been heard.
 """
-import ctypes, fcntl, json, os, selectors, signal, socket, subprocess, time
+import ctypes, fcntl, json, os, select, selectors, signal, socket, subprocess, threading, time
 from wire import Connections, Loopback, worst_excess
 
 START_LIMIT = 60                # seconds until the guest filled its memory and beats
@@ -256,6 +256,33 @@ class Pair:
         finally:
             self.end()
 
+    def cancelled(self, phase):
+        """Starts a migration, cancels it in a phase, and says how long that took."""
+        silent = socket.create_server(('127.0.0.1', 0))
+        try:
+            source, _, uri = self.ready()
+            if phase == 'pre-switchover':
+                self.pause_before_switchover(source)
+            else:
+                self.set_rate(source, 100e6)
+            if phase == 'silent':
+                uri = f'tcp:127.0.0.1:{silent.getsockname()[1]}'
+            self.start(source, uri)
+            if phase == 'pre-switchover':
+                self.watch(MOVE_LIMIT, lambda: self.has_become(source, 'pre-switchover'), 'the guest was not stopped')
+            else:
+                self.pass_time(STEADY)
+            begin = time.monotonic()
+            self.cancel(source)
+            self.watch(MOVE_LIMIT, lambda: self.has_become(source, 'cancelled'), 'the migration was not cancelled')
+            took = time.monotonic() - begin
+            beats = len(source.beats)
+            self.watch(MOVE_LIMIT, lambda: len(source.beats) > beats, 'the guest was not heard after the cancel')
+            return {'cancel_ms': took * 1e3}
+        finally:
+            silent.close()
+            self.end()
+
     def throttled(self):
         """Sends under a rate limit that is raised and lowered meanwhile; how far it went beyond, and what it reached."""
         rate, connections = 200e6 * self.mib / 1024, Connections()
@@ -337,11 +364,106 @@ class Vmig(Pair):
     def start(self, source, uri):
         source.say(f'migrate {uri}')
 
+    def pause_before_switchover(self, source):
+        self.set(source, 'pause-before-switchover', 'on')
+
+    def cancel(self, source):
+        source.say('cancel')
+
+    def has_become(self, source, state):
+        return f'event {state}' in source.lines
+
     def completed(self, source):
         for line in source.lines:
             if line.startswith(('event failed', 'error')):
                 source.die(line)
         return 'event completed' in source.lines
+
+    def words(self):
+        """What the words of a move cost: the hello, through a relay that looks at the clock, and READY, GO and OWNED."""
+        try:
+            source, destination, uri = self.ready()
+            relay = Relay(uri)
+            self.set(source, 'multifd', 'off')      # the relay takes one connection
+            self.start(source, relay.uri)
+            self.watch(MOVE_LIMIT, lambda: self.completed(source), 'the migration did not complete')
+            self.watch(MOVE_LIMIT, lambda: destination.beats, 'the guest was not heard after the move')
+            return {'hello_ms': relay.took() * 1e3}
+        finally:
+            self.end()
+
+
+class Relay(threading.Thread):
+    """Passes one connection on, and looks when the destination's first bytes come: its answer to the hello."""
+
+    def __init__(self, uri):
+        super().__init__(daemon=True)
+        host, port = uri.removeprefix('tcp:').rsplit(':', 1)
+        self.there, self.server = (host, int(port)), socket.create_server(('127.0.0.1', 0))
+        self.uri, self.began, self.answered = f'tcp:127.0.0.1:{self.server.getsockname()[1]}', None, None
+        self.start()
+
+    def run(self):
+        source, _ = self.server.accept()
+        self.began = time.monotonic()
+        self.server.close()
+        there = socket.create_connection(self.there)
+        for s in (source, there):
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        other = {source: there, there: source}
+        try:
+            while True:
+                for s in select.select([source, there], [], [])[0]:
+                    if s is there and self.answered is None:
+                        self.answered = time.monotonic()
+                    if not (data := s.recv(1 << 20)):
+                        return
+                    other[s].sendall(data)
+        except OSError:
+            pass
+        finally:
+            source.close(), there.close()
+
+    def took(self):
+        if self.answered is None:
+            raise Failed('vmig: the destination did not answer the hello')
+        return self.answered - self.began
+
+
+class Words:
+    """Two processes with next to nothing to move: what is left of a switchover is what its words cost."""
+
+    def __init__(self, program):
+        self.program = program
+
+    def say(self, side, line, start):
+        side.stdin.write(line + '\n')
+        side.stdin.flush()
+        while (said := side.stdout.readline()) and not said.startswith(start):
+            if said.startswith('error'):
+                raise Failed(f'switchover: {line}: {said.strip()}')
+        return said.split()
+
+    def run(self):
+        sides = [subprocess.Popen([self.program, fill], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                  preexec_fn=child()) for fill in ('33', '0')]
+        try:
+            source, destination = sides
+            self.say(source, 'start', 'ok')
+            uri = self.say(destination, 'in tcp:127.0.0.1:0', 'listening')[1]
+            self.say(source, f'out {uri}', 'ok')
+            end = time.monotonic() + MOVE_LIMIT
+            while 'state=completed' not in self.say(source, 'status', 'status'):
+                if time.monotonic() > end:
+                    raise Failed('switchover: the migration did not complete')
+                time.sleep(0.01)
+            parts = dict(word.split('=') for word in self.say(source, 'parts', 'parts')[1:])
+            ready, owned = (int(parts[name]) / 1e6 for name in ('load', 'unexplained'))
+            return {'ready_ms': ready, 'owned_ms': owned, 'words_ms': ready + owned}
+        finally:
+            for side in sides:
+                side.kill()
+                side.wait()
 
 
 class HandOver(Vmig):
@@ -435,6 +557,16 @@ class Qemu(Pair):
 
     def start(self, source, uri):
         source.say(json.dumps({'execute': 'migrate', 'arguments': {'uri': uri}}))
+
+    def pause_before_switchover(self, source):
+        self.qmp(source, 'migrate-set-capabilities', capabilities=[{'capability': 'pause-before-switchover', 'state': True}])
+
+    def cancel(self, source):
+        source.say(json.dumps({'execute': 'migrate_cancel'}))
+
+    def has_become(self, source, state):
+        messages = [json.loads(line) for line in source.lines]
+        return any(m.get('event') == 'MIGRATION' and m['data']['status'] == state for m in messages)
 
     def completed(self, source):
         for line in source.lines:

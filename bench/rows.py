@@ -1,6 +1,6 @@
 """What is measured, and the rows that come of it."""
 import collections, json, os, statistics, subprocess, time
-from peers import Age, Failed, HandOver, Held, Qemu, Vmig, child, OTHER_CORE
+from peers import Age, Failed, HandOver, Held, Qemu, Vmig, Words, child, OTHER_CORE
 
 RANDOM, ZEROS, NOTHING = 2, 1, 0
 MIB_128 = 32768                         # pages
@@ -26,11 +26,16 @@ GROUPS = {
     'busy-520': Guest(RANDOM, 128, MIB_128, '520 MB/s dirtied'),
     'busy-520-wide': Guest(RANDOM, 128, 2 * MIB_128, '520 MB/s over 256 MiB'),
     'rate': Guest(RANDOM, 1, 1, 'rate limit'),
+    'words': Guest(NOTHING, 1, 1, 'switchover'),
+    'cancel': Guest(RANDOM, 1, 1, 'cancel'),
     'hand-over': None,
 }
+WORDS_LIMIT_MS = 0.5
+CANCELLED_IN = {'active': 'while memory is sent', 'pre-switchover': 'with the guest stopped',
+                'silent': 'a destination that never answers'}
 FELT = ['idle'] + [group for group in GROUPS if group.startswith('busy')]
 # Seconds a run takes, about, for the estimate.
-COST = {'vmig': 3.6, 'qemu': 5.0, 'push': 3.4, 'read': 0.8, 'rate': 6.7, 'hand-over': 90.0}
+COST = {'vmig': 3.6, 'qemu': 5.0, 'push': 3.4, 'read': 0.8, 'rate': 6.7, 'words': 0.2, 'hello': 3.0, 'cancel': 4.0, 'hand-over': 90.0}
 
 Row = collections.namedtuple('Row', 'row unit better vmig qemu limit panel')
 
@@ -133,6 +138,12 @@ def runs_of(group, b):
         runs = {'vmig': vmig(), 'qemu': qemu()}
         if group == 'zeros':
             runs['read'] = ('read', lambda: b.read(b.lanes))
+    elif group == 'words':
+        program = os.path.join(os.path.dirname(b.vmm), 'switchover')
+        runs = {'words': ('words', lambda: Words(program).run()), 'hello': ('hello', lambda: b.pair(Vmig, group).words())}
+    elif group == 'cancel':
+        runs = {f'{name} {phase}': ('cancel', lambda kind=kind, phase=phase: b.pair(kind, group).cancelled(phase))
+                for phase in CANCELLED_IN for name, kind in (('vmig', Vmig), ('qemu', Qemu))}
     elif group == 'rate':
         runs = {'vmig': ('rate', lambda: b.pair(Vmig, group).throttled()),
                 'qemu': ('rate', lambda: b.pair(Qemu, group).throttled())}
@@ -240,6 +251,22 @@ def rate_rows(found, b):
             Row('rate limit: achieved in steady state', 'MB/s', 'higher', *both('steady_mb'), [200 * b.mib / 1024], None)]
 
 
+def words_rows(found):
+    samples = found['words']
+    return [Row(f'switchover, {words}', 'ms', 'lower', values(samples, name, metric), [], limit, None)
+            for name, metric, words, limit in [
+                ('words', 'words_ms', 'nothing to load: READY, GO and OWNED together', [WORDS_LIMIT_MS]),
+                ('words', 'ready_ms', 'nothing to load: from PREPARE to READY', []),
+                ('words', 'owned_ms', 'nothing to load: from GO to OWNED, less the start', []),
+                ('hello', 'hello_ms', 'from the connection to the welcome', [])]]
+
+
+def cancel_rows(found):
+    samples = found['cancel']
+    return [Row(f'cancel, {words}', 'ms', 'lower', values(samples, f'vmig {phase}', 'cancel_ms'),
+                values(samples, f'qemu {phase}', 'cancel_ms'), [], None) for phase, words in CANCELLED_IN.items()]
+
+
 def hand_over_rows(found):
     return [Row(f'hand-over of {gib} GiB: {words}', 'ms', 'lower', values(found['hand-over'], f'{gib} GiB', metric), [],
                 limit, None)
@@ -259,6 +286,8 @@ def rows_of(found, b):
         for group in FELT:
             rows += felt_rows(group, found, pinned) if group in found else []
     rows += rate_rows(found, b) if 'rate' in found else []
+    rows += words_rows(found) if 'words' in found else []
+    rows += cancel_rows(found) if 'cancel' in found else []
     rows += hand_over_rows(found) if 'hand-over' in found else []
     return [row for row in rows if row.vmig or row.qemu or row.limit]
 
@@ -356,6 +385,10 @@ def verdicts(rows):
     excess = v.rows.get('rate limit: worst excess')
     if excess and excess.vmig:
         v.line(excess.row, f'at most one packet, {PACKET} bytes', f'{median(excess.vmig):.0f}', max(excess.vmig) <= PACKET)
+    words = v.rows.get('switchover, nothing to load: READY, GO and OWNED together')
+    if words and words.vmig:
+        got = median(words.vmig)
+        v.line(words.row, f'under {WORDS_LIMIT_MS} ms', f'{got:.3f} ms', got < WORDS_LIMIT_MS)
     for gib in HAND_OVER_GIB:
         row = v.rows.get(f'hand-over of {gib} GiB: total time')
         if row:

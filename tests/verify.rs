@@ -246,6 +246,26 @@ fn a_busy_guest_arrives_and_nobody_complains() {
 }
 
 #[test]
+fn memory_that_is_handed_over_is_compared_too() {
+    let dir = scratch("handed");
+    let start = |name: &str, fill: &str| {
+        let mut vmm = program::Program::start(name, &dir, &common::c_program("hand"), &[fill]);
+        vmm.must("set hand-over on");
+        vmm
+    };
+    let (mut source, mut destination) = (start("source", "fill=3"), start("destination", "fill=5"));
+    source.must("set verify on");
+    source.must("resume");
+    destination.send(&format!("incoming unix:{}", dir.join("s").display()));
+    let address = destination.listening();
+    source.must(&format!("migrate {address}"));
+    source.must_end_in("completed");
+    destination.must_end_in("completed");
+    source.quit();
+    destination.quit();
+}
+
+#[test]
 fn it_takes_two() {
     let refused = |look: &Look, side: &str, words: &str| {
         let seen = format!("{}: {}", look.state, look.error);

@@ -392,7 +392,7 @@ fn load_all(
         // A QEMU says nothing of its channels: both sides must have been told the same.
         None => {
             hand.check_plain()?;
-            for option in [Opt::Checksum, Opt::Verify].into_iter().filter(|option| job.options.on(*option)) {
+            if let Some(option) = [Opt::Checksum, Opt::Verify].into_iter().find(|option| job.options.on(*option)) {
                 let name = option.name();
                 let text = format!(
                     "option '{name}' is set, but the source does not use this library, or is a pipe or a file"

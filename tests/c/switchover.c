@@ -4,7 +4,7 @@
  *
  * Commands: set OPTION VALUE, get OPTION, in URI, out URI, start, stop, cancel, continue, resolve N, status, error,
  * fail HOOK|none, hold HOOK|none (it waits there: "note held"), hooks (what was called since the last time), counts (1 if
- * the guest counts on), reasons, hash, arrival (the hash when the guest was last started), memory (how many bytes of it are not zero), poke N (writes a byte of the low block and
+ * the guest counts on), parts (of the last downtime), reasons, hash, arrival (the hash when the guest was last started), memory (how many bytes of it are not zero), poke N (writes a byte of the low block and
  * tells nobody), twist 0|1 (the uart does not load what it is given), cancels N (so many threads cancel at once: "value"
  * and the result that all have, or "differs"), unmap (the memory is gone), quit.   SPDX: MIT OR Apache-2.0 */
 #include "guest.h"
@@ -87,6 +87,16 @@ static void print_status(void)
     printf("status state=%s over=%d\n", vmig_state_name(s.state), vmig_wait(g.m, 0));
 }
 
+/* What the last switchover was made of. */
+static void print_parts(void)
+{
+    vmig_downtime d = VMIG_SIZED(vmig_downtime);
+
+    CHECK(vmig_get_downtime(g.m, &d) == 0, "downtime");
+    printf("parts load=%" PRIu64 " start=%" PRIu64 " total=%" PRIu64 " unexplained=%" PRIu64 "\n", d.load, d.start, d.total,
+           d.unexplained);
+}
+
 static void print_text(char *text)
 {
     printf("value %s\n", text ? text : "none");
@@ -133,6 +143,8 @@ static bool look(const char *verb, char *rest)
         print_text(vmig_get_error(g.m));
     else if (!strcmp(verb, "get"))
         print_text(vmig_get(g.m, rest));
+    else if (!strcmp(verb, "parts"))
+        print_parts();
     else if (!strcmp(verb, "hooks"))
         print_calls();
     else if (!strcmp(verb, "counts"))
