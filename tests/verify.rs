@@ -249,7 +249,7 @@ fn a_busy_guest_arrives_and_nobody_complains() {
 fn memory_that_is_handed_over_is_compared_too() {
     let dir = scratch("handed");
     let start = |name: &str, fill: &str| {
-        let mut vmm = program::Program::start(name, &dir, &common::c_program("hand"), &[fill]);
+        let mut vmm = program::Program::start(name, &dir, &common::c_program("hand"), &["memfd", "memfd", "4", fill]);
         vmm.must("set hand-over on");
         vmm
     };
