@@ -20,8 +20,13 @@ use std::{
     },
 };
 
-const SHAPES: [Shape; 3] =
-    [Shape { channels: 0, tcp: false }, Shape { channels: 2, tcp: false }, Shape { channels: 1, tcp: true }];
+const SHAPES: [Shape; 5] = [
+    Shape { channels: 0, tcp: false, verify: false },
+    Shape { channels: 2, tcp: false, verify: false },
+    Shape { channels: 1, tcp: true, verify: false },
+    Shape { channels: 0, tcp: true, verify: true },
+    Shape { channels: 2, tcp: false, verify: true },
+];
 const FAULTS: [Fault; 10] = [
     Fault::Cut,
     Fault::CutInside,

@@ -162,6 +162,24 @@ fn twenty_moves_back_and_forth() {
     }
 }
 
+/// Memory and devices of a busy guest are hashed on both sides, and the state of KVM travels as it was sent.
+#[test]
+fn a_verified_move() {
+    if without_kvm() {
+        return;
+    }
+    for (channels, shared) in [(0, false), (2, true)] {
+        let dir = scratch("verified");
+        let shape = Shape { shared, ..SMALL };
+        let mut source = running(&dir, shape);
+        source.must("set verify on");
+        source.must(if channels > 0 { "set multifd on" } else { "set multifd off" });
+        source.must(&format!("set multifd-channels {channels}"));
+        good_move(&dir, shape, &mut source, TCP).quit();
+        source.quit();
+    }
+}
+
 #[test]
 fn a_paused_guest_arrives_paused() {
     if without_kvm() {

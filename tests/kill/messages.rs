@@ -205,6 +205,11 @@ impl Splitter {
                 let number = front.number(2)?;
                 let len = front.number(2)?;
                 front.take(len)?;
+                match number {
+                    ERROR => drop(front.number(8).and_then(|len| front.take(len))?),
+                    HASHES => hashes(front)?,
+                    _ => (),
+                }
                 Some((number == 11).then_some(Phase::LastPages))
             }
             _ => {
@@ -264,6 +269,21 @@ impl Splitter {
 }
 
 const MAGIC_CHANNEL: [u8; 4] = [0x11, 0x22, 0x33, 0x44];
+
+/// Commands of ours with more behind them than their length says.
+const ERROR: usize = 0x5600;
+const HASHES: usize = 0x5621;
+
+/// Of each block's granules, and of the sections.
+fn hashes(front: &mut Front<'_>) -> Option<()> {
+    for _ in 0..front.number(4)? {
+        front.name()?;
+        let granules = front.number(4)?;
+        front.take(granules * 8)?;
+    }
+    let sections = front.number(4)?;
+    front.take(sections * 12).map(drop)
+}
 
 /// Bytes of the hints that follow a welcome.
 fn hints(hello: &serde_json::Value) -> usize {

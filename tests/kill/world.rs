@@ -105,6 +105,8 @@ pub(crate) enum Outcome {
 pub(crate) struct Shape {
     pub(crate) channels: usize,
     pub(crate) tcp: bool,
+    /// Hashes are compared before the guest may leave.
+    pub(crate) verify: bool,
 }
 
 /// What fails in one of the two processes.
@@ -186,6 +188,7 @@ impl World {
         let from = source.as_mut().unwrap();
         from.must(if shape.channels > 0 { "set multifd on" } else { "set multifd off" });
         from.must(&format!("set multifd-channels {}", shape.channels));
+        from.must(if shape.verify { "set verify on" } else { "set verify off" });
         let uri = self.listen(destination.as_mut().unwrap(), shape.tcp);
         let relay = Relay::new(&self.dir, &uri, point, &BODIES);
         let starts = self.board.starts();
