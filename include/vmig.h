@@ -84,7 +84,7 @@ typedef struct vmig_ops {
     int (*held)(void *vm);
     /* Switch KVM's dirty log of memory slot `slot` on (1) or off (0): KVM_SET_USER_MEMORY_REGION with or without
      * KVM_MEM_LOG_DIRTY_PAGES. Optional: the flags of a slot are the VMM's, and only this hook may change them.
-     * Called on a migration thread. */
+     * Called on a migration thread, without the big lock. Must not take it: who has it may wait for the log. */
     int (*log_dirty)(void *vm, uint32_t slot, int on);
     /* The guest lives on this host now: tell the network, for example by a gratuitous ARP. Optional. Called on a
      * migration thread, after the guest was started. */
@@ -361,9 +361,11 @@ int vmig_use_kvm(vmig *m,
  * offset. While a migration runs the slot's dirty log is on: switched by the hook `log_dirty`, or, without that hook,
  * by the library itself, which sets the slot again with the values given here. Do not change or delete the slot while
  * a migration runs: that is noticed where KVM lets us, and fails the migration. When the guest left, the log stays on
- * (switching it off can take 20 ms a GiB) until a guest is to arrive, or vmig_free(). -EBUSY while a migration runs.
- * [bql] */
-int vmig_add_kvm_slot(vmig *m, const vmig_kvm_slot *slot);
+ * (switching it off can take 20 ms a GiB) until a guest is to arrive, or vmig_free(). When it stayed, the log is switched
+ * off just after the state says so: change or delete the slot behind vmig_remove_kvm_slot(), which waits for that.
+ * -EBUSY while a migration runs. [bql] */
+int vmig_add_kvm_slot(vmig *m,
+                      const vmig_kvm_slot *slot);
 
 /* Forgets a KVM memory slot. -ENOENT: it is not registered; -EBUSY while a migration runs. [bql] */
 int vmig_remove_kvm_slot(vmig *m, uint32_t slot);

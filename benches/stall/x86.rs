@@ -154,7 +154,10 @@ fn migrate(shared: &Shared<'_>, hub: &Hub, ram: &Ram) -> [(f64, f64); PHASES.len
         let (gap, took, ()) = shared.during(|| hub.sync().unwrap());
         put(3, gap, took);
     }
-    let (gap, took, ()) = shared.during(|| hub.unsubscribe(&set));
+    let (gap, took, ()) = shared.during(|| {
+        hub.leave(&set);
+        hub.rest();
+    });
     put(5, gap, took);
     seen
 }

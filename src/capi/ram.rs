@@ -171,8 +171,9 @@ unsafe impl SizedStruct for vmig_kvm_slot {
 /// offset. While a migration runs the slot's dirty log is on: switched by the hook `log_dirty`, or, without that hook,
 /// by the library itself, which sets the slot again with the values given here. Do not change or delete the slot while
 /// a migration runs: that is noticed where KVM lets us, and fails the migration. When the guest left, the log stays on
-/// (switching it off can take 20 ms a GiB) until a guest is to arrive, or vmig_free(). -EBUSY while a migration runs.
-/// \[bql\]
+/// (switching it off can take 20 ms a GiB) until a guest is to arrive, or vmig_free(). When it stayed, the log is switched
+/// off just after the state says so: change or delete the slot behind vmig_remove_kvm_slot(), which waits for that.
+/// -EBUSY while a migration runs. \[bql\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_add_kvm_slot(m: *mut vmig, slot: *const vmig_kvm_slot) -> c_int {
     enter("vmig_add_kvm_slot", || {

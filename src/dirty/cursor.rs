@@ -119,7 +119,7 @@ mod tests {
         set.add(set.block(0), 9, &[1]);
         assert_eq!(take(&mut cursor, &set, 64), [(0, 9, 1)], "before its place in the block it is in");
         assert!(take(&mut cursor, &set, 64).is_empty());
-        hub.unsubscribe(&set);
+        hub.leave(&set);
     }
 
     #[test]

@@ -87,14 +87,7 @@ impl Hub {
         Ok(set)
     }
 
-    /// Ends reading. The last reader stops the trackers.
-    pub fn unsubscribe(&self, set: &Arc<DirtySet>) {
-        self.leave(set);
-        self.rest();
-    }
-
-    /// Ends reading, and leaves the trackers as they are: the guest runs elsewhere, and to stop them takes long (KVM's
-    /// log: up to 20 ms a GiB).
+    /// Ends reading, and leaves the trackers as they are, because to stop them takes long (KVM's log: up to 20 ms a GiB).
     pub fn leave(&self, set: &Arc<DirtySet>) {
         let mut inner = self.lock();
         let before = inner.readers.len();
@@ -102,7 +95,7 @@ impl Hub {
         inner.left_on |= before > 0 && inner.readers.is_empty();
     }
 
-    /// Stops trackers that were left running: a guest is to run here again, or nobody comes back.
+    /// Stops trackers that were left running, unless somebody reads again: a guest runs on here, or nobody comes back.
     pub fn rest(&self) {
         self.lock().rest();
     }
