@@ -773,6 +773,9 @@ typedef struct vmig_downtime {
     uint64_t total;
     /* What of the total none of the parts accounts for. */
     uint64_t unexplained;
+    /* With option `verify`: hashing and comparing everything, and hashing memory again. Predicted: twice what hashing
+     * took while the guest still ran. Part of the total. */
+    uint64_t verify;
 } vmig_downtime;
 
 /* What vmig_check() measured. Times in nanoseconds. */

@@ -229,8 +229,8 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         false,
         "With the guest stopped, hash all its memory and devices on both sides of a migration between two vmigs and compare, \
          and hash the source's memory once more before the guest may run elsewhere; the first page that differs is named, \
-         and the guest stays. The guest stands still meanwhile, some 0.1 s a GiB and processor, which downtime-limit does \
-         not count. The source decides; a destination where it is set refuses a source where it is not. Devices with a \
+         and the guest stays. The guest stands still meanwhile, some 0.1 s a GiB and processor each time, which is \
+         predicted and counts, but half of downtime-limit is always for pages. The source decides; a destination where it is set refuses a source where it is not. Devices with a \
          table are saved again at the destination, which calls their hooks. Needs return-path.",
     ),
     row(

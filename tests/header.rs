@@ -99,7 +99,10 @@ fn layouts() -> BTreeMap<String, Layout> {
             start
         }
     );
-    layout!(t, capi::migrate::vmig_downtime { size, stop, devices, sync, ram, load, start, total, unexplained });
+    layout!(
+        t,
+        capi::migrate::vmig_downtime { size, stop, devices, sync, ram, load, start, total, unexplained, verify }
+    );
     layout!(
         t,
         section::cdevice::vmig_field {

@@ -171,6 +171,25 @@ fn a_source_that_is_cancelled_while_hashes_are_compared_says_so() {
 }
 
 #[test]
+fn hashing_is_a_part_of_the_downtime_and_of_its_prediction() {
+    for verify in ["on", "off"] {
+        let mut pair = Pair::new("parts", VOTE);
+        pair.relay.pass();
+        pair.source.must(&format!("set verify {verify}"));
+        pair.source.must(&format!("out {}", pair.relay.uri));
+        pair.end_in("completed", "completed");
+        let said = pair.source.command("parts");
+        let part = |name: &str| {
+            let number = said.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+            number.unwrap().parse::<u64>().unwrap()
+        };
+        assert_eq!((part("verify") > 0, part("expected") > 0), (verify == "on", verify == "on"), "{said}");
+        assert!(part("verify") < part("total"), "{said}");
+        pair.quit();
+    }
+}
+
+#[test]
 fn a_writer_before_the_hash_is_named_by_the_destination() {
     for verify in ["on", "off"] {
         let mut pair = Pair::new("early", VOTE);

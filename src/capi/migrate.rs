@@ -144,6 +144,9 @@ pub struct vmig_downtime {
     pub total: u64,
     /// What of the total none of the parts accounts for.
     pub unexplained: u64,
+    /// With option `verify`: hashing and comparing everything, and hashing memory again. Predicted: twice what hashing
+    /// took while the guest still ran. Part of the total.
+    pub verify: u64,
 }
 
 // SAFETY: repr(C), size first, integers of 8 bytes, no padding.
@@ -167,6 +170,7 @@ fn downtime_of(parts: &Parts, total: Duration) -> vmig_downtime {
         start: nanos(parts.start),
         total: nanos(total),
         unexplained: nanos(total.saturating_sub(parts.total())),
+        verify: nanos(parts.verify),
     }
 }
 

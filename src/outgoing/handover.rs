@@ -131,6 +131,7 @@ impl Migration<'_> {
         self.send_rest(&devices, course.took, &mut course.lap).map_err(|e| e.in_phase("complete"))?;
         if self.verify.is_some() {
             self.verify().map_err(|e| e.in_phase("verify"))?;
+            course.took.verify = course.lap.time();
             self.word(Command::Prepare(epoch))?;
         }
         course.prepared = true;
@@ -147,7 +148,11 @@ impl Migration<'_> {
     /// READY is here: the last moment at which a write to the stopped guest can be noticed, and a cancel obeyed.
     fn decide(&mut self, course: &mut Course<'_>) -> Event {
         course.took.load = course.lap.time();
-        let quiet = self.verify_again().map_err(|e| e.in_phase("verify")).and_then(|()| match &self.set {
+        let same = self.verify_again().map_err(|e| e.in_phase("verify"));
+        if self.verify.is_some() {
+            course.took.verify += course.lap.time();
+        }
+        let quiet = same.and_then(|()| match &self.set {
             Some(set) => self.job.dirty.check_quiet(set).map_err(|e| e.in_phase("complete")),
             None => Ok(()),
         });

@@ -284,6 +284,7 @@ impl<'a> Migration<'a> {
 
     /// Dirty logging on, START of every iterative section.
     fn setup(&mut self) -> Result<()> {
+        self.rehearse_verify()?;
         let set = self.job.dirty.subscribe(self.hand.rest())?;
         self.set = Some(Arc::clone(&set));
         let total: u64 = set.blocks().map(|b| b.len()).sum();
@@ -439,6 +440,7 @@ impl<'a> Migration<'a> {
             sync: self.sync_took,
             round_trip: self.round_trip,
             bandwidth: self.bandwidth(),
+            hash: self.verify.as_ref().map_or(Duration::ZERO, |verify| verify.took),
         }
     }
 

@@ -2,7 +2,7 @@
 //! before it may run there.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -26,6 +26,8 @@ const FOOTER: usize = 5;
 pub(super) struct Verify {
     sections: BTreeMap<u32, Xxh3>,
     memory: Option<Digest>,
+    /// What hashing all memory took last.
+    pub(super) took: Duration,
 }
 
 impl Verify {
@@ -86,6 +88,15 @@ fn changed(page: &Differing) -> Error {
 }
 
 impl Migration<'_> {
+    /// With the guest running: how long will it stand still for this? No other time of a switchover is as long.
+    pub(super) fn rehearse_verify(&mut self) -> Result<()> {
+        let Some(verify) = &mut self.verify else { return Ok(()) };
+        let begin = Instant::now();
+        hash_memory(self.job)?;
+        verify.took = begin.elapsed();
+        Ok(())
+    }
+
     /// Everything was sent: both sides hash at once, and the destination compares.
     pub(super) fn verify(&mut self) -> Result<()> {
         if self.verify.is_none() {
@@ -94,6 +105,7 @@ impl Migration<'_> {
         self.word(Command::Hash)?;
         // Up to PREPARE the destination knows what to do with our error.
         self.may_speak = true;
+        let begin = Instant::now();
         let memory = hash_memory(self.job)?;
         let Some(verify) = &mut self.verify else { return Ok(()) };
         let blocks = memory.blocks().iter().map(|b| (b.name().to_owned(), b.granules().to_vec())).collect();
@@ -102,6 +114,7 @@ impl Migration<'_> {
         stream::put_command(&mut bytes, Command::Hashes);
         digest::put(&mut bytes, &Hashes { blocks, sections })?;
         verify.memory = Some(memory);
+        verify.took = begin.elapsed();
         self.out.write(&bytes)?;
         let limit = self.job.options.time(Opt::SwitchoverTimeout);
         let deadline = Instant::now() + limit;

@@ -19,12 +19,15 @@ pub struct Parts {
     pub load: Duration,
     /// The destination's run-state handlers and start hook.
     pub start: Duration,
+    /// Option `verify`: hashing and comparing, and hashing again before GO.
+    pub verify: Duration,
 }
 
 impl Parts {
     /// All of it.
     pub fn total(&self) -> Duration {
-        [self.devices, self.sync, self.ram, self.load, self.start].iter().fold(self.stop, |a, b| a.saturating_add(*b))
+        let others = [self.devices, self.sync, self.ram, self.load, self.start, self.verify];
+        others.iter().fold(self.stop, |a, b| a.saturating_add(*b))
     }
 }
 
@@ -43,14 +46,16 @@ pub struct Known {
     pub round_trip: Duration,
     /// Bytes per second.
     pub bandwidth: u64,
+    /// What hashing all memory took, with option `verify`; it is done twice.
+    pub hash: Duration,
 }
 
 impl Known {
     /// What a switchover would take with `pending` bytes left; none while the bandwidth is unknown.
     pub fn predict(&self, pending: u64) -> Option<Parts> {
         let ram = time_for(pending, self.bandwidth)?;
-        let Self { stop, start, devices, sync, round_trip, .. } = *self;
-        Some(Parts { stop, devices, sync, ram, load: round_trip, start })
+        let Self { stop, start, devices, sync, round_trip, hash, .. } = *self;
+        Some(Parts { stop, devices, sync, ram, load: round_trip, start, verify: hash.saturating_mul(2) })
     }
 
     /// Bytes that may be left so that the guest stands still no longer than `limit`.
@@ -89,9 +94,10 @@ mod tests {
             sync: 4 * MS,
             round_trip: 5 * MS,
             bandwidth: 1_000_000,
+            hash: 6 * MS,
         };
         let parts = known.predict(6000).unwrap();
-        assert_eq!((parts.ram, parts.load, parts.total()), (6 * MS, 5 * MS, 21 * MS));
+        assert_eq!((parts.ram, parts.load, parts.total()), (6 * MS, 5 * MS, 33 * MS));
         assert!(Known::default().predict(1).is_none(), "no bandwidth yet");
     }
 

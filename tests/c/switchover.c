@@ -90,11 +90,11 @@ static void print_status(void)
 /* What the last switchover was made of. */
 static void print_parts(void)
 {
-    vmig_downtime d = VMIG_SIZED(vmig_downtime);
+    vmig_downtime d = VMIG_SIZED(vmig_downtime), expected = VMIG_SIZED(vmig_downtime);
 
-    CHECK(vmig_get_downtime(g.m, &d) == 0, "downtime");
-    printf("parts load=%" PRIu64 " start=%" PRIu64 " total=%" PRIu64 " unexplained=%" PRIu64 "\n", d.load, d.start, d.total,
-           d.unexplained);
+    CHECK(vmig_get_downtime(g.m, &d) == 0 && vmig_get_expected_downtime(g.m, &expected) == 0, "downtime");
+    printf("parts load=%" PRIu64 " start=%" PRIu64 " total=%" PRIu64 " unexplained=%" PRIu64 " verify=%" PRIu64
+           " expected=%" PRIu64 "\n", d.load, d.start, d.total, d.unexplained, d.verify, expected.verify);
 }
 
 static void print_text(char *text)
