@@ -349,7 +349,8 @@ static void report_parts(void)
     char text[256] = "";
 
     if (sscanf(reply, "downtime expected: stop=%lf devices=%lf sync=%lf ram=%lf load=%lf start=%lf total=%*s "
-               "unexplained=%*s actual: stop=%lf devices=%lf sync=%lf ram=%lf load=%lf start=%lf total=%*s unexplained=%lf",
+               "unexplained=%*s verify=%*s actual: stop=%lf devices=%lf sync=%lf ram=%lf load=%lf start=%lf total=%*s "
+               "unexplained=%lf",
                &ms[0][0], &ms[0][1], &ms[0][2], &ms[0][3], &ms[0][4], &ms[0][5], &ms[1][0], &ms[1][1], &ms[1][2],
                &ms[1][3], &ms[1][4], &ms[1][5], &unexplained) != 13)
         fail("the source says: %s", reply);
