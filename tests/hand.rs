@@ -366,9 +366,10 @@ fn descriptors_travel_without_handing_over_memory() {
 fn death_at_every_message_leaves_the_source_as_it_was() {
     let shape = ["memfd", "memfd", "4", "fds=3"];
     for victim in ["destination", "source", "connection"] {
-        let mut reached_end = false;
-        let mut unknown = 0;
-        for stop_at in 0..200 {
+        // Messages may come in one piece where the machine is busy: only a few runs without one more say that there is none.
+        let (mut stop_at, mut in_vain, mut unknown) = (0, 0, 0);
+        while in_vain < 3 {
+            assert!(stop_at < 200, "the exchange has more messages than were looked at");
             let dir = scratch("hand-kill");
             let (mut source, mut destination) = (running(&dir, &shape), vmm("destination", &dir, &shape, 5));
             destination.must("close-tap"); // or the members would hide whether they are -1 again
@@ -393,9 +394,10 @@ fn death_at_every_message_leaves_the_source_as_it_was() {
                 destination.must_end_in("completed");
                 counts_on(&mut destination);
                 relay.cut();
-                reached_end = true;
-                break;
+                in_vain += 1;
+                continue;
             }
+            (stop_at, in_vain) = (stop_at + 1, 0);
             match victim {
                 "destination" => destination.kill(),
                 "source" => source.kill(),
@@ -419,7 +421,7 @@ fn death_at_every_message_leaves_the_source_as_it_was() {
                 }
             }
             if victim != "destination" {
-                if stop_at == 0 {
+                if stop_at == 1 {
                     destination.must("cancel"); // a connection that said nothing: it waits for another one
                 }
                 let state = destination.ended_in();
@@ -432,7 +434,6 @@ fn death_at_every_message_leaves_the_source_as_it_was() {
                 }
             }
         }
-        assert!(reached_end, "the exchange has more messages than were looked at");
         assert!(victim == "source" || (1..=10).contains(&unknown), "{victim}: {unknown} times unknown");
     }
 }

@@ -52,7 +52,7 @@ struct Intake {
     channels: Vec<OwnedFd>,
     /// Rings when something came.
     bell: Arc<EventFd>,
-    /// Why the last connection was lost that had not said what it is, or was not even taken.
+    /// Why the first connection was lost that had not said what it is, or was not even taken.
     broken: Option<Error>,
 }
 
@@ -89,9 +89,10 @@ impl Line {
         bell.ok_or_else(|| Error::new(libc::ESHUTDOWN, "nobody is expected here any more"))
     }
 
+    /// What goes wrong first is told: what follows may come of it.
     fn broke(&self, error: Error) {
         if let Some(intake) = &mut *lock(&self.intake) {
-            intake.broken = Some(error);
+            intake.broken.get_or_insert(error);
         }
     }
 
