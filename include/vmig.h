@@ -708,6 +708,11 @@ int vmig_unblock(vmig *m, int id);
  * vmig_resolve(). */
 #define VMIG_STATE_HELD 10
 
+/* Option `resume-timeout`: the connection broke, and both sides keep what they have. The guest runs on at the source,
+ * which connects again and then goes on in state `active`; vmig_get_error() says what broke, or why the last try failed.
+ * Give it another address with vmig_resume(), or end it with vmig_cancel(). */
+#define VMIG_STATE_RECONNECTING 11
+
 #define VMIG_DISCARD 0           /* This side gives the guest up. Argument of vmig_resolve(). */
 #define VMIG_RUN 1               /* This side is to own the guest. Argument of vmig_resolve(). */
 #define VMIG_SIDE_NONE 0         /* No migration yet. */
@@ -835,6 +840,12 @@ int vmig_incoming(vmig *m,
  * state becomes `cancelled` when it has ended. -EBUSY once the guest was handed over, or if it is `held`.
  * [any][cb] */
 int vmig_cancel(vmig *m);
+
+/* At the source in state `reconnecting`: tries `uri` (tcp or unix) next, at once, and stays with it. It must lead to the
+ * same destination: another one refuses, and the tries go on until `resume-timeout` is over. -EINVAL in any other state,
+ * at the destination, and for a URI that is not understood. [any][cb] */
+int vmig_resume(vmig *m,
+                const char *uri);
 
 /* Goes on from the state `pre-switchover`. -EINVAL in any other. [any][cb] */
 int vmig_continue(vmig *m);

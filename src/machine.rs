@@ -1,7 +1,7 @@
 //! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
 
 use std::ffi::c_int;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use crate::dirty::hub::Hub;
@@ -13,6 +13,7 @@ use crate::incoming::{Parts, TakeStock};
 use crate::kvm::{self, Kvm};
 use crate::options::{Opt, Options};
 use crate::outgoing::Report;
+use crate::outgoing::route::Route;
 use crate::ram::{BlockSpec, Ram};
 use crate::section::builtin;
 use crate::section::list::{Content, Entry, SectionList};
@@ -75,6 +76,8 @@ pub struct Machine {
     /// Thread of the present or last migration.
     worker: Mutex<Option<Handle<()>>>,
     listening: Mutex<Option<String>>,
+    /// The way of the outgoing migration that runs; nothing of one that ended is kept.
+    route: Mutex<Weak<Route>>,
     /// Who may run the guest; outlives the migrations.
     keeper: Arc<Keeper>,
     /// Who comes in; outlives the migrations, too, for questions about them.
@@ -101,6 +104,7 @@ impl Machine {
             config: Mutex::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
+            route: Mutex::default(),
         })
     }
 
@@ -278,7 +282,9 @@ impl Machine {
         let uri = checked(uri)?;
         let wake = Arc::new(Wake::new()?);
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
+        let route = Arc::downgrade(&job.route);
         self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
+        *lock(&self.route) = route;
         *lock(&self.listening) = None;
         Ok(())
     }
@@ -306,6 +312,7 @@ impl Machine {
         if self.options.on(Opt::HandOver) && !self.options.on(Opt::ReturnPath) {
             return Err(Error::invalid("option 'hand-over' needs option 'return-path'"));
         }
+        self.check_resume_options()?;
         if self.options.on(Opt::Checksum) && self.options.get(Opt::Peer) == 1 {
             return Err(Error::invalid(
                 "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
@@ -313,7 +320,7 @@ impl Machine {
         }
         let stop_timeout = self.options.time(Opt::StopTimeout);
         Ok(outgoing::Job {
-            target: Target::new(uri, wake)?,
+            route: Arc::new(Route::new(Target::new(uri, wake)?)?),
             ram: self.ram.list(),
             sections: self.sections.snapshot(),
             kvm: kvm_of(&self.kvm, stop_timeout),
@@ -409,6 +416,45 @@ impl Machine {
     /// Ends a migration that runs, if it may still be ended. \[any\]
     pub fn cancel(&self) -> Result<()> {
         self.status.cancel()
+    }
+
+    /// What `resume-timeout` cannot go with.
+    fn check_resume_options(&self) -> Result<()> {
+        if !self.options.on(Opt::ResumeTimeout) {
+            return Ok(());
+        }
+        let text = match () {
+            () if self.options.get(Opt::Peer) == 1 => {
+                "option 'resume-timeout' needs a vmig at the other side, and option 'peer' says qemu"
+            }
+            () if !self.options.on(Opt::ReturnPath) => "option 'resume-timeout' needs option 'return-path'",
+            () if self.options.on(Opt::HandOver) => {
+                "options 'resume-timeout' and 'hand-over' do not go together: a unix socket to a process of this host does \
+                 not break while that process lives"
+            }
+            () => return Ok(()),
+        };
+        Err(Error::invalid(text).by_option(Opt::ResumeTimeout.name()))
+    }
+
+    /// Where a migration whose connection broke is to find its destination. \[any\]
+    pub fn resume(&self, uri: &str) -> Result<()> {
+        let uri = Uri::parse(uri)?;
+        if matches!(uri, Uri::Fd(_)) {
+            return Err(Error::invalid("a migration goes on at an address: tcp:HOST:PORT or unix:PATH"));
+        }
+        let now = self.status.snapshot();
+        let route = lock(&self.route).upgrade().filter(|_| now.side == Some(Side::Source));
+        match route.filter(|_| now.state == State::Reconnecting) {
+            Some(route) => {
+                route.change(Target::Address(uri));
+                Ok(())
+            }
+            None => {
+                let text = "no outgoing migration waits for a connection here";
+                Err(Error::invalid(text).expected_got("state reconnecting at the source", now.state.name()))
+            }
+        }
     }
 
     /// The user's word to a migration that waits in pre-switchover. \[any\]

@@ -69,6 +69,7 @@ pub enum Opt {
     StallTimeout,
     StopTimeout,
     SwitchoverTimeout,
+    ResumeTimeout,
     PauseBeforeSwitchover,
     Epoch,
     WorkerNice,
@@ -278,6 +279,16 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
          reacquire or release hook that fails to succeed.",
     ),
     row(
+        "resume-timeout",
+        Type::Millis,
+        0,
+        (0, HOUR),
+        false,
+        "Milliseconds both sides keep what they have when a connection between two vmigs breaks before GO: the guest runs \
+         at the source, which reconnects and sends only what the destination did not acknowledge; after them the attempt \
+         fails. Set at the source; needs return-path, and a destination that listens. 0 = the attempt fails at once.",
+    ),
+    row(
         "pause-before-switchover",
         Type::Bool,
         0,
@@ -327,7 +338,8 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         ANY,
         false,
         "At the destination: what a source may ask for: all, none, or names with commas between (multifd, hand-over, \
-         device-fds, zero-runs, crc32c, switchover, verify). A source that needs another feature is refused, and the feature named.",
+         device-fds, zero-runs, crc32c, switchover, verify, resume). A source that needs another feature is refused, and the \
+         feature named.",
     ),
     row("machine", Type::Text, 0, ANY, false, "Machine name in the stream; the same on both sides. Default none."),
     row(
@@ -482,7 +494,8 @@ impl Options {
 }
 
 /// The names that option `allow-features` knows.
-pub const FEATURES: [&str; 7] = ["multifd", "hand-over", "device-fds", "zero-runs", "crc32c", "switchover", "verify"];
+pub const FEATURES: [&str; 8] =
+    ["multifd", "hand-over", "device-fds", "zero-runs", "crc32c", "switchover", "verify", "resume"];
 
 fn default_text(option: Opt) -> std::sync::Mutex<String> {
     std::sync::Mutex::new(if option == Opt::Machine { "none" } else { "all" }.to_owned())
@@ -604,7 +617,7 @@ mod tests {
         let allowed = || FEATURES.map(|name| options.allows(name));
         assert_eq!(allowed(), [true; FEATURES.len()]);
         options.set_text("allow-features", "multifd, zero-runs", false).unwrap();
-        assert_eq!(allowed(), [true, false, false, true, false, false, false]);
+        assert_eq!(allowed(), [true, false, false, true, false, false, false, false]);
         assert_eq!(options.snapshot().get_text("allow-features").unwrap(), "multifd, zero-runs");
         options.set_text("allow-features", "none", false).unwrap();
         assert_eq!(allowed(), [false; FEATURES.len()]);

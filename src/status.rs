@@ -22,6 +22,10 @@ struct Shared {
     state: State,
     side: Option<Side>,
     error: Option<Error>,
+    /// It is only that the connection broke.
+    error_is_link: bool,
+    /// While reconnecting: what broke it, or why the last try failed.
+    trouble: Option<Error>,
     news: VecDeque<Snapshot>,
     events: bool,
     /// The handover may have been seen by the peer: no way back.
@@ -54,6 +58,8 @@ impl Status {
                 state: State::None,
                 side: None,
                 error: None,
+                error_is_link: false,
+                trouble: None,
                 news: VecDeque::with_capacity(NEWS_MAX),
                 events: true,
                 committed: false,
@@ -103,6 +109,8 @@ impl Status {
         self.counters.clear();
         shared.side = Some(side);
         shared.error = None;
+        shared.error_is_link = false;
+        shared.trouble = None;
         shared.events = events;
         shared.committed = false;
         shared.waits_for_word = false;
@@ -193,6 +201,9 @@ impl Status {
         if shared.state.is_final() || shared.state == State::Cancelling {
             return;
         }
+        if std::mem::take(&mut shared.error_is_link) {
+            shared.error = None;
+        }
         shared.error.get_or_insert(error);
         shared.wake.raise();
         self.changed.notify_all();
@@ -202,8 +213,46 @@ impl Status {
     pub fn blame(&self, error: Error) {
         let mut shared = self.lock();
         if !shared.state.is_final() && shared.state != State::Cancelling {
-            shared.error = Some(error);
+            (shared.error, shared.error_is_link) = (Some(error), false);
         }
+    }
+
+    /// As [`fail`](Self::fail), for a connection that broke: [`lose_link`](Self::lose_link) may go on from it.
+    pub fn fail_link(&self, error: Error) {
+        let mut shared = self.lock();
+        // A destination that waits for GO shows an error all the time.
+        let failed = shared.error.is_some() && shared.state != State::SwitchoverUnknown;
+        if shared.state.is_final() || shared.state == State::Cancelling || failed || shared.committed {
+            return;
+        }
+        (shared.error, shared.error_is_link) = (Some(error), true);
+        shared.wake.raise();
+        self.changed.notify_all();
+    }
+
+    /// Whether all that ended the migration's waits is that its connection broke.
+    pub fn is_link_lost(&self) -> bool {
+        self.lock().error_is_link
+    }
+
+    /// The connection broke, or another try failed, for this reason; every thread that used it was joined. Fails, with
+    /// the reason, if the migration ends for another one.
+    pub fn lose_link(&self, why: Error) -> Result<()> {
+        let mut shared = self.lock();
+        if let Some(error) = shared.error.clone().filter(|_| !shared.error_is_link) {
+            return Err(error);
+        }
+        if !shared.state.may_reconnect() || shared.committed {
+            return shared.wake.check().and(Err(why));
+        }
+        (shared.error, shared.error_is_link) = (None, false);
+        let why = why.on_side(shared.side.map_or("", Side::name));
+        shared.trouble = Some(why);
+        shared.wake.lower();
+        if shared.state != State::Reconnecting {
+            self.become_locked(&mut shared, State::Reconnecting);
+        }
+        Ok(())
     }
 
     /// Fails if another thread of the migration failed, with its error.
@@ -246,11 +295,11 @@ impl Status {
     /// Nobody owns the guest, for the reason given: `SwitchoverUnknown` or `Held`. With `waits` nothing goes on by itself.
     pub fn name(&self, state: State, error: Error, waits: bool) {
         let mut shared = self.lock();
-        // A cancel that came just now says how it ends.
-        if shared.state == State::Cancelling && state == State::SwitchoverUnknown {
+        // A cancel that came just now says how it ends, and so does a source that goes on.
+        if state == State::SwitchoverUnknown && (shared.state == State::Cancelling || shared.error_is_link) {
             return;
         }
-        shared.error = Some(error);
+        (shared.error, shared.error_is_link) = (Some(error), false);
         shared.waits_for_word = waits;
         match shared.state == state {
             true => self.changed.notify_all(),
@@ -329,7 +378,9 @@ impl Status {
 
     /// The error of the present or last migration.
     pub fn error(&self) -> Option<Error> {
-        self.lock().error.clone()
+        let shared = self.lock();
+        let trouble = shared.trouble.as_ref().filter(|_| shared.state == State::Reconnecting);
+        shared.error.as_ref().or(trouble).cloned()
     }
 
     /// Waits until no migration runs (true), or until the deadline. One from which only an operator's word leads on counts
@@ -391,67 +442,4 @@ fn check_idle(shared: &Shared) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn started() -> Status {
-        let status = Status::new().unwrap();
-        status.begin(Side::Source, true, &Arc::new(Wake::new().unwrap())).unwrap();
-        status
-    }
-
-    #[test]
-    fn news_tells_every_state_once() {
-        let status = started();
-        status.advance(State::Active).unwrap();
-        status.end(Err(Error::invalid("broken")));
-        let names: Vec<_> = std::iter::from_fn(|| status.next_news()).map(|s| s.state.name()).collect();
-        assert_eq!(names, ["setup", "active", "failed"]);
-        assert_eq!(status.error().unwrap().to_string(), "source: broken");
-    }
-
-    #[test]
-    fn news_is_bounded() {
-        let status = started();
-        for _ in 0..2 * NEWS_MAX {
-            status.tell();
-        }
-        status.advance(State::Active).unwrap();
-        let news: Vec<_> = std::iter::from_fn(|| status.next_news()).collect();
-        assert_eq!((news.len(), news.last().unwrap().state), (NEWS_MAX, State::Active));
-    }
-
-    #[test]
-    fn cancel_or_commit_but_not_both() {
-        let status = started();
-        status.advance(State::Active).unwrap();
-        status.cancel().unwrap();
-        status.cancel().unwrap();
-        assert_eq!(status.commit().unwrap_err().errno(), libc::ECANCELED);
-        status.end(status.check());
-        assert_eq!((status.state(), status.error()), (State::Cancelled, None));
-
-        let status = started();
-        status.advance(State::Active).unwrap();
-        status.commit().unwrap();
-        assert_eq!(status.cancel().unwrap_err().errno(), libc::EBUSY);
-    }
-
-    #[test]
-    fn the_first_error_wins() {
-        let status = started();
-        status.fail(Error::invalid("first"));
-        status.fail(Error::invalid("second"));
-        assert_eq!(status.check().unwrap_err().text(), "first");
-        assert_eq!(status.cause(Error::invalid("third")).text(), "first");
-        assert_eq!(status.check_idle().unwrap_err().errno(), libc::EBUSY);
-    }
-
-    #[test]
-    fn wait_has_a_deadline() {
-        let status = started();
-        assert!(!status.wait(Some(Instant::now() + Duration::from_millis(5))));
-        status.end(Err(Error::invalid("x")));
-        assert!(status.wait(None));
-    }
-}
+mod tests;

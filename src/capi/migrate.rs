@@ -40,6 +40,10 @@ pub const VMIG_STATE_PRE_SWITCHOVER: u32 = 9;
 /// At the source: the guest runs nowhere, and could not be taken back because the `reacquire` hook fails. Call
 /// vmig_resolve().
 pub const VMIG_STATE_HELD: u32 = 10;
+/// Option `resume-timeout`: the connection broke, and both sides keep what they have. The guest runs on at the source,
+/// which connects again and then goes on in state `active`; vmig_get_error() says what broke, or why the last try failed.
+/// Give it another address with vmig_resume(), or end it with vmig_cancel().
+pub const VMIG_STATE_RECONNECTING: u32 = 11;
 
 // The header's generator reads only literals.
 const _: () = {
@@ -55,6 +59,7 @@ const _: () = {
         VMIG_STATE_SWITCHOVER_UNKNOWN,
         VMIG_STATE_PRE_SWITCHOVER,
         VMIG_STATE_HELD,
+        VMIG_STATE_RECONNECTING,
     ];
     let mut i = 0;
     while i < STATES.len() {
@@ -262,6 +267,20 @@ pub unsafe extern "C" fn vmig_cancel(m: *mut vmig) -> c_int {
     })
 }
 
+/// At the source in state `reconnecting`: tries `uri` (tcp or unix) next, at once, and stays with it. It must lead to the
+/// same destination: another one refuses, and the tries go on until `resume-timeout` is over. -EINVAL in any other state,
+/// at the destination, and for a URI that is not understood. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_resume(m: *mut vmig, uri: *const c_char) -> c_int {
+    enter("vmig_resume", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract of strings.
+        machine.resume(unsafe { string("uri", uri) }?)?;
+        Ok(0)
+    })
+}
+
 /// Goes on from the state `pre-switchover`. -EINVAL in any other. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_continue(m: *mut vmig) -> c_int {
@@ -359,6 +378,7 @@ pub extern "C" fn vmig_state_name(state: u32) -> *const c_char {
         Some(State::SwitchoverUnknown) => c"switchover-unknown",
         Some(State::PreSwitchover) => c"pre-switchover",
         Some(State::Held) => c"held",
+        Some(State::Reconnecting) => c"reconnecting",
         None => c"unknown",
     };
     name.as_ptr()

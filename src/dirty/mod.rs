@@ -7,6 +7,7 @@
 pub mod cursor;
 pub mod hub;
 pub mod kvm_log;
+pub mod sent;
 pub mod set;
 
 use std::ops::Range;

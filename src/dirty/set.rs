@@ -76,6 +76,11 @@ impl DirtySet {
         }
     }
 
+    /// Pages of a block that were taken are dirty again.
+    pub fn put_back(&self, index: usize, first: usize, pages: usize) {
+        self.count.fetch_add(self.blocks[index].1.set_range(first, pages), Ordering::AcqRel);
+    }
+
     /// The first run of dirty pages of a block at or after `from`, at most `max` long, as (first page, pages).
     pub fn next_run(&self, index: usize, from: usize, max: usize) -> Option<(usize, usize)> {
         self.blocks[index].1.next_run(from, max)

@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 
 use super::reception::{Line, Reception};
 use crate::error::{Error, Result};
+use crate::status::Status;
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::lock;
 use crate::transport::channel::FdChannel;
 use crate::transport::{CONNECT, Channel, Listener, uri::Uri};
+use crate::wire::ask::MigrationId;
 
 /// Between two looks at connections that have not said what they are.
 const LOOK: Duration = Duration::from_millis(5);
@@ -45,6 +47,37 @@ impl Door {
     pub(super) fn keep(&self) {
         if let Some(line) = &self.line {
             line.keep();
+        }
+    }
+
+    /// Whether a source can connect again.
+    pub(super) fn is_line(&self) -> bool {
+        self.line.is_some()
+    }
+
+    /// The source of this migration may connect again. A newer connection ends the one that is in use.
+    pub(super) fn let_rejoin(&self, migration: MigrationId, status: &Arc<Status>) {
+        if let Some(line) = &self.line {
+            line.let_rejoin(migration, status);
+        }
+    }
+
+    /// The connection is not in use any more.
+    pub(super) fn await_knock(&self) {
+        if let Some(line) = &self.line {
+            line.await_knock();
+        }
+    }
+
+    /// Waits for the source to connect again, until the deadline or until the wake is raised.
+    pub(super) fn knocked(&self, wake: &Arc<Wake>, deadline: Instant) -> Result<Arc<dyn Channel>> {
+        let Some(line) = &self.line else { return Err(Error::invalid("nobody can connect")) };
+        loop {
+            line.bell()?.clear();
+            if let Some(fd) = line.take_knock()? {
+                return Ok(Arc::new(FdChannel::new(fd, wake)?));
+            }
+            self.wait(line, wake, Some(deadline))?;
         }
     }
 

@@ -136,6 +136,7 @@ impl<'a> Hand<'a> {
             checksum: theirs.checksum.is_some(),
             verify: verify::is_needed(theirs),
             switchover: theirs.attempt.is_some() && takes(hello::FEATURE_SWITCHOVER),
+            resume: theirs.needs.iter().any(|name| name == hello::FEATURE_RESUME),
             hand_over: self.on.then(names),
             channels: (theirs.channels > most).then_some(most),
             max_bandwidth: Some(options.get(Opt::MaxBandwidth)).filter(|most| *most > 0),

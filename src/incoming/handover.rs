@@ -48,7 +48,7 @@ pub(super) fn reply_of(message: &Message) -> Option<Reply> {
 pub(super) struct Handover<'a> {
     job: &'a Job,
     peer: &'a mut Peer,
-    input: StreamInput,
+    input: &'a mut StreamInput,
     /// Whether the guest ran at the source; or what was missing.
     loaded: Result<bool>,
     /// None: given back, or kept by the guest.
@@ -61,6 +61,8 @@ pub(super) struct Handover<'a> {
     deadline: Option<Instant>,
     retry: Option<Instant>,
     cancelled: bool,
+    /// The source broke the connection off before GO, and goes on over another: what came is kept.
+    again: bool,
     events: VecDeque<Event>,
     why: Option<Error>,
     started: Option<RunReport>,
@@ -70,7 +72,7 @@ impl<'a> Handover<'a> {
     pub(super) fn new(
         job: &'a Job,
         peer: &'a mut Peer,
-        input: StreamInput,
+        input: &'a mut StreamInput,
         loaded: Result<bool>,
         hand: Hand<'a>,
         memory: Memory,
@@ -87,14 +89,16 @@ impl<'a> Handover<'a> {
             deadline: None,
             retry: None,
             cancelled: false,
+            again: false,
             events: VecDeque::new(),
             why: None,
             started: None,
         }
     }
 
-    /// Goes on until the guest is here or never will be. On failure nothing of it is left.
-    pub(super) fn run(mut self, attempt: Attempt, door: &Door) -> Result<()> {
+    /// Goes on until the guest is here or never will be by this attempt. On failure nothing of it is left. Some: the source
+    /// goes on from what came, over another connection.
+    pub(super) fn run(mut self, attempt: Attempt, door: &Door) -> Result<Option<(Error, Memory)>> {
         let keeper = &self.job.keeper;
         door.keep();
         keeper.remember(attempt.epoch, attempt.migration);
@@ -113,8 +117,15 @@ impl<'a> Handover<'a> {
         }
         if keeper.phase() == Phase::Owner {
             self.peer.hang_up();
-            return Ok(());
+            return Ok(None);
         }
+        if keeper.phase() == Phase::Empty && self.again {
+            keeper.rest();
+            self.job.status.found_again();
+            let why = self.why.unwrap_or_else(|| Error::new(libc::ECONNRESET, "the connection broke"));
+            return Ok(Some((why, self.memory.unwrap_or_default())));
+        }
+        self.again = false;
         self.forget();
         self.peer.let_words_arrive();
         let unused =
@@ -220,8 +231,11 @@ impl<'a> Handover<'a> {
         self.peer.write(&bytes)
     }
 
-    /// Nothing of the guest is left here.
+    /// Nothing of the guest is left here, unless it is still to come.
     fn forget(&mut self) {
+        if self.again {
+            return;
+        }
         self.hand = None;
         // It prepares memory that is thrown away next.
         if self.memory.take().is_some() {
@@ -304,10 +318,10 @@ impl<'a> Handover<'a> {
     /// The word on the connection.
     fn hear(&mut self) -> Event {
         self.input.set_limit(WORD);
-        let mut word = stream::read_element(&mut self.input);
+        let mut word = stream::read_element(self.input);
         if let Ok(Element::Command(Command::Error(why))) = word {
             self.why.get_or_insert(why);
-            word = stream::read_element(&mut self.input);
+            word = stream::read_element(self.input);
         }
         let event = match word {
             Ok(Element::Command(Command::Go(epoch, incarnation))) => {
@@ -334,7 +348,7 @@ impl<'a> Handover<'a> {
         let channel: Arc<FdChannel> = Arc::new(channel);
         self.peer
             .replace(Arc::<FdChannel>::clone(&channel), StreamOutput::new(Arc::<FdChannel>::clone(&channel), WORD));
-        self.input = StreamInput::new(channel, WORD);
+        *self.input = StreamInput::new(channel, WORD);
         self.linked = true;
         self.events.extend([Event::Linked, Event::Heard(visitor.go)]);
         true
@@ -362,6 +376,12 @@ impl<'a> Handover<'a> {
     /// The user's cancel, or a thread that failed.
     fn cancel(&mut self) -> Event {
         self.cancelled = true;
+        // A source that comes again has taken the guest back: it would ask after a GO that it may have sent.
+        if self.peer.agreed.is_some() && self.job.status.is_link_lost() {
+            self.again = true;
+            self.why.get_or_insert(self.job.status.cause(Error::new(libc::ECONNRESET, "the connection broke")));
+            return Event::Heard(Message::Abort { epoch: self.job.keeper.epoch() });
+        }
         let error =
             self.job.status.cause(Error::new(libc::ECANCELED, "the migration was cancelled at the destination"));
         self.why.get_or_insert(error);

@@ -18,7 +18,7 @@ use crate::thread::Handle;
 use crate::thread::lock;
 use crate::transport::{Channel, STALL};
 use crate::wire::checksum::{STEP, Sum, altered};
-use crate::wire::packet::{self, Header, INIT_BYTES, Kind, PAGES_MAX};
+use crate::wire::packet::{self, Header, INIT_BYTES, Kind, PAGES_MAX, Tag};
 use crate::wire::ram::NAME;
 
 /// How often a wait looks whether the migration was cancelled.
@@ -124,7 +124,7 @@ impl Lanes {
     /// Starts a thread for each channel.
     pub(super) fn start(
         job: &Job,
-        channels: Vec<Arc<dyn Channel>>,
+        channels: Vec<(u8, Arc<dyn Channel>)>,
         targets: &Targets,
         ahead: Option<&Ahead>,
         (zero_runs, checksum): (bool, bool),
@@ -140,13 +140,10 @@ impl Lanes {
             checksum,
             limit: job.options.time(Opt::StallTimeout),
         });
-        let count = u8::try_from(channels.len()).unwrap_or(u8::MAX);
         let mut lanes =
             Self { shared, lanes: Vec::new(), wake: Arc::clone(&job.wake), meet_each_section: false, door: None };
         let mut seen = [false; 256];
-        for channel in channels {
-            let id = read_init(channel.as_ref(), count, lanes.shared.limit, checksum)
-                .map_err(|e| e.context("the first packet of a channel"))?;
+        for (id, channel) in channels {
             if std::mem::replace(&mut seen[usize::from(id)], true) {
                 return Err(Error::invalid(format!("two channels have the id {id}")));
             }
@@ -234,6 +231,11 @@ impl Lanes {
         Ok(())
     }
 
+    /// Whether the connection of one is gone.
+    pub(super) fn are_lost(&self) -> bool {
+        self.lanes.iter().any(|(channel, _)| channel.is_lost())
+    }
+
     /// Fails if a lane failed.
     pub(super) fn check(&self) -> Result<()> {
         self.shared.lock().error.clone().map_or(Ok(()), Err)
@@ -274,7 +276,8 @@ impl Drop for Lanes {
     }
 }
 
-fn read_init(channel: &dyn Channel, count: u8, limit: Duration, checksum: bool) -> Result<u8> {
+/// The first packet of a channel: its id, and whose it is.
+pub(super) fn read_init(channel: &dyn Channel, count: u8, limit: Duration, checksum: bool) -> Result<(u8, Tag)> {
     let mut init = [0; INIT_BYTES];
     let mut filled = 0;
     while filled < init.len() {
@@ -283,7 +286,7 @@ fn read_init(channel: &dyn Channel, count: u8, limit: Duration, checksum: bool) 
             n => filled += n,
         }
     }
-    packet::read_init(&init, count, checksum)
+    Ok((packet::read_init(&init, count, checksum)?, packet::tag_of(&init)))
 }
 
 struct Lane<'a> {

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::ahead::Scout;
@@ -10,14 +10,16 @@ use super::lanes::Lanes;
 use super::receiver::RamReceiver;
 use super::target::Targets;
 use super::verify::Arrived;
-use super::{Job, Peer};
+use super::{Job, Peer, resume};
 use crate::error::{Error, Result};
 use crate::section::builtin;
 use crate::section::fds::Inbox;
 use crate::section::list::Bindings;
 use crate::section::{Apply, Part};
+use crate::status::Status;
 use crate::transport::stream::StreamInput;
 use crate::wire::command::{self, Command};
+use crate::wire::hello::Attempt;
 use crate::wire::input::{Input, Slice};
 use crate::wire::ram;
 use crate::wire::reply::Reply;
@@ -56,8 +58,16 @@ pub(super) struct Loader<'a> {
     fds: Arc<Inbox>,
     /// What came, as it was hashed; none: nobody compares.
     arrived: Option<Arrived>,
+    /// What earlier connections carried: bytes, pages, zero pages.
+    before: (u64, u64, u64),
     /// PREPARE came: the switchover's words follow.
     prepared: bool,
+}
+
+fn carried(status: &Status) -> (u64, u64, u64) {
+    let counters = &status.counters;
+    let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    (load(&counters.transferred), load(&counters.normal_pages), load(&counters.zero_pages))
 }
 
 impl<'a> Loader<'a> {
@@ -84,6 +94,7 @@ impl<'a> Loader<'a> {
             set_up: 0,
             fds,
             arrived,
+            before: carried(&job.status),
             prepared: false,
         }
     }
@@ -91,6 +102,17 @@ impl<'a> Loader<'a> {
     /// Whether PREPARE was read, also if something was missing then.
     pub(super) fn is_prepared(&self) -> bool {
         self.prepared
+    }
+
+    /// The attempt whose switchover goes by words.
+    pub(super) fn attempt(&self) -> Option<Attempt> {
+        self.peer.attempt
+    }
+
+    /// Whether all that is wrong is the connection, and the source may still go on over another.
+    pub(super) fn is_link_lost(&self, error: &Error) -> bool {
+        let lanes = self.lanes.as_ref().is_some_and(Lanes::are_lost);
+        resume::is_lost(self.job, self.peer, error, lanes)
     }
 
     /// Loads everything, up to PREPARE or to the last byte of the description. True: the guest ran at the source.
@@ -219,9 +241,10 @@ impl<'a> Loader<'a> {
         let (received, normal, zero) = self.lanes.as_ref().map_or((0, 0, 0), Lanes::counts);
         let counters = &self.job.status.counters;
         let (more_normal, more_zero) = self.ram.counts();
-        counters.transferred.store(position + received, Ordering::Relaxed);
-        counters.normal_pages.store(normal + more_normal, Ordering::Relaxed);
-        counters.zero_pages.store(zero + more_zero, Ordering::Relaxed);
+        let before = self.before;
+        counters.transferred.store(before.0 + position + received, Ordering::Relaxed);
+        counters.normal_pages.store(before.1 + normal + more_normal, Ordering::Relaxed);
+        counters.zero_pages.store(before.2 + zero + more_zero, Ordering::Relaxed);
     }
 
     /// Everything that is registered here must have arrived.
@@ -341,6 +364,8 @@ impl<'a> Loader<'a> {
             }
             Command::Ping(value) if self.peer.listens => self.peer.reply(&Reply::Pong(value)),
             Command::Ping(_) => Err(Error::invalid("a PING before the return path was opened")),
+            Command::SyncPoint(number) if self.peer.agreed.is_some() => self.peer.reply(&Reply::Ack(number)),
+            Command::SyncPoint(_) => Err(Error::new(libc::EPROTO, "a sync point, which nobody agreed on")),
             Command::SwitchoverStart => {
                 let active = self.job.sections.iter().zip(&self.takes_part).filter(|(_, takes_part)| **takes_part);
                 active.filter_map(|(entry, _)| entry.section()).for_each(|section| section.about_to_switch());

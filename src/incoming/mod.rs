@@ -1,6 +1,8 @@
 //! The destination half: listen, compare what both sides have, load, take over.
 
 mod ahead;
+mod arrival;
+mod awaited;
 mod compare;
 pub mod door;
 mod hand;
@@ -9,6 +11,7 @@ mod lanes;
 mod load;
 mod receiver;
 pub mod reception;
+mod resume;
 mod target;
 mod verify;
 
@@ -34,14 +37,12 @@ use crate::vmm::{RunReport, StopReason, Vmm};
 use crate::wire::hello::{self, Answer, Attempt, Hello};
 use crate::wire::input::Input;
 use crate::wire::reply::{self, Reply};
-use crate::wire::stream;
 use ahead::Ahead;
+use arrival::Arrival;
 use door::Door;
 use hand::Hand;
-use handover::Handover;
-use lanes::Lanes;
-use load::Loader;
 use reception::Reception;
+use resume::Agreed;
 use target::Targets;
 
 /// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
@@ -153,7 +154,7 @@ fn attempt(job: &Job, door: Door, progress: &mut Progress) -> Result<()> {
     let door = Arc::new(door);
     loop {
         let channel = door.main(&job.wake).map_err(|e| e.in_phase("listen"))?;
-        let mut peer = Peer::new(job, channel);
+        let mut peer = Peer::new(job, channel, &door);
         let mut input = StreamInput::new(Arc::clone(&peer.channel), job.options.time(Opt::StallTimeout));
         let theirs = match meet(job, &door, &mut peer, &mut input) {
             // Only a question: it is no business of this migration's whether the answer arrived.
@@ -170,7 +171,7 @@ fn attempt(job: &Job, door: Door, progress: &mut Progress) -> Result<()> {
         };
         let configured = configured.map_err(|error| give_up(job, &mut peer, error))?;
         let job = configured.as_ref().unwrap_or(job);
-        return receive(job, &door, peer, input, theirs, progress);
+        return Arrival::new(job, &door, peer, input).run(theirs, progress);
     }
 }
 
@@ -213,43 +214,6 @@ fn answer_check(job: &Job, peer: &mut Peer, theirs: &Hello) -> Result<()> {
     result
 }
 
-/// A guest comes.
-fn receive(
-    job: &Job,
-    door: &Arc<Door>,
-    mut peer: Peer,
-    mut input: StreamInput,
-    theirs: Option<Hello>,
-    progress: &mut Progress,
-) -> Result<()> {
-    // Both end after the guest was started: waiting for a thread is not for the blackout.
-    let mut memory = Memory::default();
-    let mut hand = Hand::new(job);
-    let into = Arrival { memory: &mut memory, hand: &mut hand, progress };
-    match load_all(job, door, &mut peer, &mut input, theirs, into) {
-        Ok((Some(attempt), loaded)) => {
-            *progress = Progress::Settled;
-            Handover::new(job, &mut peer, input, loaded, hand, memory).run(attempt, door)
-        }
-        received => match received.and_then(|(_, loaded)| arrive(job, &mut peer, &mut hand, loaded)) {
-            Ok(running) => {
-                hand.keep();
-                start_plain(job, &mut peer, running)
-            }
-            Err(error) => {
-                let came = Arc::clone(hand.rest());
-                drop(hand);
-                let error = give_up(job, &mut peer, error);
-                drop(memory);
-                if *progress == Progress::Touched {
-                    target::discard(job, &came, peer.is_vmig);
-                }
-                Err(error)
-            }
-        },
-    }
-}
-
 /// The guest of a source that does not vote is ours, since the source was told so.
 fn start_plain(job: &Job, peer: &mut Peer, running: bool) -> Result<()> {
     job.keeper.moved_without_votes(true);
@@ -278,12 +242,17 @@ pub(crate) struct Peer {
     pub(crate) verify: bool,
     /// The attempt whose switchover goes by words, as the hello agreed.
     pub(crate) attempt: Option<Attempt>,
+    /// The source connects again if this breaks: how.
+    agreed: Option<Agreed>,
+    /// Where it came in.
+    door: Arc<Door>,
 }
 
 impl Peer {
-    fn new(job: &Job, channel: Arc<dyn Channel>) -> Self {
+    fn new(job: &Job, channel: Arc<dyn Channel>, door: &Arc<Door>) -> Self {
         let out = StreamOutput::new(Arc::clone(&channel), job.options.time(Opt::StallTimeout));
-        Self { channel, out, is_vmig: false, listens: false, verify: false, attempt: None }
+        let door = Arc::clone(door);
+        Self { channel, out, is_vmig: false, listens: false, verify: false, attempt: None, agreed: None, door }
     }
 
     /// Sends a reply.
@@ -370,80 +339,6 @@ impl Peer {
     }
 }
 
-/// What a guest arrives in.
-struct Arrival<'a, 'job> {
-    memory: &'a mut Memory,
-    hand: &'a mut Hand<'job>,
-    progress: &'a mut Progress,
-}
-
-/// Receives everything up to the handover. With an attempt the switchover's words follow, and the result of loading is
-/// for them; else it is true if the guest ran at the source.
-fn load_all(
-    job: &Job,
-    door: &Arc<Door>,
-    peer: &mut Peer,
-    input: &mut StreamInput,
-    theirs: Option<Hello>,
-    Arrival { memory, hand, progress }: Arrival<'_, '_>,
-) -> Result<(Option<Attempt>, Result<bool>)> {
-    let (parallel, hints) = match theirs {
-        Some(theirs) => greet(job, peer, input, &theirs, hand).map_err(|e| e.in_phase("hello"))?,
-        // A QEMU says nothing of its channels: both sides must have been told the same.
-        None => {
-            hand.check_plain()?;
-            if let Some(option) = [Opt::Checksum, Opt::Verify].into_iter().find(|option| job.options.on(*option)) {
-                let name = option.name();
-                let text = format!(
-                    "option '{name}' is set, but the source does not use this library, or is a pipe or a file"
-                );
-                return Err(Error::invalid(text).by_option(name).in_phase("hello"));
-            }
-            (Parallel::configured(&job.options), Vec::new())
-        }
-    };
-    *progress = Progress::Touched;
-    let targets = target::prepare(job, hand.rest(), peer.is_vmig)?;
-    memory.prepare(job, &targets, hints, usize::from(parallel.channels));
-    let lanes = open_lanes(job, door, peer, &targets, memory, parallel).map_err(|e| e.in_phase("connect"))?;
-    let configuration = |input: &mut StreamInput| {
-        stream::read_header(input)?;
-        stream::read_configuration(input, &job.options.machine())
-    };
-    configuration(input).map_err(|e| e.in_phase("load"))?;
-    let scout = memory.ahead.as_ref().map(Ahead::scout);
-    let mut loader = Loader::new(job, peer, &targets, scout, lanes, hand.inbox());
-    let loaded = loader.load(input).map_err(|e| e.in_phase("load"));
-    match loader.is_prepared() {
-        true => Ok((peer.attempt, loaded)),
-        false => Ok((None, Ok(loaded?))),
-    }
-}
-
-/// The connections for pages, if there are any.
-fn open_lanes(
-    job: &Job,
-    door: &Arc<Door>,
-    peer: &Peer,
-    targets: &Targets,
-    memory: &Memory,
-    parallel: Parallel,
-) -> Result<Option<Lanes>> {
-    if parallel.channels == 0 {
-        return Ok(None);
-    }
-    let channels = door.channels(parallel.channels, &job.wake, job.options.time(Opt::ConnectTimeout))?;
-    let mut lanes = Lanes::start(job, channels, targets, memory.ahead.as_ref(), (peer.is_vmig, parallel.checksum))?;
-    if parallel.meet_each_section {
-        lanes.meet_each_section();
-    }
-    // A QEMU does not say how many channels it has: pages on one more would be lost without a word.
-    if !peer.is_vmig {
-        lanes.watch(door);
-    }
-    Ok(Some(lanes))
-}
-
 /// Everything came from a source that does not vote: tells it so, after which there is no way back.
 fn arrive(job: &Job, peer: &mut Peer, hand: &mut Hand<'_>, loaded: Result<bool>) -> Result<bool> {
     let running = loaded?;
@@ -484,37 +379,43 @@ fn configure(job: &Job, peer: &mut Peer, input: &mut StreamInput, theirs: &Hello
     })
 }
 
-/// Compares the source's hello with what is here and answers it.
+/// Compares the source's hello with what is here and answers it. Behind the answer hints may come, or the connection break.
 fn greet(
     job: &Job,
     peer: &mut Peer,
     input: &mut StreamInput,
     theirs: &Hello,
     hand: &mut Hand<'_>,
-) -> Result<(Parallel, Vec<(String, Hint)>)> {
+) -> Result<(Parallel, Result<Hints>)> {
     let differences = compare::everything(theirs, job, &*peer.channel, hand);
     if !differences.is_empty() {
         let error = hello::join(&differences);
         peer.answer(&Answer::Refused(differences))?;
         return Err(error);
     }
-    let welcome = hand.welcome(theirs, &*peer.channel);
+    let mut welcome = hand.welcome(theirs, &*peer.channel);
+    // A lone descriptor cannot be connected to again.
+    welcome.resume &= peer.door.is_line();
     let (channels, checksum) = (welcome.channels.unwrap_or(theirs.channels), welcome.checksum);
     peer.attempt = theirs.attempt.filter(|_| welcome.switchover);
     peer.verify = welcome.verify;
+    peer.agreed = Agreed::new(theirs).filter(|_| welcome.resume);
     peer.answer(&Answer::Welcome(welcome))?;
     if checksum {
         peer.out.use_frames()?;
         input.expect_frames()?;
     }
     hand.receive(input, &*peer.channel)?;
-    let hints = if theirs.hints { read_hints(job, theirs, input)? } else { Vec::new() };
+    let hints = if theirs.hints { read_hints(job, theirs, input) } else { Ok(Vec::new()) };
     Ok((Parallel { channels, meet_each_section: theirs.meet_each_section, checksum }, hints))
 }
 
+/// Where the blocks with these names have content.
+type Hints = Vec<(String, Hint)>;
+
 /// The hints behind a welcome, one for each block of the hello that was not offered by its file; their lengths follow
 /// from our own blocks, which were found to be the same.
-fn read_hints(job: &Job, theirs: &Hello, input: &mut StreamInput) -> Result<Vec<(String, Hint)>> {
+fn read_hints(job: &Job, theirs: &Hello, input: &mut StreamInput) -> Result<Hints> {
     let mut hints = Vec::new();
     let offered = |name: &str| theirs.hand_over.iter().flatten().any(|offer| offer.name == name);
     for (name, _) in theirs.blocks.iter().filter(|(name, _)| !offered(name)) {
@@ -535,7 +436,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn prepare(&mut self, job: &Job, targets: &Targets, hints: Vec<(String, Hint)>, channels: usize) {
+    fn prepare(&mut self, job: &Job, targets: &Targets, hints: Hints, channels: usize) {
         /// Populating is faster than one connection, and not much faster with more threads than this.
         const THREADS_MAX: usize = 2;
         if targets.is_empty() {

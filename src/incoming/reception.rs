@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::awaited::{Awaited, UNKNOWN, refused};
 use crate::error::{Error, Result};
+use crate::status::Status;
 use crate::switchover::Message;
 use crate::switchover::keeper::{Asked, Keeper};
 use crate::sys::eventfd::{EventFd, Wake};
@@ -20,9 +22,10 @@ use crate::sys::io::{self, FdKind, Piece};
 use crate::thread::{Threads, lock};
 use crate::transport::socket::Listener;
 use crate::transport::uri::Uri;
-use crate::wire::ask::{self, Ask};
+use crate::wire::ask::{self, Ask, MigrationId};
 use crate::wire::hello::{self, Answer};
 use crate::wire::input::Slice;
+use crate::wire::knock::{self, Knock};
 use crate::wire::{packet, reply};
 
 /// How long a connection may take to say what it is.
@@ -54,12 +57,18 @@ struct Intake {
     bell: Arc<EventFd>,
     /// Why the first connection was lost that had not said what it is, or was not even taken.
     broken: Option<Error>,
+    /// Whose source may connect again.
+    awaited: Option<Awaited>,
 }
 
 impl Intake {
     fn new() -> Result<Self> {
         let (mains, channels, bell) = (VecDeque::new(), Vec::new(), Arc::new(EventFd::new()?));
-        Ok(Self { mains, taken: false, channels, bell, broken: None })
+        Ok(Self { mains, taken: false, channels, bell, broken: None, awaited: None })
+    }
+
+    fn awaited(&mut self) -> Option<(&mut Awaited, &mut Vec<OwnedFd>)> {
+        Some((self.awaited.as_mut()?, &mut self.channels))
     }
 }
 
@@ -115,6 +124,44 @@ impl Line {
         let mut intake = lock(&self.intake);
         let channels = &mut intake.as_mut()?.channels;
         (channels.len() >= count).then(|| channels.drain(..count).collect())
+    }
+
+    /// See [`Awaited`].
+    pub(super) fn let_rejoin(&self, migration: MigrationId, status: &Arc<Status>) {
+        if let Some(intake) = &mut *lock(&self.intake) {
+            intake.awaited = Some(Awaited::new(migration, status));
+        }
+    }
+
+    /// The connection is not in use any more: a knock is waited for.
+    pub(super) fn await_knock(&self) {
+        if let Some(awaited) = lock(&self.intake).as_mut().and_then(|intake| intake.awaited.as_mut()) {
+            awaited.in_use = false;
+        }
+    }
+
+    /// The connection of the last knock, which is in use from here on. Fails if nobody comes any more.
+    pub(super) fn take_knock(&self) -> Result<Option<OwnedFd>> {
+        match lock(&self.intake).as_mut().and_then(|intake| intake.awaited.as_mut()) {
+            Some(awaited) => awaited.take(),
+            None => Ok(None),
+        }
+    }
+
+    /// A source knocks. Returns one who is not let in, and why.
+    fn knock(&self, fd: OwnedFd, knock: &Knock) -> Option<(OwnedFd, Error)> {
+        let mut intake = lock(&self.intake);
+        let Some((awaited, channels)) = intake.as_mut().and_then(Intake::awaited) else {
+            return Some((fd, refused(UNKNOWN)));
+        };
+        let left = awaited.admit(fd, knock);
+        if left.is_none() {
+            // What came with an older connection is closed unread.
+            channels.clear();
+        }
+        drop(intake);
+        self.ring();
+        left
     }
 
     /// Connections that wait for the migration.
@@ -367,7 +414,7 @@ impl Reception {
                 return;
             }
             for line in &lines {
-                line.latecomers().into_iter().flatten().for_each(|fd| strangers.turn_away(fd, line));
+                line.latecomers().into_iter().flatten().for_each(|fd| strangers.turn_away(fd, line.refusal()));
             }
             self.turn(&lines, &mut strangers);
         }
@@ -432,8 +479,12 @@ impl Reception {
                 return;
             }
         };
-        let asks = first[..4] == ask::MAGIC.to_be_bytes();
-        let want = if asks { ask::LEN } else { 4 };
+        let (asks, knocks) = (first[..4] == ask::MAGIC.to_be_bytes(), first[..4] == knock::MAGIC.to_be_bytes());
+        let want = match () {
+            () if asks => ask::LEN,
+            () if knocks => knock::LEN,
+            () => 4,
+        };
         if there < want && !io::peer_is_done(one.fd.as_fd()) {
             one.again = Some(Instant::now() + LOOK_AGAIN);
             return;
@@ -447,10 +498,17 @@ impl Reception {
             if there == ask::LEN && io::read(fd.as_fd(), FdKind::Socket, &mut first).is_ok() {
                 self.question(fd, &first);
             }
+        } else if knocks {
+            // A frame that is cut short, or of another form, has nobody to hear why.
+            if let Ok(knock) = knock::read(&mut Slice::new(&first[..there]))
+                && let Some((fd, why)) = one.line.knock(fd, &knock)
+            {
+                strangers.turn_away(fd, why);
+            }
         } else if let Some(fd) = one.line.admit(fd, first[..4] == packet::MAGIC.to_be_bytes())
             && first[..4] == hello::MAGIC.to_be_bytes()
         {
-            strangers.turn_away(fd, &one.line);
+            strangers.turn_away(fd, one.line.refusal());
         }
     }
 
@@ -505,9 +563,9 @@ impl Strangers {
     }
 
     /// Tells a vmig why it cannot come.
-    fn turn_away(&mut self, fd: OwnedFd, line: &Line) {
+    fn turn_away(&mut self, fd: OwnedFd, why: Error) {
         let mut bytes = Vec::new();
-        if hello::put_answer(&mut bytes, &Answer::Refused(vec![line.refusal()])).is_err() {
+        if hello::put_answer(&mut bytes, &Answer::Refused(vec![why])).is_err() {
             return;
         }
         say(&fd, &bytes);

@@ -47,24 +47,8 @@ struct Aftermath<'a> {
 /// Goes on until the guest has an owner, or the handle is freed. Leaves the guest where it belongs and reports.
 pub(super) fn settle(job: &Job, rest: Rest) {
     let keeper = &job.keeper;
-    job.vmm.unseal();
-    if keeper.phase() != Phase::Owner
-        && let Err(error) = job.vmm.stop(StopReason::NotOwner)
-    {
-        job.vmm.log().error(format_args!("after the guest was let go: {error}"));
-    }
-    let why = rest.why.unwrap_or_else(|| Error::new(libc::ECANCELED, "the migration was cancelled"));
-    let mut aftermath = Aftermath {
-        job,
-        link: None,
-        deadline: None,
-        retry: None,
-        reconnect: None,
-        why,
-        trouble: None,
-        dropped: false,
-    };
-    aftermath.run(rest.actions);
+    let mut aftermath = Aftermath::new(job, rest.why);
+    aftermath.run(rest.actions, true);
     match keeper.phase() {
         Phase::Owner => aftermath.take_back(),
         Phase::Empty if aftermath.dropped => job.status.end(Err(aftermath.why)),
@@ -75,15 +59,41 @@ pub(super) fn settle(job: &Job, rest: Rest) {
     keeper.rest();
 }
 
-impl Aftermath<'_> {
-    fn run(&mut self, mut actions: VecDeque<Action>) {
+/// Takes the guest back before GO, and lets it run as before. Some: it is held here, or the handle is being freed, and
+/// this is left to settle.
+pub(super) fn take_back(job: &Job, rest: Rest) -> Result<Option<Rest>> {
+    let mut aftermath = Aftermath::new(job, rest.why);
+    aftermath.run(rest.actions, false);
+    if job.keeper.phase() != Phase::Owner {
+        return Ok(Some(Rest { actions: VecDeque::new(), why: Some(aftermath.why) }));
+    }
+    job.keeper.rest();
+    job.vmm.start(StopReason::NotOwner)?;
+    resume(&job.vmm)?;
+    Ok(None)
+}
+
+impl<'a> Aftermath<'a> {
+    fn new(job: &'a Job, why: Option<Error>) -> Self {
+        job.vmm.unseal();
+        if job.keeper.phase() != Phase::Owner
+            && let Err(error) = job.vmm.stop(StopReason::NotOwner)
+        {
+            job.vmm.log().error(format_args!("after the guest was let go: {error}"));
+        }
+        let why = why.unwrap_or_else(|| Error::new(libc::ECANCELED, "the migration was cancelled"));
+        Self { job, link: None, deadline: None, retry: None, reconnect: None, why, trouble: None, dropped: false }
+    }
+
+    /// Until the guest has an owner; without `patient`, or nobody but an operator knows who it is.
+    fn run(&mut self, mut actions: VecDeque<Action>, patient: bool) {
         loop {
             let mut next = None;
             while let Some(action) = actions.pop_front() {
                 next = self.carry_out(action).or(next);
             }
             let phase = self.job.keeper.phase();
-            if matches!(phase, Phase::Owner | Phase::Empty) {
+            if matches!(phase, Phase::Owner | Phase::Empty) || (phase == Phase::Held && !patient) {
                 return;
             }
             let event = match next {
@@ -227,10 +237,11 @@ impl Aftermath<'_> {
     /// Tries to connect. None: it did not work this time.
     fn connect(&mut self, deadline: Instant) -> Option<Event> {
         // What cannot be connected again has nobody to ask.
-        let Target::Address(_) = &self.job.target else { return Some(Event::Deadline) };
+        let target = self.job.route.target();
+        let Target::Address(_) = &target else { return Some(Event::Deadline) };
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = left.min(self.job.options.time(Opt::ConnectTimeout)).min(TRY);
-        match self.job.target.connect(self.job.keeper.quit(), limit) {
+        match target.connect(self.job.keeper.quit(), limit) {
             Ok(link) => {
                 self.link = Some(link);
                 Some(Event::Linked)

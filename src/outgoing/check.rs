@@ -34,7 +34,7 @@ pub struct Report {
 
 /// Asks.
 pub fn check(job: &Job) -> Result<Report> {
-    if job.options.get(Opt::Peer) == 1 || !matches!(job.target, Target::Address(_)) {
+    if job.options.get(Opt::Peer) == 1 || !matches!(job.route.target(), Target::Address(_)) {
         let text = "only a destination that uses this library and listens at an address (tcp: or unix:) can be asked";
         return Err(Error::new(libc::ENOTSUP, text));
     }
@@ -42,7 +42,7 @@ pub fn check(job: &Job) -> Result<Report> {
     let mut took = || std::mem::replace(&mut lap, Instant::now()).elapsed();
     let limit = job.options.time(Opt::ConnectTimeout);
     let answer_by = Instant::now() + limit;
-    let channel = job.target.connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
+    let channel = job.route.target().connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
     let connect = took();
     let mut migration = Migration::new(job, Arc::clone(&channel), TotalTime::none(), answer_by);
     let asked = migration.ask();

@@ -31,16 +31,20 @@ impl Migration<'_> {
         if checksum && !self.to_vmig {
             return Err(needs_vmig());
         }
-        self.verify = verify::wanted(&self.job.options, self.to_vmig)?;
+        self.verify = verify::wanted(&self.job.options, self.to_vmig, self.verify.take())?;
+        self.check_resume()?;
         hand::check_devices(self.job, &*self.channel, self.sections.fd_fields())?;
         self.hand = HandOver::new(self.job, &*self.channel)?;
         let mut answers = StreamInput::of_replies(Arc::clone(&self.channel));
         if self.to_vmig {
-            let survey = Survey::new().ok();
+            // A destination that goes on has prepared its memory.
+            let survey = if self.resuming.goes_on() { None } else { Survey::new().ok() };
             self.introduce(survey.as_ref(), false)?;
             // Looked for while the destination compares; what that takes is not the destination's fault.
             let begun = Instant::now();
-            self.existing = survey.as_ref().map(|survey| self.existing(survey)).transpose()?.unwrap_or_default();
+            if let Some(survey) = &survey {
+                self.existing = self.existing(survey)?;
+            }
             let answer_by = self.answer_by + begun.elapsed();
             answers.set_deadline(Some((answer_by, self.job.options.time(Opt::ConnectTimeout))));
             match hello::read_answer(&mut answers)? {
@@ -51,7 +55,8 @@ impl Migration<'_> {
                 Answer::Refused(errors) | Answer::Checked(errors, _) => return Err(hello::join(&errors)),
             }
             let mut bytes = Vec::new();
-            self.existing.iter().for_each(|(block, hint)| hello::put_hint(&mut bytes, &without_zeros(block, hint)));
+            let hinted = self.existing.iter().filter(|_| survey.is_some());
+            hinted.for_each(|(block, hint)| hello::put_hint(&mut bytes, &without_zeros(block, hint)));
             self.out.write(&bytes)?;
         }
         let channels = self.channels();
@@ -62,6 +67,7 @@ impl Migration<'_> {
                 channels,
                 (find_zeros, self.sender.has_zero_runs(), checksum),
                 &self.toll,
+                &self.tag(),
             )?);
         }
         let mut bytes = Vec::new();
@@ -70,7 +76,7 @@ impl Migration<'_> {
             stream::put_command(&mut bytes, Command::OpenReturnPath);
             self.pings += 1;
             stream::put_command(&mut bytes, Command::Ping(self.pings));
-            self.replies = Some(Replies::start(self.job, answers)?);
+            self.replies = Some(Replies::start(self.job, answers, self.resuming.is_agreed())?);
         }
         self.write(&bytes)?;
         self.may_speak = self.to_vmig;
@@ -91,6 +97,7 @@ impl Migration<'_> {
         }
         self.hand.pass(welcome, &mut self.out)?;
         self.votes = welcome.switchover && self.job.options.on(Opt::ReturnPath);
+        self.agree_to_resume(welcome.resume && self.votes)?;
         if welcome.zero_runs {
             self.sender.use_zero_runs();
         }
@@ -101,7 +108,7 @@ impl Migration<'_> {
 
     /// Says hello. `check`: only to ask what differs.
     pub(super) fn introduce(&mut self, survey: Option<&Survey>, check: bool) -> Result<()> {
-        let mut bytes = Vec::new();
+        let mut bytes = self.knock();
         hello::put(&mut bytes, &hello::Hello { check, ..self.hello(survey) })?;
         bytes.extend_from_slice(self.job.config.as_deref().unwrap_or_default());
         self.out.write(&bytes)
@@ -118,7 +125,7 @@ impl Migration<'_> {
             // Connections for nothing; should the destination not take every file, one stream does.
             return 0;
         }
-        match self.job.target {
+        match self.job.route.target() {
             Target::Address(_) => options.channels().min(self.channels_most),
             Target::Ready(_) => 0,
         }
@@ -152,6 +159,7 @@ impl Migration<'_> {
             // It is the vote that the hashes come before.
             (self.job.options.on(Opt::Verify), hello::FEATURE_VERIFY),
             (self.job.options.on(Opt::Verify), hello::FEATURE_SWITCHOVER),
+            (self.resuming.is_on(), hello::FEATURE_RESUME),
         ];
         wants.iter().filter(|(wanted, _)| *wanted).map(|(_, name)| (*name).to_owned()).collect()
     }
@@ -177,6 +185,7 @@ impl Migration<'_> {
             hints: survey.is_some(),
             checksum: self.job.options.on(Opt::Checksum).then(|| checksum::NAME.to_owned()),
             hand_over: self.hand.offers(),
+            resume: self.resuming.is_on().then(|| self.job.options.get(Opt::ResumeTimeout)),
             attempt: votes.then(|| hello::Attempt { migration: self.job.migration, epoch: self.job.keeper.epoch() }),
         }
     }

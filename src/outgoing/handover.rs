@@ -196,6 +196,8 @@ impl Migration<'_> {
             Said::Failed => Event::Failed,
             Said::Ended if self.job.status.is_committed() => Event::LinkLost,
             Said::Ended if self.job.status.state() == State::Cancelling => Event::Cancel,
+            // From here on nobody hears an ABORT, and the connection is no error that ends the attempt.
+            Said::Ended if self.job.status.is_link_lost() => Event::LinkLost,
             // Another thread of ours failed and ended everybody's waits.
             Said::Ended if self.job.wake.is_raised() => Event::Failed,
             Said::Ended => Event::LinkLost,

@@ -21,7 +21,7 @@ use crate::thread::lock;
 use crate::transport::Channel;
 use crate::transport::stream::StreamOutput;
 use crate::wire::checksum::{STEP, Sum};
-use crate::wire::packet::{self, Header, PAGES_MAX, ZERO_RUNS_MAX};
+use crate::wire::packet::{self, Header, PAGES_MAX, Tag, ZERO_RUNS_MAX};
 
 /// Batches waiting or under way. They hold as many pages as are taken at once (see [`TAKEN_MAX`]), twice: lanes that
 /// find only zeros, or write to a fast network, have work while the next pages are taken.
@@ -101,6 +101,8 @@ struct State {
     /// Lanes that wait for work, and whether the migration thread waits: a wake-up that nobody needs is a system call.
     idle: usize,
     awaited: bool,
+    /// One could not be made.
+    unconnected: bool,
     /// Connections made so far, to be shut down at the end.
     channels: Vec<Arc<dyn Channel>>,
 }
@@ -122,6 +124,8 @@ struct Shared {
     zero_runs: bool,
     /// Packets carry checksums.
     checksum: bool,
+    /// Whose channels they are.
+    tag: Tag,
     toll: Arc<Toll>,
     limit: Duration,
     #[cfg(feature = "fault-injection")]
@@ -213,6 +217,7 @@ impl Lanes {
         count: u8,
         (find_zeros, zero_runs, checksum): (bool, bool, bool),
         toll: &Arc<Toll>,
+        tag: &Tag,
     ) -> Result<Self> {
         let limit = job.options.time(Opt::StallTimeout);
         let batches = if checksum { BATCHES_COPIED * usize::from(count) } else { BATCHES };
@@ -228,6 +233,7 @@ impl Lanes {
             find_zeros,
             zero_runs,
             checksum,
+            tag: *tag,
             toll: Arc::clone(toll),
             limit,
             #[cfg(feature = "fault-injection")]
@@ -246,11 +252,12 @@ impl Lanes {
     fn add(&mut self, job: &Job, id: u8) -> Result<()> {
         let (shared, on_panic) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
         let (target, wake, limit) =
-            (job.target.clone(), Arc::clone(&job.wake), job.options.time(Opt::ConnectTimeout));
+            (job.route.target(), Arc::clone(&job.wake), job.options.time(Opt::ConnectTimeout));
         let nice = job.options.nice();
         let body = move || {
             thread_sys::stand_back(nice);
-            if let Err(error) = target.connect(&wake, limit).and_then(|channel| run(&shared, channel, id)) {
+            let channel = target.connect(&wake, limit).inspect_err(|_| shared.lock().unconnected = true);
+            if let Err(error) = channel.and_then(|channel| run(&shared, channel, id)) {
                 shared.fail(error.context(format_args!("channel {id}")));
             }
             Ok(())
@@ -324,6 +331,12 @@ impl Lanes {
         self.shared.lock().error.is_some()
     }
 
+    /// Whether the connection of one is gone.
+    pub(super) fn are_lost(&self) -> bool {
+        let state = self.shared.lock();
+        state.unconnected || state.channels.iter().any(|channel| channel.is_lost())
+    }
+
     /// Ends the threads: at once after a failure, else when they have nothing left.
     pub(super) fn close(&mut self) {
         let channels = {
@@ -384,7 +397,7 @@ struct Lane<'a> {
 
 impl Lane<'_> {
     fn work(&mut self, id: u8) -> Result<()> {
-        self.out.write(&packet::init(id, self.shared.checksum))?;
+        self.out.write(&packet::init(id, self.shared.checksum, &self.shared.tag))?;
         let mut met = 0;
         loop {
             match self.shared.next(met) {

@@ -9,7 +9,10 @@ mod greet;
 mod hand;
 mod handover;
 mod lanes;
+mod numbers;
 mod replies;
+mod resume;
+pub mod route;
 mod sender;
 mod sections;
 mod stretch;
@@ -26,7 +29,6 @@ use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::kvm::Kvm;
 use crate::options::{Opt, Options};
-use crate::pacing::downtime::Known;
 use crate::pacing::{self, Convergence, Rate};
 use crate::ram::presence::Hint;
 use crate::ram::{Block, PAGE, RamList};
@@ -38,7 +40,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::Threads;
 use crate::transport::stream::StreamOutput;
-use crate::transport::{Channel, STALL, Target};
+use crate::transport::{Channel, STALL};
 use crate::vmm::{StopReason, Vmm};
 use crate::wire::ask::MigrationId;
 use crate::wire::command::Command;
@@ -48,6 +50,8 @@ pub use check::{Report, check};
 use hand::HandOver;
 use handover::Rest;
 use replies::Replies;
+use resume::Resuming;
+use route::Route;
 use sections::SectionSaver;
 use sender::{FindZeros, RamSender};
 use toll::Toll;
@@ -71,7 +75,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Job {
     /// Where to.
-    pub target: Target,
+    pub route: Arc<Route>,
     /// Guest RAM at the start.
     pub ram: RamList,
     /// Sections at the start.
@@ -162,6 +166,16 @@ fn first_error(job: &Job, error: Error) -> Error {
     }
 }
 
+/// Sends pages as the options say.
+fn new_sender(job: &Job) -> RamSender {
+    let find_zeros = match job.options.get(Opt::ZeroPageDetection) {
+        0 => FindZeros::Nobody,
+        1 => FindZeros::Here,
+        _ => FindZeros::Lanes,
+    };
+    RamSender::new(find_zeros, job.options.on(Opt::MultifdFlushAfterEachSection))
+}
+
 /// Lets the guest run on here. Should that fail it is left as paused by the user, so that vmig_start can try again.
 fn resume(vmm: &Vmm) -> Result<()> {
     vmm.start(StopReason::Migration).map(drop).or_else(|error| {
@@ -181,7 +195,7 @@ fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
     let total = TotalTime::start(job).map_err(|e| e.in_phase("connect"))?;
     let limit = job.options.time(Opt::ConnectTimeout);
     let answer_by = Instant::now() + limit;
-    let channel = job.target.connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
+    let channel = job.route.target().connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
     let mut migration = Migration::new(job, channel, total, answer_by);
     let result = migration.phases(stopped);
     migration.hang_up(result)
@@ -215,6 +229,7 @@ struct Migration<'a> {
     charged: u64,
     pings: u32,
     total: TotalTime,
+    resuming: Resuming,
     /// When a vmig must have answered the hello.
     answer_by: Instant,
     begun: Instant,
@@ -242,14 +257,7 @@ impl<'a> Migration<'a> {
             sections: SectionSaver::new(&job.sections, !to_vmig),
             verify: None,
             set: None,
-            sender: RamSender::new(
-                match job.options.get(Opt::ZeroPageDetection) {
-                    0 => FindZeros::Nobody,
-                    1 => FindZeros::Here,
-                    _ => FindZeros::Lanes,
-                },
-                job.options.on(Opt::MultifdFlushAfterEachSection),
-            ),
+            sender: new_sender(job),
             existing: Vec::new(),
             hand: HandOver::nothing(job),
             rate: Rate::new(Duration::ZERO),
@@ -258,6 +266,7 @@ impl<'a> Migration<'a> {
             charged: 0,
             pings: 0,
             total,
+            resuming: Resuming::new(job.options.on(Opt::ResumeTimeout)),
             answer_by,
             begun: Instant::now(),
             last_sync: Instant::now(),
@@ -269,9 +278,24 @@ impl<'a> Migration<'a> {
 
     fn phases(&mut self, stopped: &mut bool) -> Result<Outcome> {
         self.prepare().map_err(|e| e.in_phase("prepare"))?;
-        self.greet().map_err(|e| e.in_phase("hello"))?;
-        self.setup().map_err(|e| e.in_phase("setup"))?;
-        self.job.status.advance(State::Active)?;
+        let lost = self.unless_lost(|migration| migration.greet().map_err(|e| e.in_phase("hello")))?;
+        self.subscribe().map_err(|e| e.in_phase("setup"))?;
+        let lost = match lost {
+            None => self.unless_lost(|migration| migration.open_stream().map_err(|e| e.in_phase("setup")))?,
+            lost => lost,
+        };
+        match lost {
+            Some(why) => self.reconnect(why)?,
+            None => self.job.status.advance(State::Active)?,
+        }
+        self.job.status.counters.iteration.store(1, Ordering::Relaxed);
+        store_time(&self.job.status.counters.setup, self.begun.elapsed());
+        self.publish();
+        self.over_connections(stopped)
+    }
+
+    /// Everything behind the setup, as far as this connection goes.
+    fn proceed(&mut self, stopped: &mut bool) -> Result<Outcome> {
         self.iterate().and_then(|()| self.total.is_kept(self.job)).map_err(|e| e.in_phase("iterate"))?;
         self.complete(stopped)
     }
@@ -282,13 +306,19 @@ impl<'a> Migration<'a> {
         self.sections.prepare()
     }
 
-    /// Dirty logging on, START of every iterative section.
-    fn setup(&mut self) -> Result<()> {
+    /// Dirty logging on.
+    fn subscribe(&mut self) -> Result<()> {
         self.rehearse_verify()?;
         let set = self.job.dirty.subscribe(self.hand.rest())?;
         self.set = Some(Arc::clone(&set));
         let total: u64 = set.blocks().map(|b| b.len()).sum();
         self.job.status.counters.total.store(total, Ordering::Relaxed);
+        self.remember_sent()
+    }
+
+    /// START of RAM and of every iterative section: what every connection begins with.
+    fn open_stream(&mut self) -> Result<()> {
+        let Some(set) = self.set.clone() else { return Err(Error::invalid("no RAM was set up")) };
         self.sender.setup(&set, &self.existing, &mut self.out)?;
         let mut bodies = Bodies::default();
         {
@@ -298,9 +328,6 @@ impl<'a> Migration<'a> {
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
         self.write_bodies(&bodies)?;
         self.last_sync = Instant::now();
-        self.job.status.counters.iteration.store(1, Ordering::Relaxed);
-        store_time(&self.job.status.counters.setup, self.begun.elapsed());
-        self.publish();
         Ok(())
     }
 
@@ -382,12 +409,13 @@ impl<'a> Migration<'a> {
         let Some(set) = self.set.clone() else { return Ok(()) };
         let until = Instant::now() + SLICE;
         self.sender.begin_part(&mut self.out)?;
-        while self.send_batch(&set)? && Instant::now() < until {
+        while self.send_batch(&set)? && Instant::now() < until && !self.is_point_due() {
             self.job.status.check()?;
         }
         // The last PART of a round: a page is under way at most once between two meetings.
-        let over = self.dirty_pages() == 0;
-        self.sender.end_section(&mut self.out, over)
+        let over = self.dirty_pages() == 0 || self.is_point_due();
+        self.sender.end_section(&mut self.out, over)?;
+        if over { self.number_point() } else { Ok(()) }
     }
 
     /// Sends some dirty pages, as many as the bandwidth limit lets go in one write. False: there were none.
@@ -421,42 +449,11 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    /// Bytes left, RAM and sections, just after a sync.
-    fn pending(&self) -> Result<u64> {
-        Ok((self.dirty_pages() as u64 * PAGE).saturating_add(self.sections.pending_exact()?.total()))
-    }
-
-    fn threshold(&self) -> u64 {
-        self.known().threshold(self.job.live.time(Opt::DowntimeLimit))
-    }
-
-    /// What a prediction of the downtime is made of.
-    fn known(&self) -> Known {
-        let [stop, start] = self.job.vmm.took();
-        Known {
-            stop,
-            start,
-            devices: self.job.status.downtime().actual.devices,
-            sync: self.sync_took,
-            round_trip: self.round_trip,
-            bandwidth: self.bandwidth(),
-            hash: self.verify.as_ref().map_or(Duration::ZERO, |verify| verify.took),
-        }
-    }
-
-    /// Bytes per second to expect at the switchover.
-    fn bandwidth(&self) -> u64 {
-        match self.job.live.get(Opt::AvailSwitchoverBandwidth) {
-            0 => self.rate.bandwidth(self.now()),
-            given => given,
-        }
-    }
-
     /// A destination that refuses us may just hang up; after the handover nobody could tell that from a lost answer.
     fn may_switch_over(&self) -> Result<bool> {
         let Some(replies) = &self.replies else { return Ok(true) };
         let limit = self.job.options.time(Opt::StallTimeout);
-        if !replies.answered() && self.begun.elapsed() > limit {
+        if !replies.answered() && self.resuming.linked.elapsed() > limit {
             return Err(Error::timeout(STALL, limit, "the destination did not answer the first ping within"));
         }
         Ok(replies.answered() && (!self.job.options.on(Opt::SwitchoverAck) || replies.acknowledged()))
@@ -483,31 +480,6 @@ impl<'a> Migration<'a> {
         self.out.write_bodies(bodies)?;
         self.account();
         Ok(())
-    }
-
-    /// Takes note of what went out since the last call.
-    fn account(&mut self) {
-        self.toll.charge(self.out.written() - self.charged);
-        self.charged = self.out.written();
-        let written = self.out.written() + self.sender.counts().0;
-        self.rate.moved(self.now(), written - self.accounted);
-        self.accounted = written;
-        self.publish();
-    }
-
-    /// Brings the numbers others look at up to date.
-    fn publish(&self) {
-        let counters = &self.job.status.counters;
-        let left = self.dirty_pages() as u64 * PAGE;
-        counters.remaining.store(left, Ordering::Relaxed);
-        let (on_lanes, normal, zero) = self.sender.counts();
-        counters.transferred.store(self.out.written() + on_lanes, Ordering::Relaxed);
-        counters.normal_pages.store(normal, Ordering::Relaxed);
-        counters.zero_pages.store(zero, Ordering::Relaxed);
-        counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);
-        if let Some(parts) = self.known().predict(left) {
-            store_time(&counters.expected_downtime, parts.total());
-        }
     }
 
     /// Why the guest stays: of a connection that broke the destination's reason, if it sent one; any other error is the
@@ -570,6 +542,14 @@ impl<'a> Migration<'a> {
         self.channel.shutdown();
         if let Some(replies) = self.replies.take() {
             replies.join();
+        }
+        let why = match &result {
+            Err(error) => Some(error),
+            Ok(Outcome::Switched(rest)) if !self.job.status.is_committed() => rest.why.as_ref(),
+            Ok(_) => None,
+        };
+        if why.is_some_and(|error| error.place().side.as_deref() != Some("destination")) {
+            self.say_over();
         }
         if let Some(set) = self.set.take() {
             self.job.dirty.leave(&set);

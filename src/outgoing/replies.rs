@@ -45,6 +45,8 @@ struct Heard {
     /// A vote, until it was taken.
     vote: Option<Reply>,
     acknowledged: bool,
+    /// The last sync point that was acknowledged.
+    point: u64,
     /// The last ping that was answered.
     pong: u32,
     shut: Option<u32>,
@@ -85,12 +87,13 @@ impl Shared {
         heard
     }
 
-    fn listen(&self, input: &mut StreamInput, status: &Status) {
+    fn listen(&self, input: &mut StreamInput, status: &Status, resumes: bool) {
         loop {
             let reply = reply::read(input);
             let mut heard = self.lock();
             match reply {
                 Ok(Reply::Pong(number)) => heard.pong = number,
+                Ok(Reply::Ack(number)) => heard.point = number,
                 Ok(Reply::SwitchoverAck) => heard.acknowledged = true,
                 Ok(Reply::Error(error)) => heard.error = Some(error),
                 Ok(Reply::Shut(code)) => heard.shut = Some(code),
@@ -109,11 +112,15 @@ impl Shared {
             let loaded = heard.shut == Some(0);
             let started = loaded && heard.started.is_some();
             let over = heard.ended.is_some() || started || heard.shut.is_some_and(|code| code != 0);
+            let only_lost = resumes && heard.error.is_none() && heard.shut.is_none() && heard.vote.is_none();
             drop(heard);
             // After the handover it is the waiting main thread that decides what an answer means.
             let early = (over || loaded) && !status.is_committed();
             if early && let Some(error) = failed {
-                status.fail(error);
+                match only_lost {
+                    true => status.fail_link(error),
+                    false => status.fail(error),
+                }
             }
             if over || early {
                 return;
@@ -162,14 +169,14 @@ impl Heard {
 
 impl Replies {
     /// Starts listening on `input`.
-    pub(super) fn start(job: &Job, mut input: StreamInput) -> Result<Self> {
+    pub(super) fn start(job: &Job, mut input: StreamInput, resumes: bool) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let (ours, status) = (Arc::clone(&shared), Arc::clone(&job.status));
         let on_panic = Arc::clone(&job.status);
         let thread = job.threads.spawn_with(
             "return_path",
             move || {
-                ours.listen(&mut input, &status);
+                ours.listen(&mut input, &status, resumes);
                 Ok(())
             },
             move |error| on_panic.fail(error.clone()),
@@ -196,6 +203,11 @@ impl Replies {
     pub(super) fn compared(&self, limit: Duration) -> Option<Reply> {
         let mut heard = self.shared.wait(limit, |h| h.compared.is_some() || h.shut.is_some() || h.ended.is_some());
         heard.compared.take()
+    }
+
+    /// Waits for something to be acknowledged beyond `seen`, at most for `limit`; the last point that was.
+    pub(super) fn point(&self, seen: u64, limit: Duration) -> u64 {
+        self.shared.wait(limit, |h| h.point > seen || h.shut.is_some() || h.ended.is_some()).point
     }
 
     /// The next of the switchover's words, and why it came to that; waits at most `limit` for it.

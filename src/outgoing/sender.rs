@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::dirty::sent::Sent;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
 use crate::ram::presence::Hint;
@@ -70,6 +71,8 @@ pub(super) struct RamSender {
     order: Vec<Next>,
     normal: u64,
     zero: u64,
+    /// With `resume-timeout`: what the destination has not acknowledged.
+    pub(super) sent: Option<Sent>,
     #[cfg(feature = "fault-injection")]
     fault: Arc<super::fault::LostPage>,
 }
@@ -90,6 +93,7 @@ impl RamSender {
             order,
             normal: 0,
             zero: 0,
+            sent: None,
             #[cfg(feature = "fault-injection")]
             fault: Arc::default(),
         }
@@ -120,6 +124,29 @@ impl RamSender {
     /// Whether a lane broke: the destination may know why.
     pub(super) fn is_broken(&self) -> bool {
         self.lanes.as_ref().is_some_and(Lanes::are_broken)
+    }
+
+    /// Whether a lane's connection is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lanes.as_ref().is_some_and(Lanes::are_lost)
+    }
+
+    /// The connection broke: what may not have arrived is dirty again.
+    pub(super) fn put_back(&mut self, set: &DirtySet) {
+        self.stretches.put_back(set);
+        if let Some(sent) = &mut self.sent {
+            sent.give_back(|block, first, pages| set.put_back(block, first, pages));
+        }
+    }
+
+    /// The next stretch; from here on it counts as sent.
+    fn next(&mut self, set: &DirtySet, here: Option<usize>, most: (usize, usize)) -> Result<Option<Stretch>> {
+        let next = self.stretches.next(set, here, most)?;
+        if let (Some(sent), Some(stretch)) = (&mut self.sent, &next) {
+            let bytes = if stretch.absent { 0 } else { stretch.pages as u64 * PAGE };
+            sent.mark(stretch.block, stretch.first, stretch.pages, bytes);
+        }
+        Ok(next)
     }
 
     /// Ends the lanes.
@@ -222,7 +249,7 @@ impl RamSender {
                 break;
             }
             let most_absent = if self.zero_runs { usize::MAX } else { left };
-            let Some(stretch) = self.stretches.next(set, here, (room, most_absent))? else { break };
+            let Some(stretch) = self.next(set, here, (room, most_absent))? else { break };
             stretches += 1;
             let pages = stretch.first..stretch.first + stretch.pages;
             if stretch.absent && self.zero_runs {
@@ -276,7 +303,7 @@ impl RamSender {
         self.order.clear();
         let (mut room, mut stretches) = (most, 0);
         while room > 0 && stretches < STRETCHES {
-            let Some(stretch) = self.stretches.next(set, None, (room, room))? else { break };
+            let Some(stretch) = self.next(set, None, (room, room))? else { break };
             stretches += 1;
             if stretch.absent && self.zero_runs {
                 let start = self.heads.len();

@@ -65,6 +65,16 @@ impl Stretches {
         self.owed
     }
 
+    /// What was taken and not given yet is dirty again.
+    pub(super) fn put_back(&mut self, set: &DirtySet) {
+        let mut at = self.at;
+        for run in self.cursor.runs().iter().skip(self.run).filter(|_| self.owed > 0) {
+            set.put_back(run.block, run.first + at, run.pages - at);
+            at = 0;
+        }
+        *self = Self::default();
+    }
+
     /// The next stretch, of block `here` if there is one: at most `most` pages, or `most_absent` absent ones.
     pub(super) fn next(
         &mut self,

@@ -47,11 +47,14 @@ impl Verify {
     }
 }
 
-/// None: the option is off. Refused where nobody could compare.
-pub(super) fn wanted(options: &Options, to_vmig: bool) -> Result<Option<Verify>> {
+/// None: the option is off. Refused where nobody could compare. Over another connection than `before` all is sent again.
+pub(super) fn wanted(options: &Options, to_vmig: bool, before: Option<Verify>) -> Result<Option<Verify>> {
     match (options.on(Opt::Verify), to_vmig && options.on(Opt::ReturnPath)) {
         (false, _) => Ok(None),
-        (true, true) => Ok(Some(Verify::default())),
+        (true, true) => {
+            let took = before.map_or(Duration::ZERO, |before| before.took);
+            Ok(Some(Verify { took, ..Verify::default() }))
+        }
         (true, false) => {
             let text = "option 'verify' needs a destination that uses this library and can answer (return-path): not a \
                         QEMU, a pipe or a file";

@@ -26,10 +26,12 @@ pub enum State {
     PreSwitchover = 9,
     /// The guest is stopped here and nowhere else, because it could not be taken back: `resolve` decides.
     Held = 10,
+    /// The connection broke; both sides keep what they have, and the source tries to go on (`resume-timeout`).
+    Reconnecting = 11,
 }
 
 /// Every state, in the order of their numbers.
-pub const STATES: [State; 11] = [
+pub const STATES: [State; 12] = [
     State::None,
     State::Setup,
     State::Cancelling,
@@ -41,6 +43,7 @@ pub const STATES: [State; 11] = [
     State::SwitchoverUnknown,
     State::PreSwitchover,
     State::Held,
+    State::Reconnecting,
 ];
 
 impl State {
@@ -58,6 +61,7 @@ impl State {
             State::SwitchoverUnknown => "switchover-unknown",
             State::PreSwitchover => "pre-switchover",
             State::Held => "held",
+            State::Reconnecting => "reconnecting",
         }
     }
 
@@ -66,19 +70,28 @@ impl State {
         matches!(self, State::None | State::Cancelled | State::Completed | State::Failed)
     }
 
+    /// Whether a migration in this state may have lost its connection and go on.
+    pub fn may_reconnect(self) -> bool {
+        self == State::Reconnecting || self.may_become(State::Reconnecting)
+    }
+
     /// Whether `self -> to` is a move a migration may make.
     pub fn may_become(self, to: State) -> bool {
         use State::{
-            Active, Cancelled, Cancelling, Completed, Device, Failed, Held, None, PreSwitchover, Setup,
+            Active, Cancelled, Cancelling, Completed, Device, Failed, Held, None, PreSwitchover, Reconnecting, Setup,
             SwitchoverUnknown,
         };
         match self {
             None | Cancelled | Completed | Failed => to == Setup,
-            Setup => matches!(to, Active | Cancelling | Failed),
+            Setup => matches!(to, Active | Cancelling | Failed | Reconnecting),
             // A destination has no other state until it said READY, and its source may be lost then.
-            Active => matches!(to, Device | PreSwitchover | Completed | Cancelling | Failed | SwitchoverUnknown),
-            PreSwitchover => matches!(to, Device | Cancelling | Failed),
-            Device => matches!(to, Completed | Cancelling | Failed | SwitchoverUnknown | Held),
+            Active => matches!(
+                to,
+                Device | PreSwitchover | Completed | Cancelling | Failed | SwitchoverUnknown | Reconnecting
+            ),
+            Reconnecting => matches!(to, Active | Cancelling | Failed),
+            PreSwitchover => matches!(to, Device | Cancelling | Failed | Reconnecting),
+            Device => matches!(to, Completed | Cancelling | Failed | SwitchoverUnknown | Held | Reconnecting),
             Cancelling => matches!(to, Cancelled | Failed | Held),
             SwitchoverUnknown => matches!(to, Completed | Cancelling | Failed | Held | Active),
             Held => matches!(to, Completed | Failed),
@@ -112,7 +125,7 @@ mod tests {
     #[test]
     fn legal_moves_only() {
         let count = STATES.iter().flat_map(|a| STATES.iter().filter(|b| a.may_become(**b))).count();
-        assert_eq!(count, 4 + 3 + 6 + 3 + 5 + 3 + 5 + 2);
+        assert_eq!(count, 4 + 4 + 7 + 4 + 6 + 3 + 5 + 2 + 3);
         for (number, state) in STATES.iter().enumerate() {
             assert_eq!(*state as usize, number);
             assert!(!state.may_become(*state) && !state.may_become(State::None), "{state:?}");

@@ -48,7 +48,7 @@ impl AsFd for EventFd {
     }
 }
 
-/// A flag that ends every wait of the threads that watch it, once and for all.
+/// A flag that ends every wait of the threads that watch it.
 #[derive(Debug)]
 pub struct Wake {
     fd: EventFd,
@@ -65,6 +65,12 @@ impl Wake {
     pub fn raise(&self) {
         self.raised.store(true, Ordering::Release);
         self.fd.set();
+    }
+
+    /// Lowers it: nobody who saw it up is there any more.
+    pub fn lower(&self) {
+        self.fd.clear();
+        self.raised.store(false, Ordering::Release);
     }
 
     /// Whether it was raised.

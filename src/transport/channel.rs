@@ -28,6 +28,8 @@ pub struct FdChannel {
     keeps_fds: AtomicBool,
     /// Those that were not taken yet.
     arrived: Mutex<VecDeque<OwnedFd>>,
+    /// It ended, or failed, or the peer was silent too long.
+    lost: AtomicBool,
 }
 
 /// Descriptors kept at most: what a guest's memory and devices may have, and an end for a peer that sends on and on.
@@ -42,7 +44,8 @@ impl FdChannel {
         }
         let passes_fds = kind == FdKind::Socket && fdpass::can_pass(fd.as_fd());
         let (fd, wake) = (Mutex::new(Some(Arc::new(fd))), Arc::clone(wake));
-        Ok(Self { fd, kind, wake, passes_fds, arrived: Mutex::default(), keeps_fds: AtomicBool::new(false) })
+        let (keeps_fds, lost) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self { fd, kind, wake, passes_fds, arrived: Mutex::default(), keeps_fds, lost })
     }
 
     /// Takes a copy of a caller's descriptor, which must be open for the direction.
@@ -83,6 +86,18 @@ impl FdChannel {
         Ok(Some(got.bytes))
     }
 
+    /// Takes note if nothing more can be expected of the connection.
+    fn note(&self, result: Result<usize>) -> Result<usize> {
+        let lost = match &result {
+            Ok(n) => *n == 0,
+            Err(error) => error.errno() != libc::ECANCELED,
+        };
+        if lost {
+            self.lost.store(true, Ordering::Release);
+        }
+        result
+    }
+
     fn close(&self, how: Shutdown) {
         let mut fd = lock(&self.fd);
         match (self.kind, &*fd) {
@@ -103,10 +118,8 @@ impl FdChannel {
             }
         }
     }
-}
 
-impl Channel for FdChannel {
-    fn read(&self, buf: &mut [u8], limit: Option<Duration>) -> Result<usize> {
+    fn read_once(&self, buf: &mut [u8], limit: Option<Duration>) -> Result<usize> {
         let fd = self.fd()?;
         while self.keeps_fds.load(Ordering::Acquire) {
             match self.read_keeping_fds(&fd, buf)? {
@@ -123,7 +136,7 @@ impl Channel for FdChannel {
         }
     }
 
-    fn read_room(&self, rooms: &mut [Room<'_>], limit: Option<Duration>) -> Result<usize> {
+    fn read_room_once(&self, rooms: &mut [Room<'_>], limit: Option<Duration>) -> Result<usize> {
         let fd = self.fd()?;
         loop {
             match io::read_room(fd.as_fd(), self.kind, rooms) {
@@ -134,7 +147,7 @@ impl Channel for FdChannel {
         }
     }
 
-    fn write(&self, pieces: &[Piece<'_>], limit: Duration) -> Result<usize> {
+    fn write_once(&self, pieces: &[Piece<'_>], limit: Duration) -> Result<usize> {
         let fd = self.fd()?;
         loop {
             match io::write(fd.as_fd(), self.kind, pieces) {
@@ -143,6 +156,24 @@ impl Channel for FdChannel {
                 Err(error) => return Err(Error::from_io("writing to the peer", &error)),
             }
         }
+    }
+}
+
+impl Channel for FdChannel {
+    fn read(&self, buf: &mut [u8], limit: Option<Duration>) -> Result<usize> {
+        self.note(self.read_once(buf, limit))
+    }
+
+    fn read_room(&self, rooms: &mut [Room<'_>], limit: Option<Duration>) -> Result<usize> {
+        self.note(self.read_room_once(rooms, limit))
+    }
+
+    fn write(&self, pieces: &[Piece<'_>], limit: Duration) -> Result<usize> {
+        self.note(self.write_once(pieces, limit))
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 
     fn write_last(&self, bytes: &[u8], limit: Duration) -> Result<()> {

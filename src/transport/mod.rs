@@ -48,6 +48,9 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
     /// Whether the peer can answer on this channel.
     fn is_two_way(&self) -> bool;
 
+    /// Whether the connection ended or failed, or the peer was silent too long: nothing more can be expected of it.
+    fn is_lost(&self) -> bool;
+
     /// The descriptor, to wait for it beside others.
     fn descriptor(&self) -> Result<Arc<OwnedFd>>;
 

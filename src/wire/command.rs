@@ -20,6 +20,8 @@ const PAGE_HASHES: u16 = 0x5622;
 const PREPARE: u16 = 0x5610;
 const GO: u16 = 0x5611;
 const ABORT: u16 = 0x5612;
+/// Ours, between two vmigs that agreed on it.
+const SYNC_POINT: u16 = 0x5630;
 
 /// The commands of a precopy migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub enum Command {
     Abort(u64),
     /// Why nothing follows, or an ABORT does.
     Error(Error),
+    /// Acknowledge this number when every byte before it lies in guest RAM.
+    SyncPoint(u64),
 }
 
 /// Names of QEMU's other commands, for the error that refuses them.
@@ -66,7 +70,7 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
     let want = match number {
         OPEN_RETURN_PATH | SWITCHOVER_START | ERROR | HASH | HASHES | PAGE_HASHES => 0,
         PING | FDS => 4,
-        PREPARE | ABORT => 8,
+        PREPARE | ABORT | SYNC_POINT => 8,
         GO => 16,
         _ => {
             let text = format!("byte {at:#x}: command {number:#x} ({}) is not supported", name(number));
@@ -86,6 +90,7 @@ pub fn read(input: &mut dyn Input) -> Result<Command> {
         PAGE_HASHES => Command::PageHashes,
         PREPARE => Command::Prepare(input.u64()?),
         ABORT => Command::Abort(input.u64()?),
+        SYNC_POINT => Command::SyncPoint(input.u64()?),
         GO => Command::Go(input.u64()?, input.u64()?),
         ERROR => {
             let len = input.u64()?;
@@ -168,6 +173,11 @@ pub fn put(out: &mut Vec<u8>, command: Command) {
             out.u64(json.len() as u64);
             out.bytes(json.as_bytes());
         }
+        Command::SyncPoint(number) => {
+            out.u16(SYNC_POINT);
+            out.u16(8);
+            out.u64(number);
+        }
     }
 }
 
@@ -181,8 +191,9 @@ mod tests {
         let error = Command::Error(Error::invalid("late writer").in_section("ram").on_side("source"));
         let words = [Command::Prepare(1 << 40), Command::Go(5, u64::MAX), Command::Abort(6), error];
         let plain = [Command::OpenReturnPath, Command::Ping(7), Command::SwitchoverStart, Command::Fds(3)];
+        let plain = plain.into_iter().chain([Command::SyncPoint(9)]);
         let verify = [Command::Hash, Command::Hashes, Command::PageHashes];
-        for command in plain.into_iter().chain(verify).chain(words) {
+        for command in plain.chain(verify).chain(words) {
             let mut out = Vec::new();
             put(&mut out, command.clone());
             assert_eq!(read(&mut Slice::new(&out)).unwrap(), command);

@@ -68,6 +68,8 @@ pub struct Hello {
     pub config: Option<u64>,
     /// Nobody migrates: the source only wants to know what differs.
     pub check: bool,
+    /// How long both sides keep what they have when the connection breaks, in milliseconds; none: not at all.
+    pub resume: Option<u64>,
 }
 
 /// Which attempt to move a guest this is.
@@ -125,6 +127,8 @@ pub struct Welcome {
     pub verify: bool,
     /// It takes the switchover in four words.
     pub switchover: bool,
+    /// It keeps what came when the connection breaks, and acknowledges sync points.
+    pub resume: bool,
     /// Blocks whose files it takes, in the order of the offer: these follow, and no pages of them. None: it knows
     /// nothing of handing over.
     pub hand_over: Option<Vec<String>>,
@@ -146,6 +150,8 @@ pub const FEATURE_HAND_OVER: &str = "hand-over";
 pub const FEATURE_SWITCHOVER: &str = "switchover";
 /// Feature: hashes of memory and devices are compared before the guest leaves.
 pub const FEATURE_VERIFY: &str = "verify";
+/// Feature: going on after the connection broke.
+pub const FEATURE_RESUME: &str = "resume";
 
 fn put_frame(out: &mut Vec<u8>, json: &Value) -> Result<()> {
     let text = json.to_string();
@@ -225,6 +231,9 @@ pub fn put(out: &mut Vec<u8>, hello: &Hello) -> Result<()> {
     if hello.check {
         json["check"] = true.into();
     }
+    if let Some(millis) = hello.resume {
+        json["resume"] = millis.into();
+    }
     put_frame(out, &json)
 }
 
@@ -295,6 +304,10 @@ fn parse(json: &Value) -> Option<Hello> {
             None => None,
             Some(list) => Some(list.as_array()?.iter().map(offer).collect::<Option<_>>()?),
         },
+        resume: match json.get("resume") {
+            None => None,
+            Some(millis) => Some(millis.as_u64()?),
+        },
         attempt: match json.get("migration") {
             None => None,
             Some(id) => Some(Attempt {
@@ -342,6 +355,7 @@ pub fn put_answer(out: &mut Vec<u8>, answer: &Answer) -> Result<()> {
                 (welcome.checksum, checksum::NAME),
                 (welcome.switchover, FEATURE_SWITCHOVER),
                 (welcome.verify, FEATURE_VERIFY),
+                (welcome.resume, FEATURE_RESUME),
             ];
             let features: Vec<&str> = all.iter().filter(|(takes, _)| *takes).map(|(_, name)| *name).collect();
             let mut json = json!({"library": env!("CARGO_PKG_VERSION"), "features": features});
@@ -399,6 +413,7 @@ pub fn read_answer(input: &mut dyn Input) -> Result<Answer> {
                 checksum: has(checksum::NAME),
                 verify: has(FEATURE_VERIFY),
                 switchover: has(FEATURE_SWITCHOVER),
+                resume: has(FEATURE_RESUME),
                 hand_over,
                 channels,
                 max_bandwidth,

@@ -10,6 +10,7 @@ pub mod digest;
 pub mod frame;
 pub mod hello;
 pub mod input;
+pub mod knock;
 pub mod output;
 pub mod packet;
 pub mod ram;

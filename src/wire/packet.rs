@@ -26,18 +26,41 @@ const FLAG_ZERO_RUNS: u32 = 0x100;
 pub const ZERO_RUNS_MAX: usize = PAGES_MAX / 2;
 /// CRC32C of the first 60 bytes of an init packet, and in a header of the header and of the pages, between two vmigs that
 /// agreed on it; zero elsewhere.
+/// Between two vmigs that agreed on resuming: the migration's 16 bytes and the be32 attempt; zero elsewhere.
+const INIT_TAG_AT: usize = 32;
+/// Bytes of a [`Tag`].
+pub const TAG_BYTES: usize = 20;
 const INIT_SUM_AT: usize = 60;
 const HEADER_SUM_AT: usize = 40;
 const PAGES_SUM_AT: usize = 44;
 const NAME_AT: usize = 64;
 const OFFSETS_AT: usize = 320;
 
+/// Which connection of which migration a channel belongs to; zeros where nobody asks.
+pub type Tag = [u8; TAG_BYTES];
+
+/// The tag of an attempt.
+pub fn tag(migration: &[u8; 16], attempt: u32) -> Tag {
+    let mut tag = [0; TAG_BYTES];
+    tag[..16].copy_from_slice(migration);
+    tag[16..].copy_from_slice(&attempt.to_be_bytes());
+    tag
+}
+
+/// The tag in an init packet.
+pub fn tag_of(init: &[u8; INIT_BYTES]) -> Tag {
+    let mut tag = [0; TAG_BYTES];
+    tag.copy_from_slice(&init[INIT_TAG_AT..INIT_TAG_AT + TAG_BYTES]);
+    tag
+}
+
 /// The init packet of channel `id`.
-pub fn init(id: u8, checksum: bool) -> [u8; INIT_BYTES] {
+pub fn init(id: u8, checksum: bool, tag: &Tag) -> [u8; INIT_BYTES] {
     let mut out = [0; INIT_BYTES];
     out[..4].copy_from_slice(&MAGIC.to_be_bytes());
     out[4..8].copy_from_slice(&VERSION.to_be_bytes());
     out[24] = id;
+    out[INIT_TAG_AT..INIT_TAG_AT + TAG_BYTES].copy_from_slice(tag);
     if checksum {
         let sum = Sum::of(&out[..INIT_SUM_AT]);
         out[INIT_SUM_AT..].copy_from_slice(&sum.to_be_bytes());
@@ -300,17 +323,26 @@ mod tests {
     }
 
     #[test]
+    fn an_init_packet_says_whose_it_is() {
+        let tag = tag(&[7; 16], 3);
+        let mut packet = init(1, true, &tag);
+        assert_eq!((tag_of(&packet), read_init(&packet, 2, true).unwrap()), (tag, 1));
+        packet[INIT_TAG_AT + 19] ^= 1;
+        assert!(read_init(&packet, 2, true).is_err() && tag_of(&packet) != tag);
+    }
+
+    #[test]
     fn init_packets() {
         for checksum in [false, true] {
-            assert_eq!(read_init(&init(3, checksum), 4, checksum).unwrap(), 3);
-            assert!(read_init(&init(4, checksum), 4, checksum).is_err());
+            assert_eq!(read_init(&init(3, checksum, &[0; TAG_BYTES]), 4, checksum).unwrap(), 3);
+            assert!(read_init(&init(4, checksum, &[0; TAG_BYTES]), 4, checksum).is_err());
         }
-        assert_eq!(read_init(&init(3, false), 4, true).unwrap_err().errno(), libc::EBADMSG);
-        assert_eq!(read_init(&init(3, true), 4, false).unwrap(), 3);
-        let mut uuid = init(0, false);
+        assert_eq!(read_init(&init(3, false, &[0; TAG_BYTES]), 4, true).unwrap_err().errno(), libc::EBADMSG);
+        assert_eq!(read_init(&init(3, true, &[0; TAG_BYTES]), 4, false).unwrap(), 3);
+        let mut uuid = init(0, false, &[0; TAG_BYTES]);
         uuid[20] = 1;
         assert!(read_init(&uuid, 1, false).unwrap_err().text().contains("uuid"));
-        let mut magic = init(0, false);
+        let mut magic = init(0, false, &[0; TAG_BYTES]);
         magic[0] = 0;
         assert!(read_init(&magic, 1, false).is_err());
     }
@@ -327,7 +359,7 @@ mod tests {
             assert_eq!(header.check().unwrap_err().errno(), libc::EBADMSG, "bit {bit}");
             header.0[bit / 8] ^= 1 << (bit % 8);
         }
-        let mut init = init(3, true);
+        let mut init = init(3, true, &[0; TAG_BYTES]);
         for bit in 0..INIT_BYTES * 8 {
             init[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(read_init(&init, 4, true).unwrap_err().errno(), libc::EBADMSG, "bit {bit}");

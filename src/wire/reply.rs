@@ -25,6 +25,8 @@ const DIFFERS: u16 = 0x5621;
 /// Ours: the switchover's words, see docs/switchover.md.
 const READY: u16 = 0x5610;
 const VOTE: u16 = 0x5611;
+/// Ours, between two vmigs that agreed on it.
+const ACK: u16 = 0x5630;
 
 /// The replies of a precopy migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +49,8 @@ pub enum Reply {
     Ready(u64, u64),
     /// What became of the attempt with this epoch: incarnation, and one of [`OWNED`], [`NEVER`], [`UNKNOWN`].
     Vote(u64, u64, u32),
+    /// Every byte before the sync point with this number lies in guest RAM.
+    Ack(u64),
 }
 
 /// Reads a reply.
@@ -56,7 +60,7 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
     let len = input.u16()?;
     let want = match number {
         SHUT | PONG => 4,
-        STARTED => 8,
+        STARTED | ACK => 8,
         DIFFERS => 12,
         READY => 16,
         VOTE => 20,
@@ -75,6 +79,7 @@ pub fn read(input: &mut dyn Input) -> Result<Reply> {
         STARTED => Reply::Started(input.u64()?),
         SAME => Reply::Same,
         DIFFERS => Reply::Differs(input.u32()?, input.u64()?),
+        ACK => Reply::Ack(input.u64()?),
         READY => Reply::Ready(input.u64()?, input.u64()?),
         VOTE => {
             let (epoch, incarnation, vote) = (input.u64()?, input.u64()?, input.u32()?);
@@ -125,6 +130,11 @@ pub fn put(out: &mut Vec<u8>, reply: &Reply) {
             out.u32(*block);
             out.u64(*granule);
         }
+        Reply::Ack(number) => {
+            out.u16(ACK);
+            out.u16(8);
+            out.u64(*number);
+        }
         Reply::Ready(epoch, incarnation) => {
             out.u16(READY);
             out.u16(16);
@@ -157,7 +167,14 @@ mod tests {
     fn round_trip_and_refusals() {
         let error = Error::invalid("no such block").in_section("ram").on_side("destination");
         let words = [Reply::Ready(1, u64::MAX), Reply::Vote(2, 3, NEVER), Reply::Same, Reply::Differs(1, 1 << 40)];
-        let others = [Reply::Shut(3), Reply::Pong(1), Reply::SwitchoverAck, Reply::Started(7), Reply::Error(error)];
+        let others = [
+            Reply::Shut(3),
+            Reply::Pong(1),
+            Reply::SwitchoverAck,
+            Reply::Started(7),
+            Reply::Ack(8),
+            Reply::Error(error),
+        ];
         for reply in others.into_iter().chain(words) {
             let mut out = Vec::new();
             put(&mut out, &reply);
