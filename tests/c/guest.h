@@ -82,6 +82,7 @@ struct guest {
     vmig *m;
     uint8_t *low, *high;
     size_t low_bytes, high_bytes;
+    size_t span;                        /* so many of the last pages of high memory the guest writes; 0: all */
     uint64_t counter;                   /* what the software guest counts while it runs */
     struct dev dev;
     unsigned left;                      /* chunks of the section not sent yet */
@@ -204,7 +205,8 @@ static void *cpu_thread(void *opaque)
 
     while (may_run(g)) {
         if (!g->idle) {
-            uint8_t *page = g->high + (g->counter % (g->high_bytes / PAGE)) * PAGE + 16;
+            size_t pages = g->high_bytes / PAGE, span = g->span ? g->span : pages;
+            uint8_t *page = g->high + (pages - span + g->counter % span) * PAGE + 16;
             __atomic_store_n((uint64_t *)page, g->counter, __ATOMIC_RELAXED);
             vmig_dirty(g->m, page, 8);
             __atomic_add_fetch(&g->counter, 1, __ATOMIC_SEQ_CST);

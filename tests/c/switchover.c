@@ -1,8 +1,8 @@
 /* A guest whose hooks are told epochs, and fail or wait as they are told; for tests/switchover.rs.
  *
- *   switchover FILL                 0: a destination
+ *   switchover FILL [PAGES]         FILL 0: a destination; PAGES of high memory, if not a few
  *
- * Commands: set OPTION VALUE, get OPTION, in URI, out URI, start, stop, cancel, continue, resolve N, status, error,
+ * Commands: set OPTION VALUE, get OPTION, in URI, out URI, resume URI, start, stop, cancel, continue, resolve N, status, error,
  * fail HOOK|none, hold HOOK|none (it waits there: "note held"), hooks (what was called since the last time), counts (1 if
  * the guest counts on), parts (of the last downtime), reasons, hash, arrival (the hash when the guest was last started), memory (how many bytes of it are not zero), poke N (writes a byte of the low block and
  * tells nobody), twist 0|1 (the uart does not load what it is given), cancels N (so many threads cancel at once: "value"
@@ -84,7 +84,8 @@ static void print_status(void)
     vmig_status s = VMIG_SIZED(vmig_status);
 
     CHECK(vmig_get_status(g.m, &s) == 0, "status");
-    printf("status state=%s over=%d\n", vmig_state_name(s.state), vmig_wait(g.m, 0));
+    printf("status state=%s over=%d round=%" PRIu64 " transferred=%" PRIu64 "\n", vmig_state_name(s.state), vmig_wait(g.m, 0),
+           s.iteration, s.transferred);
 }
 
 /* What the last switchover was made of. */
@@ -227,6 +228,8 @@ static void obey(const char *verb, char *rest)
         listen_at(rest);
     else if (!strcmp(verb, "out"))
         answer(vmig_outgoing(g.m, rest));
+    else if (!strcmp(verb, "resume"))
+        answer(vmig_resume(g.m, rest));
     else if (!strcmp(verb, "start"))
         answer(vmig_start(g.m));
     else if (!strcmp(verb, "stop"))
@@ -247,11 +250,15 @@ static void obey(const char *verb, char *rest)
 
 int main(int argc, char **argv)
 {
+    struct shape shape = { .high_pages = argc > 2 ? (unsigned)atoi(argv[2]) : 0 };
     char line[512];
 
     setvbuf(stdout, NULL, _IOLBF, 0);
-    guest_new(&g, NULL, (uint8_t)(argc > 1 ? atoi(argv[1]) : 0));
+    guest_new(&g, &shape, (uint8_t)(argc > 1 ? atoi(argv[1]) : 0));
     g.plot = plot;
+    g.span = shape.high_pages / 4;      /* the others travel once: one that gets lost is not made good */
+    for (size_t page = 0; argc > 2 && atoi(argv[1]) && page < shape.high_pages - 1; page++)
+        memset(g.high + page * PAGE, (int)(1 + page % 255), PAGE);
     while (fgets(line, sizeof line, stdin)) {
         char *rest = line, *verb;
         line[strcspn(line, "\n")] = '\0';

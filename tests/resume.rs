@@ -1,0 +1,224 @@
+//! Connections that break while the guest runs (option `resume-timeout`): two processes (tests/c/switchover.c), a relay that
+//! cuts main and channel connections, and a guest that writes all the time.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+#[path = "common/program.rs"]
+mod program;
+#[path = "resume/relay.rs"]
+mod relay;
+
+use common::{c_program, scratch, seed};
+use program::Program;
+use relay::Relay;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Slower than the guest writes, so that precopy does not end by itself.
+const SLOW: &str = "set max-bandwidth 8M";
+
+struct Pair {
+    source: Program,
+    destination: Program,
+    relay: Relay,
+    address: String,
+}
+
+fn start(name: &str, dir: &Path, fill: &str) -> Program {
+    Program::start(name, dir, &c_program("switchover"), &[fill, "4096"])
+}
+
+impl Pair {
+    fn new(name: &str, channels: u32, timeout: u32) -> Pair {
+        let dir = scratch(name);
+        let (mut source, mut destination) = (start("source", &dir, "33"), start("destination", &dir, "0"));
+        source.must(&format!("set resume-timeout {timeout}"));
+        match channels {
+            0 => source.must("set multifd off"),
+            n => source.must(&format!("set multifd-channels {n}")),
+        }
+        source.must(SLOW);
+        source.must("start");
+        destination.send("in tcp::0");
+        let address = destination.listening();
+        let relay = Relay::new(&address);
+        Pair { source, destination, relay, address }
+    }
+
+    fn begin(&mut self) {
+        let uri = self.relay.uri.clone();
+        self.source.must(&format!("out {uri}"));
+        until(&mut self.source, "active");
+    }
+
+    /// The guest moves to its end, and arrives as it left.
+    fn arrives(&mut self) {
+        self.source.must("set max-bandwidth 0");
+        self.source.must_end_in("completed");
+        self.destination.must_end_in("completed");
+        assert_eq!(value(&mut self.source, "hash"), value(&mut self.destination, "arrival"));
+    }
+
+    fn quit(self) {
+        self.source.quit();
+        self.destination.quit();
+    }
+}
+
+fn value(program: &mut Program, command: &str) -> String {
+    let line = program.command(command);
+    line.strip_prefix("value ").unwrap_or_else(|| panic!("{command}: {line}")).to_owned()
+}
+
+fn until(program: &mut Program, state: &str) {
+    let end = Instant::now() + program::MOVE;
+    while program.status_text("state") != state {
+        if Instant::now() > end {
+            let why = program.command("error");
+            program.fail(&format!("it is not {state}: {why}"));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until more bytes have moved, as this side counts them.
+fn progresses(program: &mut Program) {
+    let (before, end) = (program.status("transferred"), Instant::now() + program::MOVE);
+    while program.status("transferred") <= before + (64 << 10) {
+        if Instant::now() > end {
+            program.fail("nothing moves");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Numbers drawn by a printed seed.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+/// Breaks connections again and again, at drawn places, and lets the guest arrive.
+fn breaks_again_and_again(name: &str, channels: u32) {
+    let mut draw = Draw(seed() | 1);
+    let mut pair = Pair::new(name, channels, 60_000);
+    pair.begin();
+    for _ in 0..6 {
+        pair.relay.cut_after(1 + draw.below(1 << 20));
+        let links = pair.relay.links();
+        std::thread::sleep(Duration::from_millis(20 + draw.below(80)));
+        pair.relay.cut(usize::try_from(draw.below(u64::from(channels) + 1)).unwrap());
+        let end = Instant::now() + program::MOVE;
+        while pair.relay.links() == links {
+            assert!(Instant::now() < end, "{}", pair.source.command("error"));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        until(&mut pair.source, "active");
+        until(&mut pair.destination, "active");
+        progresses(&mut pair.source);
+        progresses(&mut pair.destination);
+        assert_eq!(value(&mut pair.source, "counts"), "1", "the guest runs on");
+    }
+    pair.arrives();
+    pair.quit();
+}
+
+#[test]
+fn a_guest_arrives_whole_however_often_its_connection_breaks() {
+    breaks_again_and_again("one-stream", 0);
+}
+
+#[test]
+fn a_guest_arrives_whole_however_often_one_of_its_connections_breaks() {
+    breaks_again_and_again("channels", 3);
+}
+
+#[test]
+fn another_address_may_be_given_meanwhile() {
+    let mut pair = Pair::new("address", 2, 60_000);
+    let refused = pair.source.command("resume tcp:127.0.0.1:1");
+    assert!(refused.starts_with(&format!("error {} ", libc::EINVAL)), "{refused}");
+    pair.begin();
+    progresses(&mut pair.destination);
+    pair.relay.close(true);
+    pair.relay.cut_all();
+    until(&mut pair.source, "reconnecting");
+    until(&mut pair.destination, "reconnecting");
+    assert_eq!(value(&mut pair.source, "counts"), "1", "the guest runs on");
+    // Another incarnation refuses, and is not the worse for it.
+    let dir = scratch("address-stranger");
+    let mut stranger = start("stranger", &dir, "0");
+    stranger.send("in tcp::0");
+    let strange = stranger.listening();
+    let untouched = value(&mut stranger, "memory");
+    pair.source.must(&format!("resume {strange}"));
+    let end = Instant::now() + program::MOVE;
+    while !value(&mut pair.source, "error").contains("knows nothing of the migration") {
+        assert!(Instant::now() < end, "{}", value(&mut pair.source, "error"));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(pair.source.status_text("state"), "reconnecting");
+    assert_eq!(value(&mut stranger, "memory"), untouched);
+    let other = Relay::new(&pair.address);
+    pair.source.must(&format!("resume {}", other.uri));
+    until(&mut pair.source, "active");
+    progresses(&mut pair.destination);
+    pair.arrives();
+    pair.quit();
+}
+
+#[test]
+fn when_the_time_is_over_the_guest_stays_and_nothing_of_it_is_elsewhere() {
+    let mut pair = Pair::new("over", 2, 300);
+    pair.begin();
+    progresses(&mut pair.destination);
+    pair.relay.close(true);
+    pair.relay.cut_all();
+    pair.source.must_end_in("failed");
+    pair.destination.must_end_in("failed");
+    for side in [&mut pair.source, &mut pair.destination] {
+        let why = value(side, "error");
+        assert!(why.contains("resume-timeout") && why.contains(&format!("\"errno\":{}", libc::ETIMEDOUT)), "{why}");
+    }
+    assert_eq!(value(&mut pair.source, "counts"), "1");
+    assert_eq!(value(&mut pair.destination, "memory"), "0");
+    pair.quit();
+}
+
+#[test]
+fn a_cancel_is_obeyed_while_there_is_no_connection() {
+    let mut pair = Pair::new("cancel", 1, 60_000);
+    pair.begin();
+    progresses(&mut pair.destination);
+    pair.relay.close(true);
+    pair.relay.cut_all();
+    until(&mut pair.source, "reconnecting");
+    until(&mut pair.destination, "reconnecting");
+    pair.source.must("cancel");
+    pair.source.must_end_in("cancelled");
+    pair.destination.must("cancel");
+    pair.destination.must_end_in("cancelled");
+    assert_eq!(value(&mut pair.destination, "memory"), "0");
+    assert_eq!(value(&mut pair.source, "counts"), "1");
+    pair.quit();
+}
+
+#[test]
+fn a_destination_does_not_wait_for_a_source_that_was_cancelled() {
+    let mut pair = Pair::new("told", 2, 60_000);
+    pair.begin();
+    progresses(&mut pair.destination);
+    pair.source.must("cancel");
+    pair.source.must_end_in("cancelled");
+    pair.destination.must_end_in("failed");
+    let why = value(&mut pair.destination, "error");
+    assert!(why.contains("the source gave the attempt up"), "{why}");
+    assert_eq!(value(&mut pair.destination, "memory"), "0");
+    pair.quit();
+}
