@@ -1,5 +1,6 @@
 //! Source, destination and network fail at every message of a small migration, in both directions. Afterwards at most one
-//! guest runs; where none does a named state says so; the guest that survived is whole, and can be moved.
+//! guest runs; where none does a named state says so; the guest that survived is whole, and can be moved. With
+//! `resume-timeout` a broken connection does not end the migration.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
@@ -20,13 +21,25 @@ use std::{
     },
 };
 
+const fn shape(channels: usize, tcp: bool) -> Shape {
+    Shape { channels, tcp, verify: false, resume: false }
+}
+
 const SHAPES: [Shape; 5] = [
-    Shape { channels: 0, tcp: false, verify: false },
-    Shape { channels: 2, tcp: false, verify: false },
-    Shape { channels: 1, tcp: true, verify: false },
-    Shape { channels: 0, tcp: true, verify: true },
-    Shape { channels: 2, tcp: false, verify: true },
+    shape(0, false),
+    shape(2, false),
+    shape(1, true),
+    Shape { verify: true, ..shape(0, true) },
+    Shape { verify: true, ..shape(2, false) },
 ];
+/// The same, with a source that goes on over another connection, and what must not keep it from that, or must.
+const RESUMED: [Shape; 3] = [
+    Shape { resume: true, ..shape(0, false) },
+    Shape { resume: true, ..shape(2, true) },
+    Shape { resume: true, verify: true, ..shape(1, false) },
+];
+const BROKEN: [Fault; 6] =
+    [Fault::Cut, Fault::CutInside, Fault::HalfClose, Fault::CutForGood, Fault::KillSource, Fault::KillDestination];
 const FAULTS: [Fault; 10] = [
     Fault::Cut,
     Fault::CutInside,
@@ -62,17 +75,17 @@ fn survey(world: &mut World, shape: Shape) -> Counts {
 }
 
 /// Every message of every shape with every fault: while the guest runs, and from its stop on.
-fn all_points(world: &mut World) -> [Vec<(Shape, Point)>; 2] {
+fn all_points(world: &mut World, shapes: &[Shape], faults: &[Fault]) -> [Vec<(Shape, Point)>; 2] {
     let mut all = [Vec::new(), Vec::new()];
-    for shape in SHAPES {
+    for shape in shapes.iter().copied() {
         let counts = survey(world, shape);
         println!("{shape:?}: {counts:?}");
         for ((way, phase), count) in counts {
             let step = count.div_ceil(PAGES_MAX).max(1);
             for index in 0..count {
-                let one = [FAULTS[index % FAULTS.len()]];
-                let faults = if index % step == 0 { &FAULTS[..] } else { &one };
-                let points = faults.iter().map(|fault| (shape, Point { way, phase, index, fault: *fault }));
+                let one = [faults[index % faults.len()]];
+                let chosen = if index % step == 0 { faults } else { &one };
+                let points = chosen.iter().map(|fault| (shape, Point { way, phase, index, fault: *fault }));
                 all[usize::from(phase != Phase::Precopy)].extend(points);
             }
         }
@@ -90,16 +103,25 @@ struct Tally {
 
 #[test]
 fn nobody_runs_twice_and_nothing_is_lost() {
-    let mut first = world("kill-survey");
-    let all = all_points(&mut first);
+    try_all("kill", &SHAPES, &FAULTS);
+}
+
+#[test]
+fn a_migration_whose_connection_breaks_before_go_goes_on() {
+    try_all("kill-resume", &RESUMED, &BROKEN);
+}
+
+fn try_all(name: &str, shapes: &[Shape], faults: &[Fault]) {
+    let mut first = world(&format!("{name}-survey"));
+    let all = all_points(&mut first, shapes, faults);
     drop(first);
-    let draw = |part: usize| points("kill", all[part].len(), SAMPLES[part]).into_iter().map(move |i| (part, i));
+    let draw = |part: usize| points(name, all[part].len(), SAMPLES[part]).into_iter().map(move |i| (part, i));
     let chosen: Vec<(Shape, Point)> = (0..2).flat_map(draw).map(|(part, i)| all[part][i]).collect();
     let (next, tally) = (AtomicUsize::new(0), Tally::default());
     std::thread::scope(|scope| {
         for _ in 0..WORKERS {
             scope.spawn(|| {
-                let mut world = world("kill");
+                let mut world = world(name);
                 while let Some(point) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
                     try_one(&mut world, *point, &tally);
                     if tally.failed.load(Ordering::Relaxed) {
@@ -123,6 +145,10 @@ fn try_one(world: &mut World, (shape, point): (Shape, Point), tally: &Tally) {
         let seen = world.suffer(shape, point);
         let decided = matches!(seen.3, Outcome::Stayed | Outcome::Moved | Outcome::Lost);
         assert!(!seen.0 || point.phase != Phase::Precopy || decided, "{seen:?}: nothing was handed over yet");
+        let goes_on = shape.resume && matches!(point.fault, Fault::Cut | Fault::CutInside | Fault::HalfClose);
+        // The two hellos come first: before them nothing is agreed.
+        let agreed = point.phase != Phase::Precopy || point.index > 0;
+        assert!(!(seen.0 && goes_on && agreed) || seen.3 == Outcome::Moved, "{seen:?}: it did not go on");
         seen
     }));
     let Ok((fired, _, _, outcome)) = result else {

@@ -5,6 +5,8 @@
 mod common;
 #[path = "common/program.rs"]
 mod program;
+#[path = "resume/relay.rs"]
+mod relay;
 
 use common::{Rng, c_program, points, scratch, without_kvm};
 use program::Program;
@@ -401,4 +403,45 @@ fn setup_of_a_large_guest() {
     source.await_generations(0, 1);
     source.quit();
     destination.quit();
+}
+
+/// A network that breaks again and again while the guest runs costs it nothing (option `resume-timeout`).
+#[test]
+fn a_running_guest_moves_over_a_network_that_breaks() {
+    if without_kvm() {
+        return;
+    }
+    let mut rng = Rng::new("kvm-resume");
+    for channels in [0, 1, 2, 4] {
+        let dir = scratch(&format!("kvm-resume-{channels}"));
+        let mut source = running(&dir, SMALL);
+        let (mut destination, address) = waiting(&dir, SMALL, TCP);
+        source.must("set resume-timeout 100000");
+        source.must("set max-bandwidth 40M");
+        source.must(&match channels {
+            0 => "set multifd off".to_owned(),
+            n => format!("set multifd-channels {n}"),
+        });
+        let relay = relay::Relay::new(&address);
+        migrate(&mut source, &relay.uri);
+        let mut broken = 0;
+        for _ in 0..8 {
+            std::thread::sleep(Duration::from_millis(20 + rng.below(150) as u64));
+            let links = relay.links();
+            match rng.below(3) {
+                0 => relay.cut_all(),
+                1 => relay.cut(links.saturating_sub(1 + rng.below(channels + 1))),
+                _ => relay.cut_after(1 + rng.below(1 << 20) as u64),
+            }
+            broken += usize::from(links > 0);
+        }
+        source.must("set max-bandwidth 0");
+        source.must_end_in("completed");
+        same_memory(&dir, &mut source, &destination);
+        destination.must_end_in("completed");
+        goes_on(SMALL, &source, &destination);
+        println!("{channels} channels: {broken} times broken, {} connections at the end", relay.links());
+        source.quit();
+        destination.quit();
+    }
 }

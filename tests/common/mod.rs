@@ -110,6 +110,11 @@ impl Rng {
         Rng(salt.bytes().fold(seed, |s, b| s.wrapping_mul(31).wrapping_add(b.into())))
     }
 
+    /// Starts at this number, whatever the seed of the run.
+    pub fn at(number: u64) -> Rng {
+        Rng(number)
+    }
+
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -76,6 +76,7 @@ impl<'a> Front<'a> {
 const CHANNEL_INIT: usize = 64;
 const PACKET: usize = 1344;
 const QUESTION: usize = 40;
+const KNOCK: usize = 32;
 const GRANULE: u64 = 2 << 20;
 
 impl Splitter {
@@ -161,6 +162,8 @@ impl Splitter {
         } else if magic == MAGIC_CHANNEL {
             front.take(CHANNEL_INIT)?;
             self.mode = Mode::Channel;
+        } else if magic == b"VRES" {
+            front.take(KNOCK)?; // the hello comes next
         } else if magic == b"VASK" {
             front.take(QUESTION)?; // all there is on a connection of its own
         } else if magic == b"QEVM" {

@@ -107,6 +107,8 @@ pub(crate) struct Shape {
     pub(crate) tcp: bool,
     /// Hashes are compared before the guest may leave.
     pub(crate) verify: bool,
+    /// The source goes on when a connection breaks.
+    pub(crate) resume: bool,
 }
 
 /// What fails in one of the two processes.
@@ -184,6 +186,16 @@ impl World {
         let mut destination = Some(self.spawn(false));
         for program in [&mut source, &mut destination].into_iter().flatten() {
             hasten(program);
+        }
+        let from = source.as_mut().unwrap();
+        from.must(&format!("set resume-timeout {}", if shape.resume { time_to_resume(point.fault) } else { 0 }));
+        if shape.resume && !is_lasting(point.fault) {
+            // Only the network is to decide, and not how busy the machine is.
+            for program in [&mut source, &mut destination].into_iter().flatten() {
+                program.must("set stall-timeout 20000");
+                program.must("set connect-timeout 20000");
+                program.must("set switchover-timeout 20000");
+            }
         }
         let from = source.as_mut().unwrap();
         from.must(if shape.channels > 0 { "set multifd on" } else { "set multifd off" });
@@ -470,6 +482,7 @@ impl World {
             program.must("set stall-timeout 30000");
             program.must("set connect-timeout 10000");
             program.command("set switchover-timeout 30000");
+            program.command("set resume-timeout 0");
         }
         let uri = self.listen(&mut fresh, false);
         survivor.must(&format!("migrate {uri}"));
@@ -539,6 +552,16 @@ fn await_left(what: &str, program: &mut Program, most: [usize; 2]) {
         }
         std::thread::sleep(LOOK);
     }
+}
+
+/// Nobody comes back after this.
+fn is_lasting(fault: Fault) -> bool {
+    matches!(fault, Fault::KillSource | Fault::KillDestination | Fault::CutForGood)
+}
+
+/// Milliseconds: long where the migration is to go on, short where that is to be given up.
+fn time_to_resume(fault: Fault) -> u32 {
+    if is_lasting(fault) { 300 } else { 30_000 }
 }
 
 fn is_undecided(look: &Look) -> bool {

@@ -1,4 +1,6 @@
 //! A relay whose connections break when they are told to, each by itself or all at once.
+#![allow(dead_code, reason = "each test file uses its own part of this")]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::{
     io::{Read, Write},
@@ -15,7 +17,13 @@ pub(crate) struct Relay {
     pub(crate) uri: String,
     /// Both ends of every connection, the main one first.
     links: Arc<Mutex<Vec<[TcpStream; 2]>>>,
+    /// Connections of which the destination does not know that they broke.
+    kept: Mutex<Vec<[TcpStream; 2]>>,
     shut: Arc<AtomicBool>,
+    /// A connection that ends at one side goes on at the other, which hears nothing of it.
+    half: Arc<AtomicBool>,
+    /// What the source said first.
+    first: Arc<Mutex<Vec<u8>>>,
     /// Bytes that may still go to the destination before everything breaks, wherever that is.
     left: Arc<AtomicU64>,
 }
@@ -25,9 +33,17 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let uri = format!("tcp:{}", listener.local_addr().unwrap());
         let there = destination.strip_prefix("tcp:").unwrap().to_owned();
-        let relay =
-            Relay { uri, links: Arc::default(), shut: Arc::default(), left: Arc::new(AtomicU64::new(u64::MAX)) };
+        let relay = Relay {
+            uri,
+            links: Arc::default(),
+            kept: Mutex::default(),
+            shut: Arc::default(),
+            half: Arc::default(),
+            first: Arc::default(),
+            left: Arc::new(AtomicU64::new(u64::MAX)),
+        };
         let (links, shut, left) = (Arc::clone(&relay.links), Arc::clone(&relay.shut), Arc::clone(&relay.left));
+        let (half, first) = (Arc::clone(&relay.half), Arc::clone(&relay.first));
         thread::spawn(move || {
             for source in listener.incoming() {
                 if shut.load(Ordering::SeqCst) {
@@ -37,8 +53,9 @@ impl Relay {
                 let clone = |stream: &TcpStream| stream.try_clone().unwrap();
                 links.lock().unwrap().push([clone(&source), clone(&destination)]);
                 let (from, to, left) = (clone(&source), clone(&destination), Arc::clone(&left));
-                thread::spawn(move || carry(from, to, Some(&left)));
-                thread::spawn(move || carry(destination, source, None));
+                let (ours, theirs, first) = (Arc::clone(&half), Arc::clone(&half), Arc::clone(&first));
+                thread::spawn(move || carry(from, to, &ours, Some((&left, &first))));
+                thread::spawn(move || carry(destination, source, &theirs, None));
             }
         });
         relay
@@ -62,6 +79,27 @@ impl Relay {
         self.links.lock().unwrap().drain(..).for_each(|link| shut(&link));
     }
 
+    /// The source's ends break, and the destination hears nothing of it: its own stay as they are.
+    pub(crate) fn lose_sources(&self) {
+        self.half.store(true, Ordering::SeqCst);
+        let mut links = self.links.lock().unwrap();
+        links.iter().for_each(|link| drop(link[0].shutdown(Shutdown::Both)));
+        self.kept.lock().unwrap().extend(links.drain(..));
+    }
+
+    /// What ends at one side ends at the other again.
+    pub(crate) fn whole(&self) {
+        self.half.store(false, Ordering::SeqCst);
+    }
+
+    /// The id of the migration, from the hello.
+    pub(crate) fn migration(&self) -> [u8; 16] {
+        let first = self.first.lock().unwrap();
+        let text = String::from_utf8_lossy(&first).into_owned();
+        let digits = text.split("\"migration\":\"").nth(1).and_then(|rest| rest.get(..32)).expect("a hello");
+        u128::from_str_radix(digits, 16).unwrap().to_be_bytes()
+    }
+
     /// Everything breaks after so many more bytes of the source.
     pub(crate) fn cut_after(&self, bytes: u64) {
         self.left.store(bytes, Ordering::SeqCst);
@@ -77,13 +115,18 @@ fn shut(link: &[TcpStream; 2]) {
     link.iter().for_each(|end| drop(end.shutdown(Shutdown::Both)));
 }
 
-fn carry(mut from: TcpStream, mut to: TcpStream, left: Option<&AtomicU64>) {
+fn carry(mut from: TcpStream, mut to: TcpStream, half: &AtomicBool, there: Option<(&AtomicU64, &Mutex<Vec<u8>>)>) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(n) = from.read(&mut buffer)
         && n > 0
     {
         let mut pass = n;
-        if let Some(left) = left {
+        if let Some((left, first)) = there {
+            let mut first = first.lock().unwrap();
+            if first.len() < 64 << 10 {
+                first.extend_from_slice(&buffer[..n]);
+            }
+            drop(first);
             let take = |have: u64| (have != u64::MAX).then(|| have.saturating_sub(n as u64));
             if let Ok(have) = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take) {
                 pass = n.min(usize::try_from(have).unwrap_or(n));
@@ -96,6 +139,9 @@ fn carry(mut from: TcpStream, mut to: TcpStream, left: Option<&AtomicU64>) {
         if to.write_all(&buffer[..pass]).is_err() || pass < n {
             break;
         }
+    }
+    if half.load(Ordering::SeqCst) {
+        return; // the other ends are kept with the links
     }
     let _ = to.shutdown(Shutdown::Both);
     let _ = from.shutdown(Shutdown::Both);
