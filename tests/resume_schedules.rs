@@ -14,7 +14,7 @@ use script::{Relay, Script, What};
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmig::bql::Bql;
 use vmig::error::Result;
 use vmig::machine::{Machine, NEW_GUEST};
@@ -113,8 +113,14 @@ impl Hooks for Hook {
     }
 }
 
-fn machine(guest: &Arc<Guest>, options: &[(&str, &str)]) -> Arc<Machine> {
-    let log = Arc::new(Log::new(Some(Box::new(|_, _| ()))));
+/// What both sides wrote to their logs, and when.
+type Lines = Arc<Mutex<Vec<String>>>;
+
+fn machine(side: &'static str, guest: &Arc<Guest>, lines: &Lines, options: &[(&str, &str)]) -> Arc<Machine> {
+    let (lines, begin) = (Arc::clone(lines), Instant::now());
+    let log = Arc::new(Log::new(Some(Box::new(move |_, line| {
+        lines.lock().unwrap().push(format!("{side} after {:?}: {line}", begin.elapsed()));
+    }))));
     let vmm = Vmm::new(Box::new(Hook(Arc::clone(guest))), Arc::new(Bql::new()), log, NEW_GUEST);
     let machine = Machine::new(vmm).unwrap();
     {
@@ -154,8 +160,11 @@ fn schedule(dir: &Path, number: usize) -> Seen {
     let script = Script::draw(&mut rng, channels, PAGES);
     let count = channels.to_string();
     let checksum = if rng.below(3) == 0 { "crc32c" } else { "none" };
+    let lines = Lines::default();
     let source = machine(
+        "source",
         &here,
+        &lines,
         &[
             ("resume-timeout", "100000"),
             // A few dirty pages are too many to stop the guest for.
@@ -165,7 +174,7 @@ fn schedule(dir: &Path, number: usize) -> Seen {
             if channels == 0 { ("multifd", "off") } else { ("multifd-channels", &count) },
         ],
     );
-    let destination = machine(&there, &[]);
+    let destination = machine("destination", &there, &lines, &[]);
     destination.incoming(&format!("unix:{}", dir.join(format!("{number}.d")).display())).unwrap();
     let path = dir.join(format!("{number}.s"));
     let address = destination.get("listen-address").unwrap();
@@ -173,7 +182,14 @@ fn schedule(dir: &Path, number: usize) -> Seen {
     source.outgoing(&format!("unix:{}", path.display())).unwrap();
     let ended =
         [&source, &destination].map(|side| (side.wait(Some(PATIENCE)), side.status().state(), side.status().error()));
-    let what = || format!("schedule {number}, {channels} channels, checksum {checksum}: {ended:?}, {relay:?}");
+    let what = || {
+        let [source, destination] = &ended;
+        let lines = lines.lock().unwrap().join("\n  ");
+        format!(
+            "schedule {number} (alone: VMIG_SCHEDULE={number}), {channels} channels, checksum {checksum}\n  \
+             source (over, state, error): {source:?}\n  destination: {destination:?}\n  network: {relay:?}\n  {lines}\n"
+        )
+    };
     assert!(ended.iter().all(|(over, state, _)| *over && *state == State::Completed), "{}", what());
     let different = here.differs(&there);
     assert!(different.is_empty(), "{}: pages {different:?} differ", what());

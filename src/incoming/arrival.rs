@@ -104,7 +104,8 @@ impl<'a> Arrival<'a> {
             // A QEMU says nothing of its channels: both sides must have been told the same.
             None => {
                 self.hand.check_plain()?;
-                if let Some(option) = [Opt::Checksum, Opt::Verify].into_iter().find(|option| job.options.on(*option)) {
+                if let Some(option) = [Opt::Checksum, Opt::Verify].into_iter().find(|option| job.options.on(*option))
+                {
                     let name = option.name();
                     let text = format!(
                         "option '{name}' is set, but the source does not use this library, or is a pipe or a file"
@@ -182,7 +183,8 @@ impl<'a> Arrival<'a> {
             }
         };
         let ahead = self.memory.ahead.as_ref();
-        let mut lanes = Lanes::start(job, channels, &stage.targets, ahead, (self.peer.is_vmig, parallel.checksum))?;
+        let how = (self.peer.is_vmig, parallel.checksum);
+        let mut lanes = Lanes::start(job, channels, &stage.targets, ahead, how, self.peer.agreed.is_some())?;
         if parallel.meet_each_section {
             lanes.meet_each_section();
         }
@@ -205,14 +207,13 @@ impl<'a> Arrival<'a> {
         let deadline = Instant::now() + self.job.options.time(Opt::ConnectTimeout);
         let mut channels = Vec::new();
         while channels.len() < usize::from(parallel.channels) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Some(channel) = self.door.channels(1, &self.job.wake, left)?.pop() else { continue };
+            let channel = self.door.channel(parallel.channels, &self.job.wake, deadline)?;
             match self.first_packet(&*channel, parallel) {
                 Ok((id, tag)) if tag == agreed.tag() => channels.push((id, channel)),
                 Ok(_) => channel.shutdown(),
-                // One that broke is missed by its source, too.
+                // One of an older connection, or of this.
                 Err(error) if channel.is_lost() && !self.job.status.is_link_lost() => {
-                    self.job.vmm.log().warning(format_args!("a channel came and was lost: {error}"));
+                    self.door.channel_broke(error);
                 }
                 Err(error) => return Err(error),
             }

@@ -16,6 +16,8 @@ use crate::wire::ask::MigrationId;
 
 /// Between two looks at connections that have not said what they are.
 const LOOK: Duration = Duration::from_millis(5);
+/// How long channels are waited for when one broke that may be of them.
+const BROKEN: Duration = Duration::from_millis(200);
 
 /// Where a source comes in. Dropped, nobody else does; the address is free again unless it was kept.
 #[derive(Debug)]
@@ -112,6 +114,41 @@ impl Door {
                 libc::ETIMEDOUT => too_few(line, limit).expected_got(count, line.channels()),
                 _ => e,
             })?;
+        }
+    }
+
+    /// Waits for one of `count` channels, until the deadline; of which one that broke, as far as anybody knows, does not come
+    /// again before its source has made another main connection.
+    pub(super) fn channel(&self, count: u8, wake: &Arc<Wake>, deadline: Instant) -> Result<Arc<dyn Channel>> {
+        let Some(line) = &self.line else { return Err(Error::invalid("nobody can connect")) };
+        let mut until = deadline;
+        loop {
+            line.bell()?.clear();
+            if let Some(fd) = line.take_channels(1).and_then(|mut fds| fds.pop()) {
+                return Ok(Arc::new(FdChannel::new(fd, wake)?));
+            }
+            let broken = line.broken();
+            if broken.is_some() {
+                until = until.min(Instant::now() + BROKEN);
+            }
+            self.wait(line, wake, Some(until)).map_err(|e| match (e.errno(), broken) {
+                (libc::ETIMEDOUT, Some(why)) => {
+                    let text = format!("a channel of the source broke: {}", why.text());
+                    Error::new(libc::ECONNRESET, text)
+                }
+                (libc::ETIMEDOUT, None) => {
+                    let text = format!("not all {count} channels of the source came in time (option '{CONNECT}')");
+                    Error::new(libc::ETIMEDOUT, text).by_option(CONNECT)
+                }
+                _ => e,
+            })?;
+        }
+    }
+
+    /// A channel came, and broke before it said whose it is.
+    pub(super) fn channel_broke(&self, error: Error) {
+        if let Some(line) = &self.line {
+            line.broke(error);
         }
     }
 

@@ -128,6 +128,7 @@ impl Lanes {
         targets: &Targets,
         ahead: Option<&Ahead>,
         (zero_runs, checksum): (bool, bool),
+        resumed: bool,
     ) -> Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State { standing: vec![Standing::Quiet; channels.len()], ..State::default() }),
@@ -147,19 +148,37 @@ impl Lanes {
             if std::mem::replace(&mut seen[usize::from(id)], true) {
                 return Err(Error::invalid(format!("two channels have the id {id}")));
             }
-            lanes.add(job, id, channel, ahead.map(Ahead::scout))?;
+            lanes.add(job, (id, channel), ahead.map(Ahead::scout), resumed)?;
         }
         Ok(lanes)
     }
 
-    fn add(&mut self, job: &Job, id: u8, channel: Arc<dyn Channel>, scout: Option<Scout>) -> Result<()> {
+    fn add(
+        &mut self,
+        job: &Job,
+        (id, channel): (u8, Arc<dyn Channel>),
+        scout: Option<Scout>,
+        resumed: bool,
+    ) -> Result<()> {
         let (shared, on_panic, wire) = (Arc::clone(&self.shared), Arc::clone(&self.shared), Arc::clone(&channel));
+        let status = Arc::clone(&job.status);
         let nice = job.options.nice();
         let body = move || {
             thread_sys::stand_back(nice);
             let mut lane = Lane { shared: &shared, id, channel: wire.as_ref(), header: Header::default(), scout };
-            if let Err(error) = lane.work() {
-                shared.fail(error.in_section(NAME).context(format_args!("channel {id}")));
+            let result = lane.work();
+            // A source that still writes here hears that nobody reads any more.
+            wire.shutdown();
+            if let Err(error) = result {
+                let error = error.in_section(NAME).context(format_args!("channel {id}"));
+                shared.fail(error.clone());
+                // The main stream may be waiting for the source, which waits for this channel. Why a connection broke that is
+                // not resumed the source says there, and is heard first.
+                match wire.is_lost() {
+                    true if resumed => status.fail_link(error.in_phase("load")),
+                    true => (),
+                    false => status.fail(error.in_phase("load")),
+                }
             }
             Ok(())
         };

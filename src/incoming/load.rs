@@ -139,12 +139,19 @@ impl<'a> Loader<'a> {
         if self.peer.is_vmig
             && broken
             && !self.prepared
-            && let Some(words) = last_words(input)
+            && let Some(words) = self.last_words(input)
         {
             self.job.status.blame(words.clone());
             return words;
         }
         error
+    }
+
+    /// What the source says at the end. One that would go on, and has only lost a channel, is to hear that this connection is
+    /// of no more use: until then it sends.
+    fn last_words(&self, input: &mut StreamInput) -> Option<Error> {
+        self.peer.end_if_resumed();
+        last_words(input)
     }
 
     fn prepare(&mut self) -> Result<()> {

@@ -337,6 +337,13 @@ impl Peer {
     fn hang_up(&self) {
         self.channel.shutdown();
     }
+
+    /// Says nothing more to a source that goes on over another connection.
+    pub(crate) fn end_if_resumed(&self) {
+        if self.agreed.is_some() {
+            self.channel.close_write();
+        }
+    }
 }
 
 /// Everything came from a source that does not vote: tells it so, after which there is no way back.

@@ -66,10 +66,6 @@ impl Intake {
         let (mains, channels, bell) = (VecDeque::new(), Vec::new(), Arc::new(EventFd::new()?));
         Ok(Self { mains, taken: false, channels, bell, broken: None, awaited: None })
     }
-
-    fn awaited(&mut self) -> Option<(&mut Awaited, &mut Vec<OwnedFd>)> {
-        Some((self.awaited.as_mut()?, &mut self.channels))
-    }
 }
 
 /// An address somebody listens at.
@@ -99,7 +95,7 @@ impl Line {
     }
 
     /// What goes wrong first is told: what follows may come of it.
-    fn broke(&self, error: Error) {
+    pub(super) fn broke(&self, error: Error) {
         if let Some(intake) = &mut *lock(&self.intake) {
             intake.broken.get_or_insert(error);
         }
@@ -130,6 +126,7 @@ impl Line {
     pub(super) fn let_rejoin(&self, migration: MigrationId, status: &Arc<Status>) {
         if let Some(intake) = &mut *lock(&self.intake) {
             intake.awaited = Some(Awaited::new(migration, status));
+            intake.broken = None;
         }
     }
 
@@ -150,16 +147,16 @@ impl Line {
 
     /// A source knocks. Returns one who is not let in, and why.
     fn knock(&self, fd: OwnedFd, knock: &Knock) -> Option<(OwnedFd, Error)> {
-        let mut intake = lock(&self.intake);
-        let Some((awaited, channels)) = intake.as_mut().and_then(Intake::awaited) else {
-            return Some((fd, refused(UNKNOWN)));
-        };
+        let mut guard = lock(&self.intake);
+        let Some(intake) = &mut *guard else { return Some((fd, refused(UNKNOWN))) };
+        let Some(awaited) = &mut intake.awaited else { return Some((fd, refused(UNKNOWN))) };
         let left = awaited.admit(fd, knock);
         if left.is_none() {
             // What came with an older connection is closed unread.
-            channels.clear();
+            intake.channels.clear();
+            intake.broken = None;
         }
-        drop(intake);
+        drop(guard);
         self.ring();
         left
     }
@@ -490,6 +487,9 @@ impl Reception {
             return;
         }
         let one = strangers.unsorted.swap_remove(index);
+        if there == 0 {
+            one.line.broke(Error::new(libc::ECONNRESET, "a connection ended before it said what it is"));
+        }
         let fd = match one.fd.try_clone() {
             Ok(fd) => fd,
             Err(error) => return one.line.broke(Error::from_io("keeping a connection", &error)),
