@@ -381,11 +381,18 @@ impl Machine {
         })
     }
 
+    fn leave_route(&self) {
+        if let Some(route) = lock(&self.route).upgrade() {
+            route.leave();
+        }
+    }
+
     /// Starts the thread of a migration; the one before it has ended and is joined first.
     fn launch(&self, side: Side, name: &str, wake: &Arc<Wake>, f: impl FnOnce() + Send + 'static) -> Result<()> {
         let mut worker = lock(&self.worker);
         self.status.begin(side, self.options.on(Opt::Events), wake)?;
         if let Some(last) = worker.take() {
+            self.leave_route();
             // Its result went to the status; this only frees the thread.
             let _ = last.join(None);
         }
@@ -495,6 +502,7 @@ impl Machine {
     pub fn shut_down(&self) -> Result<()> {
         let cancelled = self.cancel();
         self.keeper.quit().raise();
+        self.leave_route();
         self.reception.shut();
         if cancelled.is_err() {
             // Handed over already: the last answer is on its way and has its own time limit.

@@ -174,10 +174,11 @@ impl Lanes {
                 shared.fail(error.clone());
                 // The main stream may be waiting for the source, which waits for this channel. Why a connection broke that is
                 // not resumed the source says there, and is heard first.
-                match wire.is_lost() {
-                    true if resumed => status.fail_link(error.in_phase("load")),
-                    true => (),
-                    false => status.fail(error.in_phase("load")),
+                match (wire.is_lost(), error.errno()) {
+                    (true, _) if resumed => status.fail_link(error.in_phase("load")),
+                    // Or somebody else failed before.
+                    (true, _) | (false, libc::ECANCELED) => (),
+                    (false, _) => status.fail(error.in_phase("load")),
                 }
             }
             Ok(())

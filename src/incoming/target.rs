@@ -73,7 +73,8 @@ pub(super) fn prepare(job: &Job, ram: &RamList, compared: bool) -> Result<Target
         match &survey {
             Ok(survey) => {
                 let keep = !compared && survey.parts(block, None).iter().any(Part::is_shared);
-                let fresh = freshen(block, survey, Care { keep, ..Care::default() }, &|| job.status.check())?;
+                let fresh =
+                    freshen(block, survey, Care { keep, ..Care::default() }, &|| job.status.check_but_link())?;
                 mark_existing(block, survey, &fresh, &written);
             }
             Err(_) => drop(written.set_range(0, block.pages())),

@@ -3,6 +3,7 @@
 mod aftermath;
 mod check;
 mod complete;
+mod farewell;
 #[cfg(feature = "fault-injection")]
 mod fault;
 mod greet;
@@ -47,6 +48,7 @@ use crate::wire::command::Command;
 use crate::wire::frame::Bodies;
 use crate::wire::stream;
 pub use check::{Report, check};
+use farewell::Farewell;
 use hand::HandOver;
 use handover::Rest;
 use replies::Replies;
@@ -116,13 +118,14 @@ enum Outcome {
 
 /// Runs a migration from start to end; the body of the thread `live_migration`.
 pub fn run(job: &Job) {
-    let mut stopped = false;
-    let result = attempt(job, &mut stopped);
+    let (mut stopped, mut farewell) = (false, None);
+    let result = attempt(job, &mut stopped, &mut farewell);
     settle(job, result, stopped);
     // KVM takes up to 20 ms a GiB for it: the guest goes on first, and the user hears of it. One that left needs it never.
     if job.keeper.phase() != Phase::Empty {
         job.dirty.rest();
     }
+    farewell.iter().for_each(|words| words.say_at_leisure(job));
 }
 
 /// Leaves the guest where it belongs and reports.
@@ -191,14 +194,14 @@ fn is_peers_doing(errno: i32) -> bool {
 }
 
 /// Everything between connecting and the outcome. What was set up is undone on every path.
-fn attempt(job: &Job, stopped: &mut bool) -> Result<Outcome> {
+fn attempt(job: &Job, stopped: &mut bool, farewell: &mut Option<Farewell>) -> Result<Outcome> {
     let total = TotalTime::start(job).map_err(|e| e.in_phase("connect"))?;
     let limit = job.options.time(Opt::ConnectTimeout);
     let answer_by = Instant::now() + limit;
     let channel = job.route.target().connect(&job.wake, limit).map_err(|e| e.in_phase("connect"))?;
     let mut migration = Migration::new(job, channel, total, answer_by);
     let result = migration.phases(stopped);
-    migration.hang_up(result)
+    migration.hang_up(result, farewell)
 }
 
 /// A migration that has a connection.
@@ -516,12 +519,13 @@ impl<'a> Migration<'a> {
         let mut bytes = Vec::new();
         self.sender.put_end(&mut bytes);
         stream::put_command(&mut bytes, words);
-        // The destination may be gone; then there is nobody to tell.
-        let _ = self.out.write_last(&bytes, LAST_WRITE);
+        // The destination may be gone; then there is nobody to tell. One that is awaited hears at least a farewell.
+        let limit = if self.resuming.is_agreed() { LAST_WRITE / 4 } else { LAST_WRITE };
+        let _ = self.out.write_last(&bytes, limit);
     }
 
-    /// Undoes what was set up, once, whatever happened.
-    fn hang_up(mut self, result: Result<Outcome>) -> Result<Outcome> {
+    /// Undoes what was set up, once, whatever happened. What the destination is still to hear is left in `farewell`.
+    fn hang_up(mut self, result: Result<Outcome>, farewell: &mut Option<Farewell>) -> Result<Outcome> {
         let result = match result {
             Err(error) => {
                 let error = self.reason(error);
@@ -548,9 +552,8 @@ impl<'a> Migration<'a> {
             Ok(Outcome::Switched(rest)) if !self.job.status.is_committed() => rest.why.as_ref(),
             Ok(_) => None,
         };
-        if why.is_some_and(|error| error.place().side.as_deref() != Some("destination")) {
-            self.say_over();
-        }
+        let unheard = why.is_some_and(|error| error.place().side.as_deref() != Some("destination"));
+        *farewell = self.farewell().filter(|_| unheard).and_then(|words| words.say_at_once(self.job));
         if let Some(set) = self.set.take() {
             self.job.dirty.leave(&set);
         }

@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::farewell::Farewell;
 use super::handover::Rest;
 use super::sections::SectionSaver;
 use super::toll::Toll;
@@ -293,19 +294,9 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// The migration is over, and the destination may be waiting for us: tells it that nobody comes.
-    pub(super) fn say_over(&self) {
-        if !self.resuming.agreed {
-            return;
-        }
-        let tell = || -> Result<()> {
-            let channel = self.job.route.target().connect(self.job.keeper.quit(), TRY)?;
-            let bytes = knock_of(self.job.migration, self.resuming.attempt.saturating_add(1), true);
-            StreamOutput::new(Arc::clone(&channel), TRY).write(&bytes)?;
-            // Until it has hung up, so that it has read it.
-            channel.read(&mut [0; 64], Some(TRY)).map(drop)
-        };
-        // One that cannot be told waits until its time is over.
-        let _ = tell();
+    /// For a destination that may be waiting for us when the migration is over.
+    pub(super) fn farewell(&self) -> Option<Farewell> {
+        let words = || knock_of(self.job.migration, self.resuming.attempt.saturating_add(1), true);
+        self.resuming.agreed.then(|| Farewell(words()))
     }
 }

@@ -62,6 +62,17 @@ fn wait_has_a_deadline() {
 }
 
 #[test]
+fn work_that_outlives_the_connection_goes_on_when_it_breaks() {
+    let status = started();
+    status.advance(State::Active).unwrap();
+    status.fail_link(Error::invalid("link"));
+    assert_eq!(status.check().unwrap_err().text(), "link");
+    status.check_but_link().unwrap();
+    status.fail(Error::invalid("device"));
+    assert_eq!(status.check_but_link().unwrap_err().text(), "device");
+}
+
+#[test]
 fn a_lost_link_is_no_end_but_any_other_error_is() {
     let status = started();
     status.advance(State::Active).unwrap();
