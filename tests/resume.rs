@@ -369,3 +369,19 @@ fn a_destination_does_not_wait_for_a_source_that_was_cancelled() {
     assert_eq!(value(&mut pair.destination, "memory"), "0");
     pair.quit();
 }
+
+#[test]
+fn a_source_that_is_cancelled_out_of_reach_says_so_over_another_connection() {
+    let mut pair = Pair::new("farewell", 2, 3_600_000);
+    pair.begin();
+    progresses(&mut pair.destination);
+    // Its words at the end of the stream are not heard, and the destination has nothing to miss for a long time.
+    pair.relay.swallow();
+    pair.source.must("cancel");
+    pair.source.must_end_in("cancelled");
+    pair.destination.must_end_in("failed");
+    let why = value(&mut pair.destination, "error");
+    assert!(why.contains("the source gave the attempt up"), "{why}");
+    assert_eq!(value(&mut pair.destination, "memory"), "0");
+    pair.quit();
+}

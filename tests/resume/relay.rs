@@ -22,6 +22,8 @@ pub(crate) struct Relay {
     shut: Arc<AtomicBool>,
     /// A connection that ends at one side goes on at the other, which hears nothing of it.
     half: Arc<AtomicBool>,
+    /// How often everything that was there went deaf.
+    deaf: Arc<AtomicU64>,
     /// What the source said first.
     first: Arc<Mutex<Vec<u8>>>,
     /// Bytes that may still go to the destination before everything breaks, wherever that is.
@@ -39,11 +41,12 @@ impl Relay {
             kept: Mutex::default(),
             shut: Arc::default(),
             half: Arc::default(),
+            deaf: Arc::default(),
             first: Arc::default(),
             left: Arc::new(AtomicU64::new(u64::MAX)),
         };
         let (links, shut, left) = (Arc::clone(&relay.links), Arc::clone(&relay.shut), Arc::clone(&relay.left));
-        let (half, first) = (Arc::clone(&relay.half), Arc::clone(&relay.first));
+        let (half, first, deaf) = (Arc::clone(&relay.half), Arc::clone(&relay.first), Arc::clone(&relay.deaf));
         thread::spawn(move || {
             for source in listener.incoming() {
                 if shut.load(Ordering::SeqCst) {
@@ -54,7 +57,9 @@ impl Relay {
                 links.lock().unwrap().push([clone(&source), clone(&destination)]);
                 let (from, to, left) = (clone(&source), clone(&destination), Arc::clone(&left));
                 let (ours, theirs, first) = (Arc::clone(&half), Arc::clone(&half), Arc::clone(&first));
-                thread::spawn(move || carry(from, to, &ours, Some((&left, &first))));
+                let (deaf, since) = (Arc::clone(&deaf), deaf.load(Ordering::SeqCst));
+                let hears = move || deaf.load(Ordering::SeqCst) == since;
+                thread::spawn(move || carry(from, to, &ours, Some((&left, &first, &hears))));
                 thread::spawn(move || carry(destination, source, &theirs, None));
             }
         });
@@ -87,6 +92,12 @@ impl Relay {
         self.kept.lock().unwrap().extend(links.drain(..));
     }
 
+    /// What the source says over the connections that there are goes nowhere, nor does the destination hear them end.
+    pub(crate) fn swallow(&self) {
+        self.half.store(true, Ordering::SeqCst);
+        self.deaf.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// What ends at one side ends at the other again.
     pub(crate) fn whole(&self) {
         self.half.store(false, Ordering::SeqCst);
@@ -115,13 +126,19 @@ fn shut(link: &[TcpStream; 2]) {
     link.iter().for_each(|end| drop(end.shutdown(Shutdown::Both)));
 }
 
-fn carry(mut from: TcpStream, mut to: TcpStream, half: &AtomicBool, there: Option<(&AtomicU64, &Mutex<Vec<u8>>)>) {
+/// Of what the source says: after so many bytes it breaks, what it said first, whether it is passed on.
+type There<'a> = (&'a AtomicU64, &'a Mutex<Vec<u8>>, &'a dyn Fn() -> bool);
+
+fn carry(mut from: TcpStream, mut to: TcpStream, half: &AtomicBool, there: Option<There<'_>>) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(n) = from.read(&mut buffer)
         && n > 0
     {
         let mut pass = n;
-        if let Some((left, first)) = there {
+        if let Some((left, first, hears)) = there {
+            if !hears() {
+                continue;
+            }
             let mut first = first.lock().unwrap();
             if first.len() < 64 << 10 {
                 first.extend_from_slice(&buffer[..n]);
