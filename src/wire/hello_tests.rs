@@ -147,3 +147,15 @@ fn hostile_hellos_are_refused() {
     let long = [MAGIC.to_be_bytes(), VERSION.to_be_bytes(), [0xff; 4]].concat();
     assert_eq!(read(&mut Slice::new(&long)).unwrap_err().errno(), libc::EINVAL);
 }
+
+/// Hellos of released libraries stay readable for ever: this is the first one's.
+#[test]
+fn the_first_hello_is_understood() {
+    const FIRST: &str = include_str!("../../tests/golden/hello-1.json");
+    let mut out = Vec::new();
+    out.u32(MAGIC);
+    out.u32(1);
+    out.u32(u32::try_from(FIRST.len()).unwrap());
+    out.bytes(FIRST.as_bytes());
+    assert_eq!(read(&mut Slice::new(&out)).unwrap(), hello());
+}
