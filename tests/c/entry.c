@@ -353,6 +353,7 @@ static void devices(void)
 
 static int outgoing(const char *uri) { return vmig_outgoing(m, uri); }
 static int incoming(const char *uri) { return vmig_incoming(m, uri); }
+static int resume(const char *uri) { return vmig_resume(m, uri); }
 static int check(const char *uri) { return vmig_check(m, uri, NULL, NULL); }
 static int set_name(const char *name) { return vmig_set(m, name, "1"); }
 static int set_value(const char *value) { return vmig_set(m, "max-bandwidth", value); }
@@ -379,6 +380,12 @@ static void migrating(void)
     CHECK(vmig_cancel(m) == 0, "nothing to cancel is fine");
     REFUSES(EINVAL, "handle", vmig_continue(NULL));
     REFUSES(EINVAL, "pre-switchover", vmig_continue(m));
+    CASE(vmig_resume);
+    STRINGS("uri", resume);
+    REFUSES(EINVAL, "handle", vmig_resume(NULL, "tcp::1"));
+    REFUSES(EINVAL, "protocol 'smtp'", vmig_resume(m, "smtp:x"));
+    REFUSES(EINVAL, "at an address", vmig_resume(m, "fd:1"));
+    REFUSES(EINVAL, "no outgoing migration waits", vmig_resume(m, "tcp:127.0.0.1:1"));
     REFUSES(EINVAL, "handle", vmig_resolve(NULL, 0));
     REFUSES(EINVAL, "run is 2", vmig_resolve(m, 2));
     REFUSES(EINVAL, "nothing to resolve", vmig_resolve(m, 1));
