@@ -130,6 +130,7 @@ fn who_would_go_on_with_another_migration_hears_why_not() {
     pair.relay.close(true);
     pair.relay.cut_all();
     until(&mut pair.destination, "reconnecting");
+    until(&mut pair.source, "reconnecting");
     let answer = stranger(&pair.address, &foreign);
     assert!(answer.contains("another migration has begun to arrive here"), "{answer}");
     assert_eq!(pair.destination.status_text("state"), "reconnecting");
