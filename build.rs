@@ -26,6 +26,7 @@ const CHAPTERS: &[Chapter] = &[
         fragment: Some("src/section/macros.h"),
     },
     Chapter { title: "migrating", sources: &["src/capi/migrate.rs", "src/capi/check.rs"], fragment: None },
+    Chapter { title: "QMP", sources: &["src/capi/qmp.rs", "src/vmm/command.rs"], fragment: None },
     Chapter {
         title: "full control: sections of your own",
         sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],

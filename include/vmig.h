@@ -184,7 +184,7 @@ int vmig_new(const vmig_ops *ops, void *vm, vmig **out);
  * A migration whose guest was handed over already is not ended but waited for, at most for `switchover-timeout` (towards a
  * QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits,
  * without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
- * the big lock held it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
+ * the big lock held, or from a command of QMP, it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
 void vmig_free(vmig *m);
 
 /* Version of the library at run time: major << 16 | minor << 8 | patch. [any][cb] */
@@ -895,9 +895,10 @@ int vmig_next_event(vmig *m, vmig_status *status);
  * name; -EINVAL: not a value for it; -EBUSY: it cannot change while a migration runs. [any][cb] */
 int vmig_set(vmig *m, const char *option, const char *value);
 
-/* The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens. NULL on failure
- * (vmig_errmsg()). Free it with vmig_string_free(). [any][cb] */
-char *vmig_get(vmig *m, const char *option);
+/* The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens, and of
+ * "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free(). [any][cb] */
+char *vmig_get(vmig *m,
+               const char *option);
 
 /* Asks the destination that listens at `uri` whether the guest could go there, and measures what a migration would wait
  * for. The guest here runs on undisturbed; the destination is not touched and waits on. Waits at most for
@@ -924,7 +925,55 @@ int vmig_check(vmig *m,
  * [any] */
 int vmig_set_config(vmig *m, const void *blob, size_t len);
 
-/* ---- 6. full control: sections of your own --------------------------------------------------------------------- */
+/* ---- 6. QMP ---------------------------------------------------------------------------------------------------- */
+/* QMP, QEMU's control protocol: the operations above as JSON, so that tools and fleet managers that drive QEMU can drive
+ * a VMM. A server on a socket on request, and a function for VMMs that have a socket of their own. docs/qmp.md lists the
+ * commands. */
+
+/* What a command of the VMM answers. Valid only during the callback that got it. */
+typedef struct vmig_reply vmig_reply;
+
+/* Carries out a command: `arguments` is a JSON object as the client sent it, `{}` if it sent none; nothing of it was
+ * checked. Answer with vmig_reply_json(), or with vmig_reply_error(); without either the answer is `{}` for 0 or more,
+ * and the words of the errno for a negative one. Runs on the library's thread `qmp_run`, or on that of a call of
+ * vmig_qmp(), big lock not held; commands of all clients wait for one another, so it should not wait long. It may call
+ * everything but vmig_free(). */
+typedef int (*vmig_qmp_fn)(void *opaque, const char *arguments, vmig_reply *reply);
+
+/* Carries out one request, such as {"execute": "query-migrate"}, and returns its answer, also where that is an error:
+ * NULL only if `request` is no string of at most 256 KiB, or the big lock is held. No capabilities are negotiated, and
+ * there are no events (vmig_next_event()) or descriptors. Free it with vmig_string_free(). [free] */
+char *vmig_qmp(vmig *m,
+               const char *request);
+
+/* Serves QMP at `uri`, `unix:PATH` or `tcp:HOST:PORT`, until vmig_free(). A unix socket can be connected to by its owner
+ * only; whoever reaches a TCP port may do everything, so give it an address that only operators reach. With port 0 the
+ * system chooses one: read it from vmig_get(m, "qmp-address"). May be called for up to 8 addresses, at any time: a VMM
+ * that waits for a guest serves QMP first.
+ *
+ * Commands run on the thread `qmp_run`, one after the other: `stop` and `cont` call the hooks there.
+ * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood. [any] */
+int vmig_qmp_listen(vmig *m,
+                    const char *uri);
+
+/* Adds a command of the VMM's, such as `quit`, to those that clients may use. `destroy(opaque)`, if given, is called by
+ * vmig_free(), and not if this call fails. -EEXIST: there is a command of that name; -EINVAL: a name has 1 to 64 letters,
+ * digits, - and _. [any] */
+int vmig_qmp_add(vmig *m,
+                 const char *name,
+                 vmig_qmp_fn run,
+                 void *opaque,
+                 void (*destroy)(void *opaque));
+
+/* Answers a command of the VMM's with `json`, at most 256 KiB; the last call counts. -EINVAL: it is not JSON. [cb] of
+ * the callback that got the reply. */
+int vmig_reply_json(vmig_reply *reply,
+                    const char *json);
+
+/* Answers it with an error, in a sentence for people. [cb] of the callback that got the reply. */
+int vmig_reply_error(vmig_reply *reply, const char *text);
+
+/* ---- 7. full control: sections of your own --------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
  * own, which the library frames, so that a body read too short or too long is an error with a name and an offset. */
 

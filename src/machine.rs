@@ -90,12 +90,12 @@ impl Machine {
         Ok(Self {
             reception: Arc::new(Reception::new(&keeper, &threads)?),
             keeper,
+            status: Arc::new(Status::with_feed(Arc::clone(vmm.feed()))?),
             vmm: Arc::new(vmm),
             ram: Arc::default(),
             sections: Arc::default(),
             dirty: Arc::default(),
             options: Arc::default(),
-            status: Arc::new(Status::new()?),
             threads,
             kvm: Arc::default(),
             config: Mutex::default(),
@@ -119,9 +119,9 @@ impl Machine {
         &self.sections
     }
 
-    /// Name and kernel id of each thread of the library.
-    pub fn threads(&self) -> Vec<(String, c_int)> {
-        self.threads.list()
+    /// The library's threads for this guest.
+    pub fn threads(&self) -> &Arc<Threads> {
+        &self.threads
     }
 
     /// What is registered is what migrates: nothing may change while a migration runs. \[bql\]
@@ -245,6 +245,25 @@ impl Machine {
             return self.keeper.set_epoch(options.get(Opt::Epoch));
         }
         self.options.set_text(name, value, busy)
+    }
+
+    /// Sets several options, or none of them: each on its own, and then what they are together, must be allowed. Options
+    /// that cannot change while a migration runs are refused then as `set` does.
+    pub fn set_all(&self, settings: &[(&str, String)], check: impl FnOnce(&Options) -> Result<()>) -> Result<()> {
+        let busy = self.status.check_idle().is_err();
+        let tried = self.options.snapshot();
+        for (name, value) in settings {
+            tried.set_text(name, value, busy)?;
+        }
+        check(&tried)?;
+        for (name, value) in settings {
+            match *name {
+                EPOCH => self.set(name, value)?,
+                // What was just allowed stays allowed: a migration that began meanwhile took its copy before or after.
+                _ => self.options.set_text(name, value, busy)?,
+            }
+        }
+        Ok(())
     }
 
     /// An option's value; also `listen-address`.

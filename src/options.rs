@@ -40,6 +40,8 @@ pub struct Row {
     pub range: (u64, u64),
     /// May change while a migration runs.
     pub live: bool,
+    /// QMP has it among the capabilities, not the parameters.
+    pub capability: bool,
     /// One sentence.
     pub doc: &'static str,
 }
@@ -91,7 +93,7 @@ const BOOL: (u64, u64) = (0, 1);
 const HOUR: u64 = 3_600_000;
 
 const fn row(name: &'static str, kind: Type, default: u64, range: (u64, u64), live: bool, doc: &'static str) -> Row {
-    Row { name, kind, default, qemu: default, range, live, doc }
+    Row { name, kind, default, qemu: default, range, live, capability: false, doc }
 }
 
 /// Every option, in the order of [`Opt`].
@@ -126,6 +128,7 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
     ),
     Row {
         qemu: 0,
+        capability: true,
         ..row(
             "return-path",
             Type::Bool,
@@ -135,18 +138,33 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
             "Let the destination answer. On by default: without it success means only that all bytes were written.",
         )
     },
-    Row { qemu: 0, ..row("events", Type::Bool, 1, BOOL, false, "Queue events for vmig_next_event.") },
-    row(
-        "switchover-ack",
-        Type::Bool,
-        0,
-        BOOL,
-        false,
-        "Stop the guest only after the destination agreed; needs return-path. A destination needs it only when the \
-         source is a QEMU.",
-    ),
     Row {
         qemu: 0,
+        capability: true,
+        ..row(
+            "events",
+            Type::Bool,
+            1,
+            BOOL,
+            false,
+            "Queue events for vmig_next_event, and send MIGRATION and MIGRATION_PASS to QMP clients.",
+        )
+    },
+    Row {
+        capability: true,
+        ..row(
+            "switchover-ack",
+            Type::Bool,
+            0,
+            BOOL,
+            false,
+            "Stop the guest only after the destination agreed; needs return-path. A destination needs it only when the \
+             source is a QEMU.",
+        )
+    },
+    Row {
+        qemu: 0,
+        capability: true,
         ..row(
             "multifd",
             Type::Bool,
@@ -277,14 +295,17 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
          repeated GO before the fence hook is asked, for GO at the destination before it refuses the guest, for a \
          reacquire or release hook that fails to succeed.",
     ),
-    row(
-        "pause-before-switchover",
-        Type::Bool,
-        0,
-        BOOL,
-        false,
-        "Wait in state pre-switchover, with the guest stopped and still owned here, until vmig_continue.",
-    ),
+    Row {
+        capability: true,
+        ..row(
+            "pause-before-switchover",
+            Type::Bool,
+            0,
+            BOOL,
+            false,
+            "Wait in state pre-switchover, with the guest stopped and still owned here, until vmig_continue.",
+        )
+    },
     row(
         "epoch",
         Type::Number,

@@ -2,8 +2,10 @@
 
 mod numbers;
 mod state;
+pub mod feed;
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::pacing::downtime::Downtime;
 use crate::sys::eventfd::{EventFd, Wake};
 use crate::thread::lock;
+use feed::{Feed, News};
 pub use numbers::{Counters, Snapshot, store_time};
 pub use state::{STATES, Side, State};
 
@@ -42,14 +45,21 @@ pub struct Status {
     shared: Mutex<Shared>,
     changed: Condvar,
     readable: EventFd,
+    feed: Arc<Feed>,
     /// The moving numbers.
     pub counters: Counters,
 }
 
 impl Status {
-    /// No migration yet.
+    /// No migration yet, and nobody is told of one.
     pub fn new() -> Result<Self> {
+        Self::with_feed(Arc::default())
+    }
+
+    /// No migration yet.
+    pub fn with_feed(feed: Arc<Feed>) -> Result<Self> {
         Ok(Self {
+            feed,
             shared: Mutex::new(Shared {
                 state: State::None,
                 side: None,
@@ -115,11 +125,15 @@ impl Status {
 
     fn become_locked(&self, shared: &mut Shared, to: State) {
         debug_assert!(shared.state.may_become(to), "{} -> {}", shared.state.name(), to.name());
+        if shared.state == State::Active {
+            self.counters.precopy.store(self.counters.transferred.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
         shared.state = to;
         if to.is_final() {
             shared.ended = Some(Instant::now());
         }
         if shared.events {
+            self.feed.push(News::State(to));
             if shared.news.len() == NEWS_MAX {
                 shared.news.pop_front();
             }
@@ -140,9 +154,19 @@ impl Status {
         Ok(())
     }
 
+    /// The first pass over all pages begins: of interest to the feed only.
+    pub fn tell_first_pass(&self) {
+        if self.lock().events {
+            self.feed.push(News::Pass(1));
+        }
+    }
+
     /// A point worth telling (a new iteration) without a change of state.
     pub fn tell(&self) {
         let mut shared = self.lock();
+        if shared.events {
+            self.feed.push(News::Pass(self.counters.iteration.load(Ordering::Relaxed)));
+        }
         if shared.events && shared.news.len() < NEWS_MAX {
             let snapshot = self.snapshot_of(&shared);
             shared.news.push_back(snapshot);
@@ -391,67 +415,4 @@ fn check_idle(shared: &Shared) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn started() -> Status {
-        let status = Status::new().unwrap();
-        status.begin(Side::Source, true, &Arc::new(Wake::new().unwrap())).unwrap();
-        status
-    }
-
-    #[test]
-    fn news_tells_every_state_once() {
-        let status = started();
-        status.advance(State::Active).unwrap();
-        status.end(Err(Error::invalid("broken")));
-        let names: Vec<_> = std::iter::from_fn(|| status.next_news()).map(|s| s.state.name()).collect();
-        assert_eq!(names, ["setup", "active", "failed"]);
-        assert_eq!(status.error().unwrap().to_string(), "source: broken");
-    }
-
-    #[test]
-    fn news_is_bounded() {
-        let status = started();
-        for _ in 0..2 * NEWS_MAX {
-            status.tell();
-        }
-        status.advance(State::Active).unwrap();
-        let news: Vec<_> = std::iter::from_fn(|| status.next_news()).collect();
-        assert_eq!((news.len(), news.last().unwrap().state), (NEWS_MAX, State::Active));
-    }
-
-    #[test]
-    fn cancel_or_commit_but_not_both() {
-        let status = started();
-        status.advance(State::Active).unwrap();
-        status.cancel().unwrap();
-        status.cancel().unwrap();
-        assert_eq!(status.commit().unwrap_err().errno(), libc::ECANCELED);
-        status.end(status.check());
-        assert_eq!((status.state(), status.error()), (State::Cancelled, None));
-
-        let status = started();
-        status.advance(State::Active).unwrap();
-        status.commit().unwrap();
-        assert_eq!(status.cancel().unwrap_err().errno(), libc::EBUSY);
-    }
-
-    #[test]
-    fn the_first_error_wins() {
-        let status = started();
-        status.fail(Error::invalid("first"));
-        status.fail(Error::invalid("second"));
-        assert_eq!(status.check().unwrap_err().text(), "first");
-        assert_eq!(status.cause(Error::invalid("third")).text(), "first");
-        assert_eq!(status.check_idle().unwrap_err().errno(), libc::EBUSY);
-    }
-
-    #[test]
-    fn wait_has_a_deadline() {
-        let status = started();
-        assert!(!status.wait(Some(Instant::now() + Duration::from_millis(5))));
-        status.end(Err(Error::invalid("x")));
-        assert!(status.wait(None));
-    }
-}
+mod tests;

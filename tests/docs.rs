@@ -15,7 +15,8 @@ fn options_page() -> String {
     let mut page = String::from(
         "# Options\n\nSet with `vmig_set(m, \"name\", \"value\")`, read with `vmig_get`. Made from the table in \
          `src/options.rs` (`make header` rewrites it). *Live* options may change while a migration runs. `defaults=qemu` \
-         puts every option to QEMU's default. `listen-address` can only be read: where `vmig_incoming` listens.\n\n\
+         puts every option to QEMU's default. `listen-address` can only be read: where `vmig_incoming` listens. Over QMP \
+         (docs/qmp.md) options are parameters, those with a *c* are capabilities.\n\n\
          | option | values | default | QEMU's | live | meaning |\n|---|---|---|---|---|---|\n",
     );
     for (index, row) in TABLE.iter().enumerate() {
@@ -40,7 +41,8 @@ fn options_page() -> String {
             Type::Millis => format!("{min} to {max} ms"),
         };
         let live = if row.live { "yes" } else { "no" };
-        page += &format!("| `{}` | {values} | {default} | {qemu} | {live} | {} |\n", row.name, row.doc);
+        let capability = if row.capability { " *c*" } else { "" };
+        page += &format!("| `{}`{capability} | {values} | {default} | {qemu} | {live} | {} |\n", row.name, row.doc);
     }
     page
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::guest::vmig;
 use super::run::time;
-use super::{enter, enter_text, guest, string};
+use super::{enter, enter_text, face, guest, string};
 use crate::error::Error;
 use crate::pacing::downtime::Parts;
 use crate::status::{STATES, Side, Snapshot, State};
@@ -420,14 +420,17 @@ pub unsafe extern "C" fn vmig_set(m: *mut vmig, option: *const c_char, value: *c
     })
 }
 
-/// The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens. NULL on failure
-/// (vmig_errmsg()). Free it with vmig_string_free(). \[any\]\[cb\]
+/// The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens, and of
+/// "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free(). \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get(m: *mut vmig, option: *const c_char) -> *mut c_char {
     enter_text("vmig_get", || {
         // SAFETY: the C contract of handles.
-        let machine = unsafe { guest(m) }?;
+        let face = unsafe { face(m) }?;
         // SAFETY: the C contract of strings.
-        machine.get(unsafe { string("option", option) }?).map(Some)
+        match unsafe { string("option", option) }? {
+            "qmp-address" => face.address().map(Some),
+            option => face.machine().get(option).map(Some),
+        }
     })
 }

@@ -299,6 +299,7 @@ impl<'a> Migration<'a> {
         self.write_bodies(&bodies)?;
         self.last_sync = Instant::now();
         self.job.status.counters.iteration.store(1, Ordering::Relaxed);
+        self.job.status.tell_first_pass();
         store_time(&self.job.status.counters.setup, self.begun.elapsed());
         self.publish();
         Ok(())
@@ -502,6 +503,7 @@ impl<'a> Migration<'a> {
         counters.remaining.store(left, Ordering::Relaxed);
         let (on_lanes, normal, zero) = self.sender.counts();
         counters.transferred.store(self.out.written() + on_lanes, Ordering::Relaxed);
+        counters.channel_bytes.store(on_lanes, Ordering::Relaxed);
         counters.normal_pages.store(normal, Ordering::Relaxed);
         counters.zero_pages.store(zero, Ordering::Relaxed);
         counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);

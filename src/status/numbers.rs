@@ -20,13 +20,15 @@ pub struct Counters {
     pub dirty_rate: AtomicU64,
     pub bandwidth: AtomicU64,
     pub expected_downtime: AtomicU64,
+    pub precopy: AtomicU64,
+    pub channel_bytes: AtomicU64,
     pub setup: AtomicU64,
     pub stop: AtomicU64,
     pub downtime: AtomicU64,
 }
 
 impl Counters {
-    fn all(&self) -> [&AtomicU64; 12] {
+    fn all(&self) -> [&AtomicU64; 14] {
         [
             &self.total,
             &self.remaining,
@@ -37,6 +39,8 @@ impl Counters {
             &self.dirty_rate,
             &self.bandwidth,
             &self.expected_downtime,
+            &self.precopy,
+            &self.channel_bytes,
             &self.setup,
             &self.stop,
             &self.downtime,
@@ -59,6 +63,11 @@ impl Counters {
             total: get(&self.total),
             remaining,
             transferred: get(&self.transferred),
+            precopy: match state {
+                State::Active => get(&self.transferred),
+                _ => get(&self.precopy),
+            },
+            channel_bytes: get(&self.channel_bytes),
             normal_pages: get(&self.normal_pages),
             zero_pages: get(&self.zero_pages),
             dirty_rate: dirty,
@@ -93,6 +102,10 @@ pub struct Snapshot {
     pub remaining: u64,
     /// Bytes on the wire.
     pub transferred: u64,
+    /// Those of them that went while the guest ran.
+    pub precopy: u64,
+    /// Those of them that went over connections of their own.
+    pub channel_bytes: u64,
     /// Pages sent whole.
     pub normal_pages: u64,
     /// Pages sent as zero.

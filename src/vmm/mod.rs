@@ -1,6 +1,7 @@
 //! The VMM as we see it: its hooks, its run state, its log.
 
 pub mod adapter;
+pub mod command;
 pub mod handlers;
 pub mod log;
 pub mod ops;

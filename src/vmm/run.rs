@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::bql::Bql;
 use crate::error::{Error, Result};
+use crate::status::feed::{Feed, News};
 use crate::sys::clock::monotonic_ns;
 use crate::thread::{current_token, fence, lock};
 
@@ -189,6 +190,7 @@ pub struct Vmm {
     clock: Mutex<Clock>,
     bql: Arc<Bql>,
     log: Arc<Log>,
+    feed: Arc<Feed>,
     hooks: Box<dyn Hooks>,
 }
 
@@ -209,6 +211,7 @@ impl Vmm {
             clock: Mutex::new(clock),
             bql,
             log,
+            feed: Arc::default(),
             hooks,
         }
     }
@@ -221,6 +224,11 @@ impl Vmm {
     /// The log.
     pub fn log(&self) -> &Arc<Log> {
         &self.log
+    }
+
+    /// What happens to the guest, for whoever watches all of it.
+    pub fn feed(&self) -> &Arc<Feed> {
+        &self.feed
     }
 
     /// Why the guest is stopped. \[any\]
@@ -444,6 +452,7 @@ impl Vmm {
         let ended_ns = monotonic_ns();
         let (hook_ns, handlers_ns) = (since(began.monotonic_ns, at.monotonic_ns), since(at.monotonic_ns, ended_ns));
         self.took[0].store(hook_ns + handlers_ns, Ordering::Relaxed);
+        self.feed.push(News::Stop);
         Ok(RunReport { changed: true, began, at, hook_ns, handlers_ns, ended_ns })
     }
 
@@ -453,6 +462,7 @@ impl Vmm {
             Ok(_) => error,
             Err(second) => {
                 self.set(StopReason::Error.into());
+                self.feed.push(News::Stop);
                 let why = second.text();
                 error.context(format_args!("the guest stays stopped (reason: error), because {why}; at first"))
             }
@@ -461,7 +471,9 @@ impl Vmm {
 
     /// Stopped -> running.
     fn resume(&self) -> Result<RunReport> {
-        self.bring_up(&mut self.handlers.walk(&self.bql, true))
+        let report = self.bring_up(&mut self.handlers.walk(&self.bql, true))?;
+        self.feed.push(News::Resume);
+        Ok(report)
     }
 
     /// Start handlers and hook. On failure everything is stopped again and the reasons are as before.
