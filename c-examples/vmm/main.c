@@ -29,7 +29,7 @@ static const char usage[] =
     "  --tsc-khz N          how fast the guest's TSC is (default: as the host's)\n"
     "  --hide-cpuid BIT     a bit the guest does not see: LEAF,SUBLEAF,REGISTER,BIT, register 0 is eax\n"
     "  --set 'NAME VALUE'   an option of the library; may be given several times\n"
-    "  --incoming URI       do not boot; wait for a guest\n"
+    "  --incoming URI       do not boot; wait for a guest (defer: until somebody says where, by command or QMP)\n"
     "  --migrate-at S,URI   migrate to URI after S seconds\n"
     "  --qmp URI            serve QMP there: unix:PATH or tcp:HOST:PORT; with it the end of standard input is not the end\n"
     "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
@@ -337,6 +337,11 @@ static int start_guest(struct machine *vm, const struct options *o)
         }
     if (o->qmp && (err = migrate_serve(vm, o->qmp)) < 0) {
         fprintf(stderr, "vmm: --qmp %s: %s\n", o->qmp, migrate_error());
+        return err;
+    }
+    if (o->incoming && strcmp(o->incoming, "defer") == 0) {
+        if ((err = migrate_pause(vm)) >= 0)             /* not booted: nobody may take it for a guest that runs */
+            printf("deferred\n");
         return err;
     }
     if (o->incoming)

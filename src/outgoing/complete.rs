@@ -47,17 +47,16 @@ impl Migration<'_> {
         let mut took = Downtime { expected, ..Downtime::default() };
         self.sections.about_to_switch();
         let wait = self.job.options.on(Opt::PauseBeforeSwitchover);
-        if !wait {
-            self.job.status.advance(State::Device)?;
-        }
         let stop = self.job.vmm.stop(StopReason::Migration).map_err(|e| e.in_phase("stop"))?;
         *stopped = true;
         took.actual.stop = Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
         store_time(&self.job.status.counters.stop, took.actual.stop);
-        let result = match self.votes {
+        // A cancel that came while the guest was being stopped is noticed here.
+        let next = if wait { Ok(()) } else { self.job.status.advance(State::Device) };
+        let result = next.and_then(|()| match self.votes {
             true => self.switch_over(&mut took.actual, wait),
             false => self.stopped(&mut took.actual, wait),
-        };
+        });
         // A paused guest was not stopped by us.
         if stop.changed {
             took.total = Duration::from_nanos(monotonic_ns().saturating_sub(stop.began.monotonic_ns));

@@ -482,9 +482,68 @@ static void sections(void)
     CHECK(vmig_get_u64(NULL) == 0 && vmig_reader_left(NULL) == 0, "no reader");
 }
 
+/* ---- QMP --------------------------------------------------------------------------------------------------------- */
+
+static char *ask(const char *request) { return vmig_qmp(m, request); }
+static int serve(const char *uri) { return vmig_qmp_listen(m, uri); }
+static unsigned replied;
+
+/* What a reply refuses can only be tried inside a command. */
+static int reply_wrongly(void *opaque, const char *arguments, vmig_reply *reply)
+{
+    (void)opaque, (void)arguments;
+    CHECK(vmig_reply_json(reply, "{\"a\": 1}") == 0, "an answer");
+    REFUSES(EINVAL, "json is NULL", vmig_reply_json(reply, NULL));
+    REFUSES(EINVAL, "json is not UTF-8", vmig_reply_json(reply, bad_utf8));
+    REFUSES(EINVAL, "not JSON", vmig_reply_json(reply, "{"));
+    REFUSES(EINVAL, "text is NULL", vmig_reply_error(reply, NULL));
+    REFUSES(EINVAL, "reply is NULL", vmig_reply_json(NULL, "{}"));
+    REFUSES(EINVAL, "reply is NULL", vmig_reply_error(NULL, "x"));
+    replied++;
+    return 0;
+}
+
+static int add_named(const char *name) { return vmig_qmp_add(m, name, reply_wrongly, NULL, count_gone); }
+
+static void qmp(void)
+{
+    char *answer, *huge = malloc((256 << 10) + 2);
+
+    CASE(vmig_qmp), CASE(vmig_qmp_listen), CASE(vmig_qmp_add), CASE(vmig_reply_json), CASE(vmig_reply_error);
+    REFUSES_TEXT("handle", vmig_qmp(NULL, "{}"));
+    REFUSES_TEXT("request is NULL", ask(NULL));
+    REFUSES_TEXT("request is not UTF-8", ask(bad_utf8));
+    memset(huge, 'x', (256 << 10) + 1), huge[(256 << 10) + 1] = 0;
+    REFUSES_TEXT("request is longer than 262144 bytes", ask(huge));
+    free(huge);
+    vmig_bql_lock(m);
+    REFUSES_TEXT("big lock", ask("{\"execute\": \"query-status\"}"));
+    vmig_bql_unlock(m);
+    REFUSES(EINVAL, "handle", vmig_qmp_listen(NULL, "tcp::0"));
+    STRINGS("uri", serve);
+    REFUSES(EINVAL, "fd:1", serve("fd:1x"));
+    REFUSES(EINVAL, "unix:PATH or tcp:HOST:PORT", serve("fd:1"));
+    REFUSES(ENOENT, "listening", serve("unix:/no/such/directory/socket"));
+    REFUSES_TEXT("no QMP server", vmig_get(m, "qmp-address"));
+    gone = 0;
+    REFUSES(EINVAL, "handle", vmig_qmp_add(NULL, "x", reply_wrongly, NULL, count_gone));
+    REFUSES(EINVAL, "no callback", vmig_qmp_add(m, "x", NULL, NULL, count_gone));
+    STRINGS("name", add_named);
+    REFUSES(EINVAL, "letters", add_named(""));
+    REFUSES(EINVAL, "letters", add_named("a b"));
+    REFUSES(EINVAL, "letters", add_named(long_text));
+    REFUSES(EEXIST, "'migrate'", add_named("migrate"));
+    CHECK(add_named("reply-wrongly") == 0, "a command");
+    REFUSES(EEXIST, "'reply-wrongly'", add_named("reply-wrongly"));
+    CHECK(gone == 0, "destroy is not called by a call that failed");
+    answer = ask("{\"execute\": \"reply-wrongly\"}");
+    CHECK(answer && replied == 1 && strcmp(answer, "{\"return\":{\"a\":1}}") == 0, "%s", answer);
+    vmig_string_free(answer);
+}
+
 int main(void)
 {
-    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, devices, migrating, sections };
+    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, devices, migrating, sections, qmp };
     char *text = malloc(1000), *very = malloc(70000);
     uint64_t before;
 
@@ -498,7 +557,9 @@ int main(void)
         chapters[i]();
         CHECK(fingerprint() == before, "chapter %u: a failed call changed something", i + 1);
     }
+    gone = 0;
     guest_free(&g);
+    CHECK(gone == 1, "destroy of a QMP command comes once, by vmig_free");
     unguard(edge - 2 * PAGE, 2 * PAGE), unguard(page, PAGE);
     free(text), free(very);
     return 0;
