@@ -243,3 +243,38 @@ impl Client {
         answer(outcome.map(|()| json!({})), request.id)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn one_who_does_not_read_events_is_let_go() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut client = Client::new(1, ours.into());
+        let line = "x".repeat(1000);
+        (0..2 * UNREAD_MAX / 1000).for_each(|_| assert!(client.tell(&line), "no events before the negotiation"));
+        assert!(client.out.len() < 1000);
+        client.negotiated = true;
+        let told = (0..2 * UNREAD_MAX / 1000).take_while(|_| client.tell(&line)).count();
+        assert!((UNREAD_MAX / 1100..=UNREAD_MAX / 1000).contains(&told), "{told}");
+        assert!(client.is_over() && client.out.len() <= UNREAD_MAX);
+    }
+
+    #[test]
+    fn descriptors_nobody_asked_for_are_few() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut client = Client::new(1, ours.into());
+        let many: Vec<_> = (0..FDS_MAX + 5).map(|_| theirs.as_fd()).collect();
+        fdpass::send(theirs.as_fd(), b" ", &many).unwrap();
+        client.read();
+        assert_eq!(client.fds.len(), FDS_MAX);
+        theirs.write_all(b" ").unwrap();
+        client.read();
+        assert_eq!((client.fds.len(), client.unseen.len()), (FDS_MAX, 2));
+    }
+}

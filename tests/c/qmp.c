@@ -1,5 +1,5 @@
 /* QMP from C: requests as strings, commands of the VMM's, and what a server leaves behind.
- *   qmp strings | commands | leaves-nothing UNIX-PATH | inside UNIX-PATH
+ *   qmp strings | commands | leaves-nothing UNIX-PATH | inside UNIX-PATH | oob UNIX-PATH
  * Prints "CASE done" as its last line. */
 #include "guest.h"
 
@@ -220,6 +220,35 @@ static void case_inside(const char *path)
     close(fd);
 }
 
+/* A command that waits for as long as the other end of a pipe likes. */
+static int nap_pipe[2];
+static int nap(void *opaque, const char *arguments, vmig_reply *reply)
+{
+    char byte;
+
+    (void)opaque, (void)arguments, (void)reply;
+    return read(nap_pipe[0], &byte, 1) == 1 ? 0 : -EIO;
+}
+
+/* Out of band is answered while an earlier command still runs, of that client and of another; the rest waits its turn. */
+static void case_oob(const char *path)
+{
+    int fd, other;
+
+    CHECK(pipe2(nap_pipe, O_CLOEXEC) == 0 && vmig_qmp_add(g.m, "nap", nap, NULL, NULL) == 0, "nap");
+    serve(path);
+    fd = client(path), other = client(path);
+    tells(fd, "{\"execute\": \"qmp_capabilities\", \"arguments\": {\"enable\": [\"oob\"]}}");
+    tells(fd, "{\"execute\": \"nap\", \"id\": 1}{\"execute\": \"query-status\", \"id\": 2}");
+    tells(fd, "{\"exec-oob\": \"migrate-pause\", \"id\": 3}");
+    hears(fd, "\"id\":3");
+    tells(other, "{\"execute\": \"query-status\"}");
+    hears(other, "Expecting capabilities negotiation");
+    CHECK(write(nap_pipe[1], "x", 1) == 1, "wake up");
+    hears(fd, "{\"id\":1,\"return\":{}}\r\n{\"id\":2,\"return\":{\"running\":true");
+    close(fd), close(other), close(nap_pipe[0]), close(nap_pipe[1]);
+}
+
 int main(int argc, char **argv)
 {
     const char *name = argc > 1 ? argv[1] : "", *path = argc > 2 ? argv[2] : "";
@@ -233,6 +262,8 @@ int main(int argc, char **argv)
         case_leaves_nothing(path);
     else if (strcmp(name, "inside") == 0)
         case_inside(path);
+    else if (strcmp(name, "oob") == 0)
+        case_oob(path);
     else
         CHECK(false, "no case '%s'", name);
     guest_free(&g);
