@@ -256,14 +256,11 @@ impl Machine {
             tried.set_text(name, value, busy)?;
         }
         check(&tried)?;
-        for (name, value) in settings {
-            match *name {
-                EPOCH => self.set(name, value)?,
-                // What was just allowed stays allowed: a migration that began meanwhile took its copy before or after.
-                _ => self.options.set_text(name, value, busy)?,
-            }
-        }
-        Ok(())
+        // The one that may still be refused comes first.
+        let (epoch, others): (Vec<_>, Vec<_>) = settings.iter().partition(|(name, _)| *name == EPOCH);
+        epoch.iter().try_for_each(|(name, value)| self.set(name, value))?;
+        // What was just allowed stays allowed: a migration that began meanwhile took its copy before or after.
+        others.iter().try_for_each(|(name, value)| self.options.set_text(name, value, busy))
     }
 
     /// An option's value; also `listen-address`.

@@ -174,7 +174,9 @@ impl Qmp {
 
 impl Drop for Qmp {
     fn drop(&mut self) {
-        if let Some(server) = lock(&self.server).take() {
+        // Not under the lock: the command that is waited for may ask for the server's address.
+        let server = lock(&self.server).take();
+        if let Some(server) = server {
             server.stop();
         }
     }
