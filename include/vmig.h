@@ -948,8 +948,7 @@ char *vmig_qmp(vmig *m,
 
 /* Serves QMP at `uri`, `unix:PATH` or `tcp:HOST:PORT`, until vmig_free(). A unix socket can be connected to by its owner
  * only; whoever reaches a TCP port may do everything, so give it an address that only operators reach. With port 0 the
- * system chooses one: read it from vmig_get(m, "qmp-address"). May be called for up to 8 addresses, at any time: a VMM
- * that waits for a guest serves QMP first.
+ * system chooses one: read it from vmig_get(m, "qmp-address"). May be called at any time, for up to 8 addresses.
  *
  * Commands run on the thread `qmp_run`, one after the other: `stop` and `cont` call the hooks there.
  * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood. [any] */

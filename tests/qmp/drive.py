@@ -93,7 +93,7 @@ async def scenario_migrate(source, destination):
     ram = done["ram"]
     assert (ram["remaining"], ram["dirty-pages-rate"], ram["page-size"]) == (0, 0, 4096), ram
     assert ram["precopy-bytes"] + ram["downtime-bytes"] == ram["transferred"] >= ram["normal-bytes"], ram
-    assert ram["multifd-bytes"] > ram["transferred"] / 2 and ram["downtime-bytes"] > 0, ram
+    assert ram["multifd-bytes"] > ram["transferred"] / 2 and ram["precopy-bytes"] > ram["downtime-bytes"] > 0, ram
     assert ram["dirty-sync-count"] == sum(told.startswith("MIGRATION_PASS") for told in source.told), (ram, source.told)
     assert await destination.run("query-migrate") == {"status": "completed"}
     assert (await source.status(), await destination.status()) == ("postmigrate", "running")
