@@ -21,7 +21,8 @@
  *   [any]   any thread, any time, big lock held or not
  *   [bql]   any thread that holds the big lock
  *   [free]  any thread that does not hold the big lock; may wait
- *   [cb]    legal inside callbacks too */
+ *   [cb]    legal inside callbacks too
+ * For a VMM with one thread (chapter 6) there are other rules. */
 #ifndef VMIG_H
 #define VMIG_H
 
@@ -971,6 +972,27 @@ int vmig_reply_json(vmig_reply *reply,
 
 /* Answers it with an error, in a sentence for people. [cb] of the callback that got the reply. */
 int vmig_reply_error(vmig_reply *reply, const char *text);
+/* ---- 6. a VMM with one thread ---------------------------------------------------------------------------------- */
+/* A VMM with one thread and a poll loop, an interpreter for example, sets option `dispatch` to `manual` before it
+ * registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, log) wait in a queue
+ * until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
+ * another thread. The big lock does nothing then: that thread always has it, and need not take it.
+ *
+ * Functions not marked [cb] are for that thread only (-EPERM elsewhere). Those marked [free] run what waits in the queue
+ * themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK. While the
+ * guest runs each callback costs a turn of the loop. From the stop hook to the last device's state all is one callback. */
+
+/* Runs the callbacks that wait, and returns how many. Call it when vmig_dispatch_fd() is readable, or whenever it suits:
+ * often enough that no callback waits for `dispatch-timeout`, which would fail the migration. While the guest stands
+ * still it waits for further ones for up to 50 ms.
+ *
+ * -EINVAL: option `dispatch` is not `manual`; -EPERM: not the thread that made the handle; -EDEADLK from inside a
+ * callback. [free] */
+int vmig_dispatch(vmig *m);
+
+/* A descriptor that is readable while callbacks wait for vmig_dispatch(). Stays the library's; do not read it, only
+ * poll it. -EINVAL: option `dispatch` is not `manual`. [any][cb] */
+int vmig_dispatch_fd(vmig *m);
 
 /* ---- 7. full control: sections of your own --------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its

@@ -30,6 +30,8 @@ use crate::wire::ask::MigrationId;
 use crate::wire::{hello, ram as wire_ram};
 use crate::{incoming, outgoing};
 
+mod manual;
+
 /// The option that is no setting of a migration, but says how the guest is owned.
 const EPOCH: &str = "epoch";
 /// Priority of the handler that completes the vCPUs' last exits and reads their clock: first of all at the stop, since
@@ -233,18 +235,27 @@ impl Machine {
     /// but the big one. \[bql\]
     pub fn remove_section(&self, key: usize) -> Result<Vec<Entry>> {
         self.check_registering("remove a device")?;
+        if self.vmm.dispatch().home().is_manual() {
+            // The last migration's thread keeps the sections it had for another moment, and must not be the last that does.
+            self.join_last();
+        }
         self.sections.remove(key)
     }
 
     /// Sets an option.
     pub fn set(&self, name: &str, value: &str) -> Result<()> {
         let busy = self.status.check_idle().is_err();
+        if name == Opt::Dispatch.name() {
+            return self.set_dispatch(value, busy);
+        }
         if name == EPOCH && !busy {
             let options = Options::default();
             options.set_text(name, value, false)?;
             return self.keeper.set_epoch(options.get(Opt::Epoch));
         }
-        self.options.set_text(name, value, busy)
+        self.options.set_text(name, value, busy)?;
+        self.vmm.dispatch().set_timeout(self.options.get(Opt::DispatchTimeout));
+        Ok(())
     }
 
     /// Sets several options, or none of them: each on its own, and then what they are together, must be allowed. Options
@@ -271,6 +282,7 @@ impl Machine {
         }
         match name {
             EPOCH => Ok(self.keeper.epoch().to_string()),
+            name if name == Opt::Dispatch.name() => Ok(manual::name(self.vmm.dispatch().home().is_manual())),
             _ => self.options.get_text(name),
         }
     }
@@ -291,6 +303,7 @@ impl Machine {
 
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
+        self.catch_up("migrate")?;
         let uri = checked(uri)?;
         let wake = Arc::new(Wake::new()?);
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
@@ -299,10 +312,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Frees the thread of the last migration, which has ended. Its result went to the status.
+    fn join_last(&self) {
+        if let Some(last) = lock(&self.worker).take() {
+            let _ = last.join(None);
+        }
+    }
+
     /// Asks the destination at `uri` what differs, and measures what a migration would wait for. Nothing is stopped or
     /// changed on either side. \[free\]
     pub fn check(&self, uri: &str) -> Result<Report> {
         self.vmm.bql().require_free("check a migration")?;
+        self.catch_up("check a migration")?;
         self.status.check_idle()?;
         let uri = checked(uri)?;
         // What happens is nobody's news.
@@ -348,6 +369,7 @@ impl Machine {
 
     /// Listens at `uri` for a guest; returns at once.
     pub fn incoming(&self, uri: &str) -> Result<()> {
+        self.catch_up("listen")?;
         let uri = checked(uri)?;
         self.status.check_idle()?;
         let take_stock = self.take_stock();
@@ -392,12 +414,9 @@ impl Machine {
 
     /// Starts the thread of a migration; the one before it has ended and is joined first.
     fn launch(&self, side: Side, name: &str, wake: &Arc<Wake>, f: impl FnOnce() + Send + 'static) -> Result<()> {
-        let mut worker = lock(&self.worker);
         self.status.begin(side, self.options.on(Opt::Events), wake)?;
-        if let Some(last) = worker.take() {
-            // Its result went to the status; this only frees the thread.
-            let _ = last.join(None);
-        }
+        self.join_last();
+        let mut worker = lock(&self.worker);
         let (status, keeper) = (Arc::clone(&self.status), Arc::clone(&self.keeper));
         let body = move || {
             f();
@@ -436,8 +455,14 @@ impl Machine {
     pub fn resolve(&self, here: bool) -> Result<()> {
         self.vmm.bql().require_free("resolve a switchover")?;
         if self.keeper.may_resolve() {
-            return self.keeper.resolve(if here { Resolution::Run } else { Resolution::Discard });
+            let word = if here { Resolution::Run } else { Resolution::Discard };
+            if !self.vmm.dispatch().home().is_manual() {
+                return self.keeper.resolve(word);
+            }
+            self.keeper.ask(word)?;
+            return self.vmm.dispatch().pump(None, || self.keeper.take_answer()).unwrap_or(Ok(()));
         }
+        self.catch_up("resolve a switchover")?;
         if self.status.state() != State::SwitchoverUnknown {
             return self.status.resolve(here);
         }
@@ -458,7 +483,12 @@ impl Machine {
 
     /// Waits until no migration runs; false at the timeout. \[free\]
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
-        self.status.wait(timeout.and_then(|t| Instant::now().checked_add(t)))
+        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        if !self.vmm.dispatch().home().is_manual() {
+            return self.status.wait(deadline);
+        }
+        let ended = || self.status.wait(Some(Instant::now())).then_some(());
+        self.vmm.dispatch().pump(deadline, ended).is_some()
     }
 
     /// Ends everything: a migration that runs is cancelled (or, once handed over, waited for), threads are joined.
@@ -473,7 +503,7 @@ impl Machine {
         if let Some(kvm) = &*lock(&self.kvm) {
             kvm.kvm.rest();
         }
-        let joined = self.threads.join_all(None);
+        let joined = self.join_all();
         self.dirty.rest();
         joined
     }

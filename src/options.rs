@@ -74,6 +74,8 @@ pub enum Opt {
     PauseBeforeSwitchover,
     Epoch,
     WorkerNice,
+    Dispatch,
+    DispatchTimeout,
     ConvergenceRounds,
     ConvergenceTime,
     AllowFeatures,
@@ -327,6 +329,23 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
              that vCPUs on busy processors come first; see nice(2).",
         )
     },
+    row(
+        "dispatch",
+        Type::Choice(&["auto", "manual"]),
+        0,
+        (0, 1),
+        false,
+        "Where the VMM is called back. auto: on whatever thread needs it; manual: for a VMM with one thread, in \
+         vmig_dispatch() on the thread that made the handle, which sets this.",
+    ),
+    row(
+        "dispatch-timeout",
+        Type::Millis,
+        10_000,
+        (1, HOUR),
+        true,
+        "Milliseconds a callback waits for vmig_dispatch(); after them the migration fails, and the guest goes on.",
+    ),
     Row {
         qemu: 0,
         ..row(

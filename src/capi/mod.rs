@@ -10,6 +10,7 @@
 
 pub mod check;
 pub mod device;
+pub mod dispatch;
 pub mod guest;
 pub mod migrate;
 pub mod qmp;

@@ -218,8 +218,8 @@ impl<'a> Hand<'a> {
             result = result.and(self.tell(replaced));
         }
         if self.inbox.has_placed() {
-            let _bql = self.job.vmm.bql().guard()?;
-            self.inbox.take_back();
+            let inbox = Arc::clone(&self.inbox);
+            result = result.and(self.job.vmm.with_bql_or_later("what takes descriptors back", move || inbox.take_back()));
         }
         result
     }

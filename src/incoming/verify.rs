@@ -177,10 +177,9 @@ impl Arrived {
             // An older source's body is shorter than ours would be.
             let Some(section) = entry.section().filter(|_| entry.version == *version) else { continue };
             let mut saved = Vec::new();
-            {
-                let _bql = job.vmm.bql().guard()?;
-                section.complete(&mut saved).map_err(|e| e.in_section(name))?;
-            }
+            job.vmm.with_bql("saving a device again", || {
+                section.complete(&mut saved).map_err(|e| e.in_section(name))
+            })?;
             if saved != *loaded {
                 let at = saved.iter().zip(loaded).take_while(|(a, b)| a == b).count();
                 let byte = |of: &[u8]| of.get(at).map_or("the end".to_owned(), |byte| format!("{byte:#04x}"));

@@ -46,6 +46,7 @@ use crate::wire::frame::Bodies;
 use crate::wire::stream;
 pub use check::{Report, check};
 use hand::HandOver;
+use complete::Saved;
 use handover::Rest;
 use replies::Replies;
 use sections::SectionSaver;
@@ -163,11 +164,14 @@ fn first_error(job: &Job, error: Error) -> Error {
 }
 
 /// Lets the guest run on here. Should that fail it is left as paused by the user, so that vmig_start can try again.
-fn resume(vmm: &Vmm) -> Result<()> {
-    vmm.start(StopReason::Migration).map(drop).or_else(|error| {
-        vmm.stop(StopReason::User)?;
-        vmm.start(StopReason::Migration)?;
-        Err(error)
+fn resume(vmm: &Arc<Vmm>) -> Result<()> {
+    let guest = Arc::clone(vmm);
+    vmm.dispatch().run_or_leave("the start hook", move || {
+        guest.start(StopReason::Migration).map(drop).or_else(|error| {
+            guest.stop(StopReason::User)?;
+            guest.start(StopReason::Migration)?;
+            Err(error)
+        })
     })
 }
 
@@ -224,6 +228,8 @@ struct Migration<'a> {
     round_trip: Duration,
     /// Bytes that were left when the guest was last thought of being stopped.
     left: u64,
+    /// Device state that was saved when the guest was stopped, and how long that took.
+    saved: Option<Result<Saved>>,
 }
 
 impl<'a> Migration<'a> {
@@ -264,6 +270,7 @@ impl<'a> Migration<'a> {
             sync_took: Duration::ZERO,
             round_trip: Duration::ZERO,
             left: 0,
+            saved: None,
         }
     }
 
@@ -278,8 +285,7 @@ impl<'a> Migration<'a> {
 
     /// Sections may refuse before anything is sent.
     fn prepare(&mut self) -> Result<()> {
-        let _bql = self.job.vmm.bql().guard()?;
-        self.sections.prepare()
+        self.job.vmm.with_bql("the sections' prepare", || self.sections.prepare())
     }
 
     /// Dirty logging on, START of every iterative section.
@@ -291,10 +297,7 @@ impl<'a> Migration<'a> {
         self.job.status.counters.total.store(total, Ordering::Relaxed);
         self.sender.setup(&set, &self.existing, &mut self.out)?;
         let mut bodies = Bodies::default();
-        {
-            let _bql = self.job.vmm.bql().guard()?;
-            self.sections.setup(&mut bodies)?;
-        }
+        self.job.vmm.with_bql("the sections' setup", || self.sections.setup(&mut bodies))?;
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
         self.write_bodies(&bodies)?;
         self.last_sync = Instant::now();
@@ -317,7 +320,8 @@ impl<'a> Migration<'a> {
                 self.send_part()?;
             }
             // A round is over when everything that was dirty at the last sync was sent; sections may go on for ever.
-            let sections_left = if sections_done { 0 } else { self.sections.pending_estimate()?.total() };
+            let left = |sections: &SectionSaver<'_>| sections.pending_estimate().map(|left| left.total());
+            let sections_left = if sections_done { 0 } else { self.ask_sections("pending_estimate", left)? };
             if self.dirty_pages() > 0 || sections_left > self.threshold() {
                 continue;
             }
@@ -373,9 +377,21 @@ impl<'a> Migration<'a> {
     fn iterate_sections(&mut self) -> Result<bool> {
         let budget = pacing::at_once(self.toll.limit(), SECTION_SLICE);
         let mut bodies = Bodies::default();
-        let done = self.sections.iterate(&mut bodies, budget)?;
+        let done = self.ask_sections("iterate", |sections| sections.iterate(&mut bodies, budget))?;
         self.write_bodies(&bodies)?;
         Ok(done)
+    }
+
+    /// Calls sections back while the guest runs, if there are any that want that.
+    fn ask_sections<T: Send>(
+        &self,
+        what: &str,
+        ask: impl FnOnce(&SectionSaver<'_>) -> Result<T> + Send,
+    ) -> Result<T> {
+        match self.sections.are_iterative() {
+            true => self.job.vmm.dispatch().run(&format!("the sections' {what}"), || ask(&self.sections)),
+            false => ask(&self.sections),
+        }
     }
 
     /// One PART of RAM: until the slice or the dirty pages are used up.
@@ -424,7 +440,8 @@ impl<'a> Migration<'a> {
 
     /// Bytes left, RAM and sections, just after a sync.
     fn pending(&self) -> Result<u64> {
-        Ok((self.dirty_pages() as u64 * PAGE).saturating_add(self.sections.pending_exact()?.total()))
+        let sections = self.ask_sections("pending_exact", |sections| sections.pending_exact())?;
+        Ok((self.dirty_pages() as u64 * PAGE).saturating_add(sections.total()))
     }
 
     fn threshold(&self) -> u64 {
@@ -576,9 +593,10 @@ impl<'a> Migration<'a> {
         if let Some(set) = self.set.take() {
             self.job.dirty.leave(&set);
         }
-        match self.job.vmm.bql().guard() {
-            Ok(_bql) => self.sections.cleanup(),
-            Err(error) => self.job.vmm.log().error(format_args!("cleaning up after a migration: {error}")),
+        if let Some(cleanup) = self.sections.cleanup()
+            && let Err(error) = self.job.vmm.with_bql_or_later("the sections' cleanup", cleanup)
+        {
+            self.job.vmm.log().error(format_args!("cleaning up after a migration: {error}"));
         }
         result
     }

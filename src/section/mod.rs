@@ -71,7 +71,7 @@ pub enum Part {
 }
 
 /// What applies a parsed body to the device. Runs once, with the big lock held.
-pub type Apply<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
+pub type Apply<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
 
 /// State that travels in the stream under a name.
 ///

@@ -11,6 +11,7 @@ use crate::error::{Error, Result, strerror};
 use crate::sys::sized::{SizedStruct, sized_copy};
 use crate::thread::lock;
 
+use super::dispatch::Dispatch;
 use super::handlers::{Moment, Phase, RunHandler};
 use super::log::{Level, Log};
 use super::ops::{vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
@@ -198,9 +199,10 @@ impl Vmm {
             (None, None) => return Err(Error::invalid("vmig_ops.held is given, but lock and unlock are NULL")),
             _ => return Err(Error::invalid("vmig_ops.lock and vmig_ops.unlock are given together or not at all")),
         };
-        let log = Arc::new(Log::new(c_sink(&shared)));
+        let dispatch = Arc::new(Dispatch::new(bql.home()));
+        let log = Arc::new(Log::new(c_sink(&shared, &dispatch)));
         shared.ours.store(true, Ordering::Relaxed);
-        Ok(Self::new(Box::new(CHooks(shared)), Arc::new(bql), log, reasons))
+        Ok(Self::with_dispatch(Box::new(CHooks(shared)), Arc::new(bql), log, reasons, dispatch))
     }
 
     /// Adds a C run-state handler and returns its id. \[bql\]
@@ -226,14 +228,23 @@ impl Vmm {
     }
 }
 
-fn c_sink(shared: &Arc<CVm>) -> Option<super::log::Sink> {
+fn c_sink(shared: &Arc<CVm>, dispatch: &Arc<Dispatch>) -> Option<super::log::Sink> {
     let hook = shared.ops.log?;
-    let vm = Arc::clone(shared);
+    let (vm, dispatch) = (Arc::clone(shared), Arc::clone(dispatch));
     Some(Box::new(move |level: Level, line: &str| {
         // Lines have no control characters, so no NUL either.
         let line = CString::new(line).unwrap_or_default();
-        // SAFETY: the VMM's own function and pointer; the line lives until the call returns.
-        unsafe { hook(vm.vm.0, level as c_int, line.as_ptr()) };
+        let vm = Arc::clone(&vm);
+        dispatch.line(move |lost| {
+            if lost > 0 {
+                let text = format!("{lost} lines of log were lost here: vmig_dispatch() was not called");
+                let text = CString::new(text).unwrap_or_default();
+                // SAFETY: as below.
+                unsafe { hook(vm.vm.0, Level::Warning as c_int, text.as_ptr()) };
+            }
+            // SAFETY: the VMM's own function and pointer; the line lives until the call returns.
+            unsafe { hook(vm.vm.0, level as c_int, line.as_ptr()) };
+        });
     }))
 }
 

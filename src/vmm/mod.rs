@@ -2,11 +2,13 @@
 
 pub mod adapter;
 pub mod command;
+pub mod dispatch;
 pub mod handlers;
 pub mod log;
 pub mod ops;
 pub mod run;
 
+pub use dispatch::Dispatch;
 pub use handlers::{Moment, Phase, RunHandler};
 pub use log::{Level, Log};
 pub use run::{Hooks, Reasons, RunReport, StopReason, Vmm};
