@@ -409,6 +409,11 @@ static void migrating(void)
     REFUSES_TEXT("handle", vmig_get_error(NULL));
     CHECK(vmig_get_error(m) == NULL, "there was no error yet");
     CHECK(strcmp(vmig_state_name(4711), "unknown") == 0 && strcmp(vmig_state_name(UINT32_MAX), "unknown") == 0, "state");
+    CASE(vmig_dispatch), CASE(vmig_dispatch_fd);
+    REFUSES(EINVAL, "handle", vmig_dispatch(NULL));
+    REFUSES(EINVAL, "not manual", vmig_dispatch(m));
+    REFUSES(EINVAL, "handle", vmig_dispatch_fd(NULL));
+    REFUSES(EINVAL, "not manual", vmig_dispatch_fd(m));
     CASE(vmig_set), CASE(vmig_get);
     STRINGS("option", set_name);
     STRINGS("value", set_value);
