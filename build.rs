@@ -27,6 +27,7 @@ const CHAPTERS: &[Chapter] = &[
     },
     Chapter { title: "migrating", sources: &["src/capi/migrate.rs", "src/capi/check.rs"], fragment: None },
     Chapter { title: "QMP", sources: &["src/capi/qmp.rs", "src/vmm/command.rs"], fragment: None },
+    Chapter { title: "a gate for vCPUs", sources: &["src/capi/gate.rs"], fragment: None },
     Chapter { title: "a VMM with one thread", sources: &["src/capi/dispatch.rs"], fragment: None },
     Chapter {
         title: "full control: sections of your own",

@@ -22,7 +22,7 @@
  *   [bql]   any thread that holds the big lock
  *   [free]  any thread that does not hold the big lock; may wait
  *   [cb]    legal inside callbacks too
- * For a VMM with one thread (chapter 6) there are other rules. */
+ * For a VMM with one thread (chapter 7) there are other rules. */
 #ifndef VMIG_H
 #define VMIG_H
 
@@ -59,6 +59,9 @@ extern "C" {
 /* A guest. Opaque. */
 typedef struct vmig vmig;
 
+/* A gate that vCPU threads go through. Opaque; see vmig_gate_new(). */
+typedef struct vmig_gate vmig_gate;
+
 /* What the library asks of the VMM.
  *
  * Start it with VMIG_SIZED(vmig_ops); a hook that is NULL is not given. The struct is copied. Every hook gets the
@@ -68,12 +71,12 @@ typedef struct vmig_ops {
     /* sizeof(vmig_ops) of the caller. 0 or less than the first two hooks is -EINVAL; more than the library knows is
      * -E2BIG unless the rest is zero. */
     size_t size;
-    /* Required. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
+    /* Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
      * guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a migration
      * thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or vmig_start()
      * (-EDEADLK), nor wait for a thread that does. */
     int (*stop)(void *vm);
-    /* Required. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`. */
+    /* Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`. */
     int (*start)(void *vm);
     /* The VMM's own big lock; give `lock` and `unlock` or neither, then the library brings one. Wait until this
      * thread has it. Any thread. Must not call the library. */
@@ -130,6 +133,14 @@ typedef struct vmig_ops {
      * migration fails afterwards: the next source's configuration comes to a VMM that has it. `blob` is the library's,
      * valid during the call, and comes from the network: believe nothing in it. */
     int (*config)(void *vm, const void *blob, size_t len);
+    /* The gate the vCPU threads go through. Optional: the library then closes it to stop the guest, and afterwards calls
+     * `stop`, if given, for devices that run by themselves; to start, it calls `start`, if given, and opens the gate. It
+     * keeps the gate, so that the handle may be freed before the guest. */
+    vmig_gate *gate;
+    /* Have the guest's vCPUs stand still for `percent` (0 to 99) of the time, so that it dirties less memory than the link
+     * can send; 0: no longer. Optional: without it the gate does it, and without either option `auto-converge` is refused.
+     * Called on a migration thread. */
+    int (*throttle)(void *vm, uint32_t percent);
 } vmig_ops;
 
 /* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
@@ -752,6 +763,8 @@ typedef struct vmig_status {
     /* Until completion, at the present rates; UINT64_MAX while the guest dirties faster than the link sends, or
      * nothing is known yet. */
     uint64_t eta;
+    /* Percent of the time the source's vCPUs are made to stand still (option `auto-converge`). */
+    uint64_t throttle;
 } vmig_status;
 
 /* How long a guest stands still at the switchover, in nanoseconds: the parts in their order, and all of it. */
@@ -973,6 +986,82 @@ int vmig_reply_json(vmig_reply *reply,
 /* Answers it with an error, in a sentence for people. [cb] of the callback that got the reply. */
 int vmig_reply_error(vmig_reply *reply, const char *text);
 /* ---- 6. a VMM with one thread ---------------------------------------------------------------------------------- */
+/* ---- 6. a gate for vCPUs --------------------------------------------------------------------------------------- */
+/* An optional helper for a VMM whose vCPU threads nobody can stop yet: each goes through a gate, which the library closes,
+ * opens and narrows. Give it as vmig_ops.gate, and the hooks `stop` and `start` may be NULL.
+ *
+ * while (vmig_gate_enter(gate, i, &run->immediate_exit) == 0) {
+ * ioctl(vcpu_fd, KVM_RUN, 0);              / * comes back with EINTR when the gate is closed * /
+ * handle_exit(run);                        / * still inside: a stopped guest has no exit left to handle * /
+ * vmig_gate_exit(gate, i);
+ * }
+ *
+ * The gate is closed at first, so threads may be started at once: vmig_start() lets them run. Whoever closes it sets the
+ * byte, sends the signal, and waits until every vCPU is outside. Either of the two is enough where it makes the run come
+ * back: KVM wants both, an interpreter looks at the byte. A vCPU that comes out often by itself needs neither. */
+
+/* Flag of a gate: the library installs a handler for `signal` that does nothing, and takes it away with the gate. Without
+ * this flag it installs none, and the VMM's must be there, without SA_RESTART. */
+#define VMIG_GATE_INSTALL 1
+
+/* What a gate is made of. */
+typedef struct vmig_gate_config {
+    /* Size of the struct: VMIG_SIZED(vmig_gate_config). */
+    size_t size;
+    /* vCPUs, 1 to 4096; they are numbered from 0. */
+    uint32_t vcpus;
+    /* Signal sent to the thread of a vCPU that is to come out; 0: none. */
+    int signal;
+    /* Sum of VMIG_GATE_... flags. */
+    uint32_t flags;
+    /* Milliseconds the vCPUs may take to come out; 0: 5000. */
+    uint32_t timeout_ms;
+} vmig_gate_config;
+
+/* Makes a closed gate and stores its handle in `*out`. [any]
+ *
+ * -EINVAL: no such number of vCPUs or signal, unknown flags, or a signal without a handler and without VMIG_GATE_INSTALL;
+ * -EBUSY: VMIG_GATE_INSTALL for a signal that has a handler. */
+int vmig_gate_new(const vmig_gate_config *config,
+                  vmig_gate **out);
+
+/* Frees the handle; the gate itself lives as long as a guest has it. Its vCPU threads must have returned from
+ * vmig_gate_enter() and vmig_gate_exit() for good; see vmig_gate_end(). NULL is fine. [any] */
+void vmig_gate_free(vmig_gate *gate);
+
+/* Called by the thread of vCPU `vcpu` before it runs the guest: waits while the gate is closed or the vCPU is throttled,
+ * and returns 0 when it may run.
+ *
+ * `flag` (NULL: none) is set to 0 here and to 1 when the vCPU is to come out; `immediate_exit` of its kvm_run, for example.
+ * It must stay valid until the gate was entered with another one, or freed. The run may come back without a reason.
+ *
+ * -ECANCELED after vmig_gate_end(): the thread is to return. -EINVAL: no such vCPU; -EBUSY: it is inside already.
+ * The big lock must not be held: whoever closes the gate may have to wait for this thread. [free] */
+int vmig_gate_enter(vmig_gate *g,
+                    unsigned int vcpu,
+                    uint8_t *flag);
+
+/* Called by the same thread when it has handled what the run came back with. -EINVAL: the vCPU is not inside. [any] */
+int vmig_gate_exit(vmig_gate *g, unsigned int vcpu);
+
+/* Closes the gate, as the library does to stop the guest: returns when every vCPU is outside. For a VMM that stops its
+ * guest by itself, or in a stop hook of its own; else vmig_stop() does it.
+ *
+ * -ETIMEDOUT: vCPUs did not come out in time; -ESRCH: the thread of one ended inside; -EDEADLK: called by a vCPU's own
+ * thread from inside. The text names the first of them, and the gate is open then, as before. [free] */
+int vmig_gate_close(vmig_gate *g);
+
+/* Opens the gate, as the library does to start the guest. [free] */
+int vmig_gate_open(vmig_gate *g);
+
+/* Has each vCPU stand still for `percent` of the time, 1 to 99, in turns of at least 10 ms; 0: no longer. [any] */
+int vmig_gate_throttle(vmig_gate *g, unsigned int percent);
+
+/* Has every vCPU's thread come out, and vmig_gate_enter() return -ECANCELED from now on: then the threads can be joined.
+ * [any] */
+int vmig_gate_end(vmig_gate *g);
+
+/* ---- 7. a VMM with one thread ---------------------------------------------------------------------------------- */
 /* A VMM with one thread and a poll loop, an interpreter for example, sets option `dispatch` to `manual` before it
  * registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, log) wait in a queue
  * until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
@@ -994,7 +1083,7 @@ int vmig_dispatch(vmig *m);
  * poll it. -EINVAL: option `dispatch` is not `manual`. [any][cb] */
 int vmig_dispatch_fd(vmig *m);
 
-/* ---- 7. full control: sections of your own --------------------------------------------------------------------- */
+/* ---- 8. full control: sections of your own --------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
  * own, which the library frames, so that a body read too short or too long is an error with a name and an offset. */
 

@@ -348,6 +348,11 @@ impl Machine {
                 "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
             ));
         }
+        if self.options.on(Opt::AutoConverge) && !self.vmm.has_throttle() {
+            let text =
+                "option 'auto-converge' needs a way to slow the guest down: vmig_ops.throttle or vmig_ops.gate";
+            return Err(Error::invalid(text).by_option(Opt::AutoConverge.name()));
+        }
         let stop_timeout = self.options.time(Opt::StopTimeout);
         Ok(outgoing::Job {
             target: Target::new(uri, wake)?,

@@ -52,9 +52,12 @@ fn layouts() -> BTreeMap<String, Layout> {
             release,
             reacquire,
             fence,
-            config
+            config,
+            gate,
+            throttle
         }
     );
+    layout!(t, capi::gate::vmig_gate_config { size, vcpus, signal, flags, timeout_ms });
     layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
     layout!(
         t,
@@ -81,7 +84,8 @@ fn layouts() -> BTreeMap<String, Layout> {
             expected_downtime,
             stop,
             downtime,
-            eta
+            eta,
+            throttle
         }
     );
     layout!(

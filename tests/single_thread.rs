@@ -155,6 +155,7 @@ fn a_destination_that_nobody_dispatches_fails_and_the_guest_stays() {
 
 #[test]
 fn misuse_is_refused() {
-    let out = common::run(Command::new("timeout").args(["-k", "5", "60"]).arg(common::c_program("single")).arg("misuse"));
+    let out =
+        common::run(Command::new("timeout").args(["-k", "5", "60"]).arg(common::c_program("single")).arg("misuse"));
     assert!(common::words(&out).contains("done"));
 }

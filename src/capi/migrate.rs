@@ -114,6 +114,8 @@ pub struct vmig_status {
     /// Until completion, at the present rates; UINT64_MAX while the guest dirties faster than the link sends, or
     /// nothing is known yet.
     pub eta: u64,
+    /// Percent of the time the source's vCPUs are made to stand still (option `auto-converge`).
+    pub throttle: u64,
 }
 
 // SAFETY: repr(C), size first, integers, no padding.
@@ -203,6 +205,7 @@ fn status_of(now: &Snapshot) -> vmig_status {
         stop: now.stop,
         downtime: now.downtime,
         eta: now.eta,
+        throttle: now.throttle,
     }
 }
 

@@ -11,6 +11,7 @@
 pub mod check;
 pub mod device;
 pub mod dispatch;
+pub mod gate;
 pub mod guest;
 pub mod migrate;
 pub mod qmp;

@@ -219,7 +219,8 @@ impl<'a> Hand<'a> {
         }
         if self.inbox.has_placed() {
             let inbox = Arc::clone(&self.inbox);
-            result = result.and(self.job.vmm.with_bql_or_later("what takes descriptors back", move || inbox.take_back()));
+            result =
+                result.and(self.job.vmm.with_bql_or_later("what takes descriptors back", move || inbox.take_back()));
         }
         result
     }

@@ -12,6 +12,7 @@ mod lanes;
 mod replies;
 mod sender;
 mod sections;
+mod slow;
 mod stretch;
 mod toll;
 mod total;
@@ -45,12 +46,13 @@ use crate::wire::command::Command;
 use crate::wire::frame::Bodies;
 use crate::wire::stream;
 pub use check::{Report, check};
-use hand::HandOver;
 use complete::Saved;
+use hand::HandOver;
 use handover::Rest;
 use replies::Replies;
 use sections::SectionSaver;
 use sender::{FindZeros, RamSender};
+use slow::Slow;
 use toll::Toll;
 use total::TotalTime;
 use verify::Verify;
@@ -228,6 +230,7 @@ struct Migration<'a> {
     round_trip: Duration,
     /// Bytes that were left when the guest was last thought of being stopped.
     left: u64,
+    slow: Slow,
     /// Device state that was saved when the guest was stopped, and how long that took.
     saved: Option<Result<Saved>>,
 }
@@ -270,6 +273,7 @@ impl<'a> Migration<'a> {
             sync_took: Duration::ZERO,
             round_trip: Duration::ZERO,
             left: 0,
+            slow: Slow::default(),
             saved: None,
         }
     }
@@ -430,6 +434,7 @@ impl<'a> Migration<'a> {
         let age = self.last_sync.elapsed();
         self.last_sync = Instant::now();
         let dirty = self.dirty_pages() as u64 * PAGE;
+        self.slow_down(dirty)?;
         let counters = &self.job.status.counters;
         counters.dirty_rate.store(pacing::per_second(dirty, age), Ordering::Relaxed);
         counters.iteration.fetch_add(1, Ordering::Relaxed);
@@ -585,6 +590,7 @@ impl<'a> Migration<'a> {
                 Ok(outcome)
             }
         };
+        self.speed_up();
         self.sender.close();
         self.channel.shutdown();
         if let Some(replies) = self.replies.take() {

@@ -25,10 +25,11 @@ pub struct Counters {
     pub setup: AtomicU64,
     pub stop: AtomicU64,
     pub downtime: AtomicU64,
+    pub throttle: AtomicU64,
 }
 
 impl Counters {
-    fn all(&self) -> [&AtomicU64; 14] {
+    fn all(&self) -> [&AtomicU64; 15] {
         [
             &self.total,
             &self.remaining,
@@ -44,6 +45,7 @@ impl Counters {
             &self.setup,
             &self.stop,
             &self.downtime,
+            &self.throttle,
         ]
     }
 
@@ -77,6 +79,7 @@ impl Counters {
             expected_downtime: get(&self.expected_downtime),
             stop: get(&self.stop),
             downtime: get(&self.downtime),
+            throttle: get(&self.throttle),
             eta: eta(state, remaining, bandwidth, dirty),
         }
     }
@@ -124,6 +127,8 @@ pub struct Snapshot {
     pub stop: u64,
     /// Nanoseconds the guest was stopped by the migration.
     pub downtime: u64,
+    /// Percent of the time the vCPUs are made to stand still.
+    pub throttle: u64,
     /// Nanoseconds until completion at the present rates; `u64::MAX` while unknown.
     pub eta: u64,
 }

@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod eventfd;
+pub mod futex;
 pub mod fdpass;
 pub mod io;
 pub mod kvm;
@@ -10,6 +11,7 @@ pub mod kvm_x86;
 pub mod memory;
 pub mod pagemap;
 pub mod random;
+pub mod signal;
 pub mod sized;
 pub mod thread_sys;
 

@@ -53,8 +53,10 @@ impl Home {
         if !self.is_manual() || self.is_here() {
             return Ok(());
         }
-        let text = format!("cannot {what} from this thread: option 'dispatch' is manual, so the thread that made the \
-                            handle must do it");
+        let text = format!(
+            "cannot {what} from this thread: option 'dispatch' is manual, so the thread that made the \
+                            handle must do it"
+        );
         Err(Error::new(libc::EPERM, text))
     }
 

@@ -12,6 +12,7 @@ use crate::sys::sized::{SizedStruct, sized_copy};
 use crate::thread::lock;
 
 use super::dispatch::Dispatch;
+use super::gate::Gate;
 use super::handlers::{Moment, Phase, RunHandler};
 use super::log::{Level, Log};
 use super::ops::{vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
@@ -42,6 +43,7 @@ unsafe impl Sync for Opaque {}
 struct CVm {
     ops: vmig_ops,
     vm: Opaque,
+    gate: Option<Arc<Gate>>,
     /// Set once the guest is made: before that the pointer is still the caller's.
     ours: AtomicBool,
 }
@@ -74,17 +76,41 @@ struct CHooks(Arc<CVm>);
 
 impl Hooks for CHooks {
     fn stop(&self) -> Result<()> {
-        let hook = self.0.ops.stop.ok_or_else(|| missing("stop"))?;
+        if let Some(gate) = &self.0.gate {
+            gate.close()?;
+        }
+        let Some(hook) = self.0.ops.stop else { return Ok(()) };
         // SAFETY: the VMM's own function and pointer, called as the header promises.
         let value = unsafe { hook(self.0.vm.0) };
-        check_return("the stop hook", value).map(|_| ())
+        let stopped = check_return("the stop hook", value).map(|_| ());
+        // The guest must still run then.
+        stopped.inspect_err(|_| self.0.gate.iter().for_each(|gate| gate.open()))
     }
 
     fn start(&self) -> Result<()> {
-        let hook = self.0.ops.start.ok_or_else(|| missing("start"))?;
-        // SAFETY: the VMM's own function and pointer, called as the header promises.
-        let value = unsafe { hook(self.0.vm.0) };
-        check_return("the start hook", value).map(|_| ())
+        if let Some(hook) = self.0.ops.start {
+            // SAFETY: the VMM's own function and pointer, called as the header promises.
+            let value = unsafe { hook(self.0.vm.0) };
+            check_return("the start hook", value)?;
+        }
+        self.0.gate.iter().for_each(|gate| gate.open());
+        Ok(())
+    }
+
+    fn throttle(&self, percent: u32) -> Result<()> {
+        match (self.0.ops.throttle, &self.0.gate) {
+            (Some(hook), _) => {
+                // SAFETY: the VMM's own function and pointer, called as the header promises.
+                let value = unsafe { hook(self.0.vm.0, percent) };
+                check_return(&format!("the throttle hook ({percent} percent)"), value).map(|_| ())
+            }
+            (None, Some(gate)) => gate.throttle(percent),
+            (None, None) => Err(Error::new(libc::ENOTSUP, "the VMM has neither a throttle hook nor a gate")),
+        }
+    }
+
+    fn has_throttle(&self) -> bool {
+        self.0.ops.throttle.is_some() || self.0.gate.is_some()
     }
 
     fn announce(&self) {
@@ -187,12 +213,14 @@ impl Vmm {
     pub unsafe fn from_c(ops: *const vmig_ops, vm: *mut c_void, reasons: Reasons) -> Result<Self> {
         // SAFETY: this function's contract covers the callee's.
         let ops = unsafe { sized_copy(ops)? };
+        // SAFETY: the C contract: the gate is null or came from vmig_gate_new, which made it from this.
+        let gate = unsafe { ops.gate.cast::<Arc<Gate>>().as_ref() }.map(Arc::clone);
         for (name, given) in [("stop", ops.stop.is_some()), ("start", ops.start.is_some())] {
-            if !given {
+            if !given && gate.is_none() {
                 return Err(missing(name));
             }
         }
-        let shared = Arc::new(CVm { ops, vm: Opaque(vm), ours: AtomicBool::new(false) });
+        let shared = Arc::new(CVm { ops, vm: Opaque(vm), gate, ours: AtomicBool::new(false) });
         let bql = match (ops.lock, ops.unlock) {
             (Some(lock), Some(unlock)) => Bql::external(Box::new(CLock { vm: Arc::clone(&shared), lock, unlock })),
             (None, None) if ops.held.is_none() => Bql::new(),

@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod command;
 pub mod dispatch;
+pub mod gate;
 pub mod handlers;
 pub mod log;
 pub mod ops;

@@ -6,6 +6,12 @@ use std::ffi::{c_char, c_int, c_void};
 
 use crate::sys::sized::SizedStruct;
 
+/// A gate that vCPU threads go through. Opaque; see vmig_gate_new().
+#[derive(Debug)]
+pub struct vmig_gate {
+    _private: [u8; 0],
+}
+
 /// What the library asks of the VMM.
 ///
 /// Start it with VMIG_SIZED(vmig_ops); a hook that is NULL is not given. The struct is copied. Every hook gets the
@@ -17,12 +23,12 @@ pub struct vmig_ops {
     /// sizeof(vmig_ops) of the caller. 0 or less than the first two hooks is -EINVAL; more than the library knows is
     /// -E2BIG unless the rest is zero.
     pub size: usize,
-    /// Required. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
+    /// Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
     /// guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a migration
     /// thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or vmig_start()
     /// (-EDEADLK), nor wait for a thread that does.
     pub stop: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
-    /// Required. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`.
+    /// Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`.
     pub start: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
     /// The VMM's own big lock; give `lock` and `unlock` or neither, then the library brings one. Wait until this
     /// thread has it. Any thread. Must not call the library.
@@ -88,8 +94,20 @@ pub struct vmig_ops {
     /// migration fails afterwards: the next source's configuration comes to a VMM that has it. `blob` is the library's,
     /// valid during the call, and comes from the network: believe nothing in it.
     pub config: Option<unsafe extern "C" fn(vm: *mut c_void, blob: *const c_void, len: usize) -> c_int>,
+    /// The gate the vCPU threads go through. Optional: the library then closes it to stop the guest, and afterwards calls
+    /// `stop`, if given, for devices that run by themselves; to start, it calls `start`, if given, and opens the gate. It
+    /// keeps the gate, so that the handle may be freed before the guest.
+    pub gate: *mut vmig_gate,
+    /// Have the guest's vCPUs stand still for `percent` (0 to 99) of the time, so that it dirties less memory than the link
+    /// can send; 0: no longer. Optional: without it the gate does it, and without either option `auto-converge` is refused.
+    /// Called on a migration thread.
+    pub throttle: Option<unsafe extern "C" fn(vm: *mut c_void, percent: u32) -> c_int>,
 }
 
+// SAFETY: its only pointer to data, the gate, is followed once, when the struct is copied, and never afterwards.
+unsafe impl Send for vmig_ops {}
+// SAFETY: as above.
+unsafe impl Sync for vmig_ops {}
 // SAFETY: repr(C), starts with its size, only pointer-sized members, and a null function pointer is None.
 unsafe impl SizedStruct for vmig_ops {
     const NAME: &'static str = "vmig_ops";

@@ -52,6 +52,14 @@ pub trait Hooks: Send + Sync {
     fn config(&self, _blob: &[u8]) -> Result<()> {
         Ok(())
     }
+    /// Has the vCPUs stand still for so many percent of the time.
+    fn throttle(&self, _percent: u32) -> Result<()> {
+        Err(Error::new(libc::ENOTSUP, "the VMM has no throttle hook"))
+    }
+    /// Whether `throttle` can work.
+    fn has_throttle(&self) -> bool {
+        false
+    }
     /// Whether `config` does anything.
     fn has_config(&self) -> bool {
         false
@@ -300,11 +308,7 @@ impl Vmm {
 
     /// Does what may have to call the VMM back: here, or (none: it has to, and this is not the thread for it) there. What
     /// calls nobody must not depend on whether somebody dispatches: the guest may not be ours any more.
-    fn where_it_may(
-        &self,
-        what: &str,
-        change: impl Fn() -> Result<Option<RunReport>> + Sync,
-    ) -> Result<RunReport> {
+    fn where_it_may(&self, what: &str, change: impl Fn() -> Result<Option<RunReport>> + Sync) -> Result<RunReport> {
         match change()? {
             Some(report) => Ok(report),
             None => self.dispatch.run(what, || change().map(Option::unwrap_or_default)),
@@ -464,6 +468,16 @@ impl Vmm {
     /// Lets the VMM build what a source's configuration asks for.
     pub fn config(&self, blob: &[u8]) -> Result<()> {
         self.call("the config hook", || self.hooks.config(blob))
+    }
+
+    /// Has the vCPUs stand still for so many percent of the time; 0: no longer. \[free\]
+    pub fn throttle(&self, percent: u32) -> Result<()> {
+        self.call("the throttle hook", || self.hooks.throttle(percent))
+    }
+
+    /// Whether that can work.
+    pub fn has_throttle(&self) -> bool {
+        self.hooks.has_throttle()
     }
 
     /// Calls a hook where the VMM may be called back.

@@ -368,6 +368,8 @@ static void migrating(void)
 {
     vmig_status s = VMIG_SIZED(vmig_status);
     vmig_downtime d = VMIG_SIZED(vmig_downtime);
+    vmig_gate_config gate = VMIG_SIZED(vmig_gate_config);
+    vmig_gate *made;
 
     CASE(vmig_outgoing), CASE(vmig_incoming), CASE(vmig_cancel), CASE(vmig_continue), CASE(vmig_resolve), CASE(vmig_wait);
     STRINGS("uri", outgoing);
@@ -414,6 +416,21 @@ static void migrating(void)
     REFUSES(EINVAL, "not manual", vmig_dispatch(m));
     REFUSES(EINVAL, "handle", vmig_dispatch_fd(NULL));
     REFUSES(EINVAL, "not manual", vmig_dispatch_fd(m));
+    CASE(vmig_gate_new), CASE(vmig_gate_free), CASE(vmig_gate_enter), CASE(vmig_gate_exit), CASE(vmig_gate_close);
+    CASE(vmig_gate_open), CASE(vmig_gate_throttle), CASE(vmig_gate_end);
+    vmig_gate_free(NULL);
+    REFUSES(EINVAL, "out is NULL", vmig_gate_new(&gate, NULL));
+    REFUSES(EINVAL, "1 to 4096", vmig_gate_new(&gate, &made));
+    gate.vcpus = 1, gate.flags = 2;
+    REFUSES(EINVAL, "flags 0x2", vmig_gate_new(&gate, &made));
+    gate.flags = 0, gate.signal = 4711;
+    REFUSES(EINVAL, "signal 4711", vmig_gate_new(&gate, &made));
+    REFUSES(EINVAL, "gate handle", vmig_gate_enter(NULL, 0, NULL));
+    REFUSES(EINVAL, "gate handle", vmig_gate_exit(NULL, 0));
+    REFUSES(EINVAL, "gate handle", vmig_gate_close(NULL));
+    REFUSES(EINVAL, "gate handle", vmig_gate_open(NULL));
+    REFUSES(EINVAL, "gate handle", vmig_gate_throttle(NULL, 1));
+    REFUSES(EINVAL, "gate handle", vmig_gate_end(NULL));
     CASE(vmig_set), CASE(vmig_get);
     STRINGS("option", set_name);
     STRINGS("value", set_value);

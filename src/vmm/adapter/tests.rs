@@ -96,6 +96,8 @@ fn full() -> vmig_ops {
         reacquire: None,
         fence: None,
         config: None,
+        gate: std::ptr::null_mut(),
+        throttle: None,
     }
 }
 

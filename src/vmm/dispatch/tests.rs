@@ -42,9 +42,8 @@ fn a_callback_runs_on_the_vmms_thread_and_its_caller_gets_the_result() {
 fn a_callback_that_nobody_dispatches_never_runs() {
     let (dispatch, ran) = (queue(5), AtomicU32::new(0));
     let add = || Ok(ran.fetch_add(1, Ordering::SeqCst));
-    let error = std::thread::scope(|scope| {
-        scope.spawn(|| dispatch.run("the stop hook", add).unwrap_err()).join().unwrap()
-    });
+    let error =
+        std::thread::scope(|scope| scope.spawn(|| dispatch.run("the stop hook", add).unwrap_err()).join().unwrap());
     assert_eq!(error.errno(), libc::ETIMEDOUT);
     assert!(error.text().contains("the stop hook") && error.place().option.as_deref() == Some(TIMEOUT), "{error}");
     assert_eq!((dispatch.run_queued(), ran.load(Ordering::SeqCst)), (0, 0));
