@@ -141,12 +141,19 @@ impl Machine {
     /// Forgets guest RAM and its KVM slots. \[bql\]
     pub fn remove_ram(&self, name: &str) -> Result<()> {
         self.check_registering("remove RAM")?;
+        // What was left on when a guest left may still guard this memory.
+        self.dirty.rest();
         let block = self.ram.find(name);
         self.ram.remove(name)?;
         if let (Some(block), Some(kvm)) = (block, &*lock(&self.kvm)) {
             kvm.log.remove_block(&block);
         }
         Ok(())
+    }
+
+    /// What finds the pages that are written, of the present or last migration from here: bits, and words.
+    pub fn trackers(&self) -> (u32, String) {
+        self.dirty.in_use()
     }
 
     /// A device wrote guest RAM. Wait-free. \[any\]
@@ -274,13 +281,14 @@ impl Machine {
         others.iter().try_for_each(|(name, value)| self.options.set_text(name, value, busy))
     }
 
-    /// An option's value; also `listen-address`.
+    /// An option's value; also `listen-address` and `dirty-tracker-in-use`.
     pub fn get(&self, name: &str) -> Result<String> {
         if name == "listen-address" {
             let address = lock(&self.listening).clone();
             return address.ok_or_else(|| Error::new(libc::ENOTCONN, "no incoming migration listens"));
         }
         match name {
+            "dirty-tracker-in-use" => Ok(self.trackers().1),
             EPOCH => Ok(self.keeper.epoch().to_string()),
             name if name == Opt::Dispatch.name() => Ok(manual::name(self.vmm.dispatch().home().is_manual())),
             _ => self.options.get_text(name),

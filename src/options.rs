@@ -84,6 +84,7 @@ pub enum Opt {
     ThrottleMax,
     ConvergenceRounds,
     ConvergenceTime,
+    DirtyTracker,
     AllowFeatures,
     Machine,
     Defaults,
@@ -406,6 +407,17 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         )
     },
     row("convergence-time", Type::Millis, 2_000, (0, HOUR), true, "Milliseconds at most for these further rounds."),
+    row(
+        "dirty-tracker",
+        Type::Choice(&["auto", "kvm-log", "kvm-ring", "write-protect", "callback", "none"]),
+        0,
+        (0, 5),
+        false,
+        "Who finds the pages that the guest writes while it is copied. auto: KVM (its log, or its ring where the VMM enabled \
+         that) for what its slots show, the VMM where it says that it reports all writes, the kernel's write protection for \
+         the rest. callback: the VMM alone, by vmig_dirty and dirty sources. none: nobody, so the guest is stopped before \
+         its memory is sent. docs/dirty-tracking.md.",
+    ),
     // Text options keep their value beside the table.
     row(
         "allow-features",

@@ -85,7 +85,8 @@ fn layouts() -> BTreeMap<String, Layout> {
             stop,
             downtime,
             eta,
-            throttle
+            throttle,
+            trackers
         }
     );
     layout!(

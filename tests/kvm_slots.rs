@@ -13,6 +13,7 @@ use program::Program;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
+use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::kvm_log::KvmLog;
@@ -283,7 +284,7 @@ fn what_does_not_exist_is_not_cleared() {
     let touch = |page: usize| unsafe { host.wrapping_add(page * 4096).write_volatile(1) };
     touch(most + 7);
 
-    let set = hub.subscribe(&ram.list()).unwrap();
+    let set = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
     let mut cursor = Cursor::default();
     while cursor.take(&set, most).unwrap() {}
     assert_eq!(kernel_log(&vm, pages), [(0, most), (2 * most, pages)], "only what exists was cleared");
@@ -303,7 +304,7 @@ fn what_does_not_exist_is_not_cleared() {
     let gone = unsafe { libc::madvise(host.wrapping_add(most * 4096).cast(), most * 4096, libc::MADV_DONTNEED) };
     assert_eq!(gone, 0);
     hub.leave(&set);
-    let again = hub.subscribe(&ram.list()).unwrap();
+    let again = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
     assert_eq!(again.pages(), pages, "a new attempt begins with all pages");
     while cursor.take(&again, most).unwrap() {}
     assert_eq!(kernel_log(&vm, pages), [(0, 3 * most)], "and sleeps anew");
@@ -327,7 +328,7 @@ fn no_call_arms_a_whole_slot() {
         // SAFETY: a page of the mapping.
         unsafe { host.wrapping_add(page * 4096).write_volatile(1) };
     }
-    let set = hub.subscribe(&ram.list()).unwrap();
+    let set = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
     assert_eq!(kernel_log(&vm, pages), [(0, pages)], "what is dirty is not protected");
     let mut cursor = Cursor::default();
     assert!(cursor.take(&set, 1).unwrap());

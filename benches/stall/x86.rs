@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_userspace_memory_region;
+use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::kvm_log::KvmLog;
@@ -143,7 +144,7 @@ fn migrate(shared: &Shared<'_>, hub: &Hub, ram: &Ram) -> [(f64, f64); PHASES.len
     };
     let (gap, took, ()) = shared.during(|| std::thread::sleep(LOOK));
     put(0, gap, took);
-    let (gap, took, set) = shared.during(|| hub.subscribe(&ram.list()).unwrap());
+    let (gap, took, set) = shared.during(|| hub.subscribe(&ram.list(), Choice::Auto).unwrap());
     put(1, gap, took);
     for round in 0..ROUNDS {
         let (gap, took, ()) = shared.during(|| {

@@ -4,35 +4,22 @@
 //! they are cleared, and that happens chunk by chunk just before a chunk is read, so that no vCPU waits long. Logs that
 //! start all set make switching logging on cheap: nothing is protected until it is first cleared.
 //!
-//! Clearing costs the kernel 20 ns a page, also where there is none. So a chunk in which no page exists when it is first
-//! to be cleared is left as it is, *asleep*: who writes there makes a page, which the next read of the log finds.
+//! Clearing costs the kernel 20 ns a page, also where there is none: see [`nap`](super::nap).
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{Found, Tracker};
+use super::nap::{Naps, words_of};
+use super::{Found, Kind, Tracker};
 use crate::error::{Error, Result};
 use crate::ram::presence::Presence;
 use crate::ram::survey::Survey;
 use crate::ram::{Block, PAGE, RamList};
-use crate::sys::kvm::{CLEAR_MAX, DirtyLog, GROUP, LOG_DIRTY_PAGES, Slot, Vm};
+use crate::sys::kvm::{DirtyLog, LOG_DIRTY_PAGES, Slot, Vm};
 use crate::thread::lock;
 
-/// Pages cleared by one call into the kernel.
-const CHUNK: usize = CLEAR_MAX as usize;
 /// Slots a guest may register.
 const SLOTS_MAX: usize = 4096;
-
-/// What became of a chunk since logging was switched on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Chunk {
-    /// It was never cleared.
-    Untouched,
-    /// It was not cleared, because no page of it existed.
-    Asleep,
-    /// It was cleared, or found to have a page since.
-    Awake,
-}
 
 /// Switches a slot's logging by the VMM's hook.
 pub type Switch = Box<dyn Fn(u32, bool) -> Result<()> + Send + Sync>;
@@ -50,9 +37,7 @@ struct Logged {
     on: bool,
     /// It was read well since logging was switched on.
     read: bool,
-    /// Tells which chunks may sleep; none if that cannot be found out.
-    presence: Option<Presence>,
-    chunks: Vec<Chunk>,
+    naps: Naps,
 }
 
 impl Logged {
@@ -63,44 +48,6 @@ impl Logged {
     /// Pages of the block.
     fn range(&self) -> Range<usize> {
         self.first..self.first + self.pages()
-    }
-
-    /// Whether no page of these exists, of the slot.
-    fn is_absent(&self, pages: &Range<usize>) -> bool {
-        let of_block = self.first + pages.start..self.first + pages.end;
-        self.presence.as_ref().is_some_and(|presence| presence.is_absent(of_block))
-    }
-
-    /// Pages of the slot that chunks have.
-    fn pages_of(&self, chunks: &Range<usize>) -> Range<usize> {
-        chunks.start * CHUNK..(chunks.end * CHUNK).min(self.pages())
-    }
-
-    fn words_of(&mut self, pages: &Range<usize>) -> &mut [u64] {
-        let group = usize::try_from(GROUP).unwrap_or(64);
-        &mut self.log.words_mut()[pages.start / group..pages.end.div_ceil(group)]
-    }
-
-    /// After the log was read: takes out what sleeps on, and wakes the others. All that a chunk's log says is then
-    /// found, because nothing of it was ever cleared.
-    fn wake(&mut self) {
-        let mut at = 0;
-        while let Some(first) = self.chunks[at..].iter().position(|c| *c == Chunk::Asleep).map(|n| at + n) {
-            let run = self.chunks[first..].iter().take_while(|c| **c == Chunk::Asleep).count();
-            at = first + run;
-            let together = self.pages_of(&(first..at));
-            if self.is_absent(&together) {
-                self.words_of(&together).fill(0);
-                continue;
-            }
-            for chunk in first..at {
-                let pages = self.pages_of(&(chunk..chunk + 1));
-                match self.is_absent(&pages) {
-                    true => self.words_of(&pages).fill(0),
-                    false => self.chunks[chunk] = Chunk::Awake,
-                }
-            }
-        }
     }
 }
 
@@ -159,12 +106,9 @@ impl KvmLog {
         let slot = Slot { slot: number, flags: flags & !LOG_DIRTY_PAGES, gpa, len, host: block.host_address(offset) };
         let log = DirtyLog::new(len / PAGE)?;
         let first = usize::try_from(offset / PAGE).map_err(|_| Error::no_memory("a dirty log", len))?;
-        let mut chunks = Vec::new();
-        let count = log.words().len().div_ceil(CHUNK / 64);
-        chunks.try_reserve_exact(count).map_err(|_| Error::no_memory("a dirty log", count as u64))?;
-        chunks.resize(count, Chunk::Untouched);
+        let naps = Naps::new(first, usize::try_from(len / PAGE).unwrap_or(usize::MAX))?;
         let block = Arc::clone(block);
-        slots.push(Logged { slot, block, first, log, on: false, read: false, presence: None, chunks });
+        slots.push(Logged { slot, block, first, log, on: false, read: false, naps });
         Ok(())
     }
 
@@ -203,6 +147,10 @@ fn named(error: Error, slot: &Logged) -> Error {
 }
 
 impl Tracker for KvmLog {
+    fn kind(&self) -> Kind {
+        Kind::KvmLog
+    }
+
     fn start(&self, list: &RamList) -> Result<()> {
         let survey = self.manual.then(Survey::new).and_then(Result::ok);
         let mut slots = self.lock();
@@ -213,8 +161,7 @@ impl Tracker for KvmLog {
             if !logged.on {
                 continue;
             }
-            logged.chunks.fill(Chunk::Untouched);
-            logged.presence = survey.as_ref().map(|survey| Presence::new(&logged.block, survey, None));
+            logged.naps.begin(survey.as_ref().map(|survey| Presence::new(&logged.block, survey, None)));
             if let Err(error) = self.set_logging(&logged.slot, true) {
                 let error = named(error, logged);
                 for logged in slots[..index].iter().filter(|logged| logged.on) {
@@ -231,7 +178,7 @@ impl Tracker for KvmLog {
         for logged in self.lock().iter_mut().filter(|logged| logged.on) {
             logged.read = false;
             logged.on = false;
-            logged.presence = None;
+            logged.naps.end();
             // Setting a slot makes it, so one that the VMM deleted or changed meanwhile must be left alone. Whatever
             // fails here, the guest runs on.
             if self.switch.is_some() || self.vm.get_dirty_log(logged.slot.slot, &mut logged.log).is_ok() {
@@ -247,7 +194,7 @@ impl Tracker for KvmLog {
             logged.read = false;
             self.vm.get_dirty_log(number, &mut logged.log).map_err(|e| named(e, logged))?;
             logged.read = true;
-            logged.wake();
+            logged.naps.wake(logged.log.words_mut());
             found(&logged.block, logged.first, logged.log.words());
         }
         Ok(())
@@ -280,20 +227,17 @@ fn clear_chunks(vm: &Vm, logged: &mut Logged, pages: Range<usize>) -> Result<()>
     if !logged.read {
         return Ok(());
     }
-    for chunk in pages.start / CHUNK..pages.end.div_ceil(CHUNK) {
-        let pages = logged.pages_of(&(chunk..chunk + 1));
-        if logged.words_of(&pages).iter().all(|w| *w == 0) {
+    for chunk in Naps::chunks_of(&pages) {
+        let pages = logged.naps.pages_of(&(chunk..chunk + 1));
+        let words = words_of(logged.log.words_mut(), &pages);
+        if words.iter().all(|w| *w == 0) {
             continue;
         }
-        // Never later: pages of it may be elsewhere with what they had before.
-        if logged.chunks[chunk] == Chunk::Untouched && logged.is_absent(&pages) {
-            logged.chunks[chunk] = Chunk::Asleep;
-        } else {
-            logged.chunks[chunk] = Chunk::Awake;
+        if !logged.naps.falls_asleep(chunk) {
             let (slot, count) = (logged.slot.slot, u32::try_from(pages.len()).unwrap_or(u32::MAX));
-            vm.clear_dirty_log(slot, pages.start as u64, count, logged.words_of(&pages))?;
+            vm.clear_dirty_log(slot, pages.start as u64, count, words)?;
         }
-        logged.words_of(&pages).fill(0);
+        words.fill(0);
     }
     Ok(())
 }

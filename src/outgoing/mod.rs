@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::dirty::choice::Choice;
 use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
@@ -295,11 +296,12 @@ impl<'a> Migration<'a> {
     /// Dirty logging on, START of every iterative section.
     fn setup(&mut self) -> Result<()> {
         self.rehearse_verify()?;
-        let set = self.job.dirty.subscribe(self.hand.rest())?;
+        let presence = stretch::presence(self.hand.rest());
+        let set = self.job.dirty.subscribe(self.hand.rest(), Choice::of(&self.job.options))?;
         self.set = Some(Arc::clone(&set));
         let total: u64 = set.blocks().map(|b| b.len()).sum();
         self.job.status.counters.total.store(total, Ordering::Relaxed);
-        self.sender.setup(&set, &self.existing, &mut self.out)?;
+        self.sender.setup(&set, (presence, &self.existing), &mut self.out)?;
         let mut bodies = Bodies::default();
         self.job.vmm.with_bql("the sections' setup", || self.sections.setup(&mut bodies))?;
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
@@ -312,8 +314,21 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
+    /// Nobody tracks writes: all that is done while the guest runs is to find out that the destination answers.
+    fn await_switchover(&mut self) -> Result<()> {
+        while !self.may_switch_over()? {
+            self.job.status.check()?;
+            io::sleep(&*self.job.wake, NAP)?;
+        }
+        self.left = self.pending()?;
+        self.job.status.check()
+    }
+
     /// Rounds over what is dirty, until what is left may be sent with the guest stopped.
     fn iterate(&mut self) -> Result<()> {
+        if Choice::of(&self.job.options) == Choice::Nothing {
+            return self.await_switchover();
+        }
         let live = &self.job.live;
         let mut policy = Convergence::new(live.get(Opt::ConvergenceRounds), live.time(Opt::ConvergenceTime));
         let mut near = false;

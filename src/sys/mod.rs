@@ -14,6 +14,7 @@ pub mod random;
 pub mod signal;
 pub mod sized;
 pub mod thread_sys;
+pub mod userfaultfd;
 
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) mod kvm_guest;
