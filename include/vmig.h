@@ -293,10 +293,12 @@ int vmig_remove_on_run(vmig *m, int id);
 
 /* ---- 3. guest RAM and dirty pages ------------------------------------------------------------------------------ */
 /* Guest RAM is registered in blocks: contiguous pieces of this process's memory, known to both sides by name. Every
- * write to it must be seen by the library: the vCPUs' by KVM's dirty log (vmig_use_kvm(), vmig_add_kvm_slot()) or, for
- * an emulator, by vmig_dirty() on its store path; a device's by vmig_dirty(). */
+ * write to it must be seen by the library: the vCPUs' by KVM's dirty log or ring (vmig_use_kvm(), vmig_add_kvm_slot()),
+ * or by vmig_dirty() on an emulator's store path, or by the kernel's write protection, which needs nothing of the VMM;
+ * a device's by vmig_dirty() or a dirty source. Option `dirty-tracker` chooses; docs/dirty-tracking.md says what each
+ * sees. */
 
-/* Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed. */
+/* Flag of a block: every write to it is reported with vmig_dirty(); nothing else tracks it. */
 #define VMIG_RAM_MARKED 1
 
 /* Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent. */
@@ -306,6 +308,10 @@ int vmig_remove_on_run(vmig *m, int id);
  * writable mapping of. With option `hand-over` on at both sides of a unix socket the file is handed over instead of the
  * bytes. When a guest arrives that way, the library maps its file over the block (hook `ram_replaced`). */
 #define VMIG_RAM_FD 4
+
+/* Flag of a dirty source: it reports every write to guest memory, not just those of a device. RAM then needs no other
+ * tracker. */
+#define VMIG_SOURCE_ALL_WRITES 1
 
 /* A block of guest RAM. */
 typedef struct vmig_ram {
@@ -327,6 +333,52 @@ typedef struct vmig_ram {
     /* With VMIG_RAM_FD where in the file the block begins, in bytes; else 0. */
     uint64_t fd_offset;
 } vmig_ram;
+
+/* Pages of a RAM block as a bitmap: bit n of word n / 64 is page `first` + n, of 4096 bytes. */
+typedef struct vmig_dirty_bitmap {
+    /* sizeof(vmig_dirty_bitmap) of the library: do not read members beyond it. */
+    size_t size;
+    /* Name of the block. */
+    const char *ram;
+    /* Where page `first` is in this process. */
+    void *host;
+    /* First page of the block that the bitmap is about; a multiple of 64. */
+    uint64_t first;
+    /* How many pages. */
+    uint64_t pages;
+    /* One bit for each, in words of 64. */
+    uint64_t *bits;
+} vmig_dirty_bitmap;
+
+/* A source of dirty pages: a device in another process (vhost-user), a device behind an IOMMU (VFIO), an emulator's own
+ * log.
+ *
+ * The struct is copied. Callbacks run on a thread of the library without the big lock, one at a time for each source.
+ * They return 0 or more, or a negative errno, which fails the migration with an error that names source and block; the
+ * guest goes on. They may call the vmig functions marked `[cb]`, and must not wait for the big lock's holder. What the
+ * library passes is valid during the call. */
+typedef struct vmig_dirty_source {
+    /* Size of the struct: VMIG_SIZED(vmig_dirty_source). */
+    size_t size;
+    /* Name for errors and the status, 1 to 255 printable bytes. Copied. */
+    const char *name;
+    /* Sum of VMIG_SOURCE_... flags. */
+    uint64_t flags;
+    /* A migration begins: from here on writes are to be noted. NULL: they always are. */
+    int (*start)(void *opaque);
+    /* Set the bits of pages of one block that were written since `start`, or since they were last reported; with `clear`,
+     * since they were last cleared. All bits are zero before the call; called for each block, and once more when the
+     * guest is stopped. Too many bits cost time, a missing one is silent loss. Bits beyond `pages` are refused. A source
+     * forgets what it reports before the call returns; what is written afterwards is reported by the next call. Required. */
+    int (*sync)(void *opaque, const vmig_dirty_bitmap *bitmap);
+    /* Pages whose bits are set are about to be read: writes to them from here on are to be reported anew. All of them were
+     * reported by the last `sync`. NULL: reporting them clears them. For sources whose clearing makes the guest wait. */
+    int (*clear)(void *opaque, const vmig_dirty_bitmap *bitmap);
+    /* The migration is over. Once for each `start` that succeeded. NULL: nothing to do. */
+    void (*stop)(void *opaque);
+    /* The last call, when the source was removed or the guest is freed; not if adding it failed. NULL: nothing to do. */
+    void (*destroy)(void *opaque);
+} vmig_dirty_source;
 
 /* A KVM memory slot: the part of a RAM block that it shows to the guest. */
 typedef struct vmig_kvm_slot {
@@ -359,6 +411,18 @@ int vmig_remove_ram(vmig *m, const char *name);
  * sees: a device, or an emulated CPU. Call it after the write. Wait-free; costs one atomic operation per block and
  * word of 64 pages. Memory that is in no block is ignored. [any][cb] */
 void vmig_dirty(vmig *m, const void *host, uint64_t len);
+
+/* Adds something else that knows which pages were written (a vhost-user device, VFIO, an emulator's own log): it is asked
+ * at every sync, and what it reports is sent as well. `opaque` is what its callbacks get, and its name for
+ * vmig_remove_dirty_source(). -EEXIST: there is one with this pointer; -EBUSY while a migration runs. [bql] */
+int vmig_add_dirty_source(vmig *m,
+                          const vmig_dirty_source *source,
+                          void *opaque);
+
+/* Forgets a dirty source; no callback of it comes after this returned. -ENOENT: there is none with this pointer; -EBUSY
+ * while a migration runs. [bql] */
+int vmig_remove_dirty_source(vmig *m,
+                             void *opaque);
 
 /* Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
  * the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
@@ -725,6 +789,13 @@ int vmig_unblock(vmig *m, int id);
 #define VMIG_SIDE_NONE 0         /* No migration yet. */
 #define VMIG_SIDE_SOURCE 1       /* The guest leaves. */
 #define VMIG_SIDE_DESTINATION 2  /* The guest arrives. */
+#define VMIG_TRACKER_KVM_LOG 1   /* KVM's dirty log. */
+#define VMIG_TRACKER_KVM_RING 2  /* KVM's dirty ring. */
+#define VMIG_TRACKER_WRITE_PROTECT 4 /* The kernel's write protection, without KVM. */
+#define VMIG_TRACKER_CALLBACK 8  /* The VMM: vmig_dirty() and dirty sources. */
+
+/* Nobody: the guest is stopped before its memory is sent (option `dirty-tracker` is none). */
+#define VMIG_TRACKER_NONE 16
 
 /* Where the present (or last) migration stands. Amounts in bytes, rates in bytes per second, times in nanoseconds. */
 typedef struct vmig_status {
@@ -765,6 +836,9 @@ typedef struct vmig_status {
     uint64_t eta;
     /* Percent of the time the source's vCPUs are made to stand still (option `auto-converge`). */
     uint64_t throttle;
+    /* Sum of VMIG_TRACKER_...: who finds the pages that are written, of the last migration from here. 0 until there is
+     * one, and in a destination. vmig_get(m, "dirty-tracker-in-use") names RAM blocks, too. */
+    uint64_t trackers;
 } vmig_status;
 
 /* How long a guest stands still at the switchover, in nanoseconds: the parts in their order, and all of it. */

@@ -1,9 +1,11 @@
 //! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::dirty::Tracker;
+use crate::dirty::callback::Source;
 use crate::dirty::hub::Hub;
 use crate::dirty::kvm_log::{KvmLog, Switch};
 use crate::error::{Error, Result};
@@ -37,6 +39,9 @@ const EPOCH: &str = "epoch";
 /// Priority of the handler that completes the vCPUs' last exits and reads their clock: first of all at the stop, since
 /// other handlers may want to see what the vCPUs did; last of all at the start.
 const KVM_HANDLER_PRIORITY: i32 = i32::MAX;
+
+/// Dirty sources a guest may have at once.
+const SOURCES_MAX: usize = 1024;
 
 /// A slot of KVM memory, as registered.
 #[derive(Clone, Debug)]
@@ -72,6 +77,7 @@ pub struct Machine {
     status: Arc<Status>,
     threads: Arc<Threads>,
     kvm: Arc<Mutex<Option<WithKvm>>>,
+    sources: Mutex<Vec<Arc<Source>>>,
     /// What a destination is sent to build itself from.
     config: Mutex<Option<Arc<[u8]>>>,
     /// Thread of the present or last migration.
@@ -100,6 +106,7 @@ impl Machine {
             options: Arc::default(),
             threads,
             kvm: Arc::default(),
+            sources: Mutex::default(),
             config: Mutex::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
@@ -149,6 +156,37 @@ impl Machine {
             kvm.log.remove_block(&block);
         }
         Ok(())
+    }
+
+    /// Adds something else that knows of writes. \[bql\]
+    pub fn add_dirty_source(&self, source: Source) -> Result<()> {
+        self.check_registering("add a dirty source")?;
+        let mut sources = lock(&self.sources);
+        if sources.len() == SOURCES_MAX {
+            return Err(Error::new(libc::ENOSPC, format!("a guest has at most {SOURCES_MAX} dirty sources")));
+        }
+        if sources.iter().any(|other| other.has_pointer_of(&source)) {
+            let text = format!("dirty source '{}': one with the same opaque pointer was added", source.given_name());
+            return Err(Error::new(libc::EEXIST, text));
+        }
+        let source = Arc::new(source);
+        self.dirty.add_tracker(Arc::<Source>::clone(&source))?;
+        source.adopt();
+        sources.push(source);
+        Ok(())
+    }
+
+    /// Forgets a dirty source by its pointer; returns it, so that its last callback runs without any lock of ours but the
+    /// big one. \[bql\]
+    pub fn remove_dirty_source(&self, opaque: *mut c_void) -> Result<Arc<Source>> {
+        self.check_registering("remove a dirty source")?;
+        let mut sources = lock(&self.sources);
+        let Some(at) = sources.iter().position(|source| source.is_of(opaque)) else {
+            return Err(Error::new(libc::ENOENT, "no dirty source with this opaque pointer was added"));
+        };
+        let tracker: Arc<dyn Tracker> = Arc::<Source>::clone(&sources[at]);
+        self.dirty.remove_tracker(&tracker)?;
+        Ok(sources.swap_remove(at))
     }
 
     /// What finds the pages that are written, of the present or last migration from here: bits, and words.

@@ -1,12 +1,15 @@
 //! Guest RAM is registered in blocks: contiguous pieces of this process's memory, known to both sides by name. Every
-//! write to it must be seen by the library: the vCPUs' by KVM's dirty log (vmig_use_kvm(), vmig_add_kvm_slot()) or, for
-//! an emulator, by vmig_dirty() on its store path; a device's by vmig_dirty().
+//! write to it must be seen by the library: the vCPUs' by KVM's dirty log or ring (vmig_use_kvm(), vmig_add_kvm_slot()),
+//! or by vmig_dirty() on an emulator's store path, or by the kernel's write protection, which needs nothing of the VMM;
+//! a device's by vmig_dirty() or a dirty source. Option `dirty-tracker` chooses; docs/dirty-tracking.md says what each
+//! sees.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
 
 use super::guest::vmig;
 use super::{enter, guest, string};
+use crate::dirty::callback::{Source, vmig_dirty_source};
 use crate::error::{Error, Result};
 use crate::machine::KvmSlot;
 use crate::ram::BlockSpec;
@@ -14,7 +17,7 @@ use crate::ram::handed::MemoryFile;
 use crate::sys::io;
 use crate::sys::sized::{SizedStruct, sized_copy};
 
-/// Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed.
+/// Flag of a block: every write to it is reported with vmig_dirty(); nothing else tracks it.
 pub const VMIG_RAM_MARKED: u32 = 1;
 /// Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent.
 pub const VMIG_RAM_SHARED_STORAGE: u32 = 2;
@@ -118,6 +121,35 @@ pub unsafe extern "C" fn vmig_dirty(m: *mut vmig, host: *const c_void, len: u64)
     if let Ok(machine) = unsafe { guest(m) } {
         machine.mark_dirty(host as u64, len);
     }
+}
+
+/// Adds something else that knows which pages were written (a vhost-user device, VFIO, an emulator's own log): it is asked
+/// at every sync, and what it reports is sent as well. `opaque` is what its callbacks get, and its name for
+/// vmig_remove_dirty_source(). -EEXIST: there is one with this pointer; -EBUSY while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_add_dirty_source(
+    m: *mut vmig,
+    source: *const vmig_dirty_source,
+    opaque: *mut c_void,
+) -> c_int {
+    enter("vmig_add_dirty_source", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract: the callbacks accept opaque on any thread until destroy.
+        machine.add_dirty_source(unsafe { Source::new(source, opaque) }?)?;
+        Ok(0)
+    })
+}
+
+/// Forgets a dirty source; no callback of it comes after this returned. -ENOENT: there is none with this pointer; -EBUSY
+/// while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_remove_dirty_source(m: *mut vmig, opaque: *mut c_void) -> c_int {
+    enter("vmig_remove_dirty_source", || {
+        // SAFETY: the C contract of handles.
+        drop(unsafe { guest(m) }?.remove_dirty_source(opaque)?);
+        Ok(0)
+    })
 }
 
 /// Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and

@@ -4,6 +4,7 @@
 //! until the page arrived, so an attempt to a new destination starts with all pages. A write that nobody reports is
 //! silent loss, so RAM that no tracker covers is refused.
 
+pub mod callback;
 pub mod choice;
 pub mod cursor;
 pub mod hub;

@@ -59,7 +59,12 @@ impl Naps {
 
     /// Pages of the log that chunks have.
     pub(super) fn pages_of(&self, chunks: &Range<usize>) -> Range<usize> {
-        chunks.start * CHUNK..(chunks.end * CHUNK).min(self.pages)
+        Self::pages_in(chunks.clone(), self.pages)
+    }
+
+    /// Pages that chunks of a log of `pages` pages have.
+    pub(super) fn pages_in(chunks: Range<usize>, pages: usize) -> Range<usize> {
+        chunks.start * CHUNK..(chunks.end * CHUNK).min(pages)
     }
 
     /// Chunks that have these pages.

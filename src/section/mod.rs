@@ -8,7 +8,6 @@ pub mod convert;
 pub mod custom;
 pub mod device;
 pub mod fds;
-mod errno;
 pub mod list;
 mod memory;
 pub mod ops;

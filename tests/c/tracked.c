@@ -15,6 +15,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 
 enum { PAGE = 4096, HUGE = 2 << 20, RAM_BYTES = 24 << 20, SPARE_BYTES = 8 << 20, THREADS = 3, BATCH = 256, ASLEEP_US = 200 };
@@ -197,9 +198,10 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         remap(vm, *verb == 'r');
     else if (strcmp(verb, "guard") == 0)
         printf("guard %d\n", (guarding = guard(vm)) >= 0);
-    else if (strcmp(verb, "unguard") == 0)
-        printf("ok%.0d\n", close(guarding));
-    else if (strcmp(verb, "add") == 0 || strcmp(verb, "remove") == 0) {
+    else if (strcmp(verb, "unguard") == 0) {
+        close(guarding);
+        printf("ok\n");
+    } else if (strcmp(verb, "add") == 0 || strcmp(verb, "remove") == 0) {
         vmig_bql_lock(vm->m);
         answer(verb, *verb == 'a' ? add_ram(vm, rest, vm->spare, SPARE_BYTES) : vmig_remove_ram(vm->m, rest));
         vmig_bql_unlock(vm->m);
@@ -224,7 +226,8 @@ static void build(struct machine *vm, int argc, char **argv, vmig_ops *ops)
         if (strcmp(argv[i], "device") == 0)
             vm->report = BY_DEVICE, has_source = true;
         has_source |= strcmp(argv[i], "silent") == 0;
-        if (strcmp(argv[i], "nobody") == 0 && setuid(65534) < 0)
+        /* A process that was always nobody's may read its own /proc; one that became it must ask. */
+        if (strcmp(argv[i], "nobody") == 0 && (setuid(65534) < 0 || prctl(PR_SET_DUMPABLE, 1) < 0))
             exit(77);
     }
     vm->ram = map(vm, RAM_BYTES, &vm->alias), vm->spare = map(vm, SPARE_BYTES, NULL);

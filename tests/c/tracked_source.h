@@ -24,7 +24,7 @@ static int source_sync(void *opaque, const vmig_dirty_bitmap *map)
     if (vm->fail_sync && --vm->fail_sync == 0)
         return -EIO;
     if (vm->lie && --vm->lie == 0)
-        map->bits[(map->pages - 1) / 64] |= 1ull << 63;
+        map->bits[map->pages / 64] |= 1ull << 63;
     for (uint64_t i = 0; ram && i < map->pages / 64; i++)
         map->bits[i] |= atomic_exchange(&vm->bits[i], 0);
     return 0;
@@ -69,17 +69,17 @@ static int add_source(struct machine *vm, uint32_t flags, bool clear)
 
 static bool source_command(struct machine *vm, const char *verb, char *rest)
 {
-    int n = rest ? atoi(rest) : 0;
+    static const char *const faults[] = { "fail-start", "fail-sync", "fail-clear", "lie" };
+    _Atomic int *const counts[] = { &vm->fail_start, &vm->fail_sync, &vm->fail_clear, &vm->lie };
 
-    if (strcmp(verb, "fail-start") == 0)
-        vm->fail_start = n, printf("ok\n");
-    else if (strcmp(verb, "fail-sync") == 0)
-        vm->fail_sync = n, printf("ok\n");
-    else if (strcmp(verb, "fail-clear") == 0)
-        vm->fail_clear = n, printf("ok\n");
-    else if (strcmp(verb, "lie") == 0)
-        vm->lie = n, printf("ok\n");
-    else if (strcmp(verb, "calls") == 0)
+    for (int i = 0; i < 4; i++) {
+        if (rest && strcmp(verb, faults[i]) == 0) {
+            *counts[i] = atoi(rest);
+            printf("ok\n");
+            return true;
+        }
+    }
+    if (strcmp(verb, "calls") == 0)
         printf("calls starts=%d stops=%d syncs=%d clears=%d\n", vm->starts, vm->stops, vm->syncs, vm->clears);
     else if (strcmp(verb, "add-source") == 0 || strcmp(verb, "remove-source") == 0) {
         vmig_bql_lock(vm->m);
