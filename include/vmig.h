@@ -426,7 +426,8 @@ int vmig_remove_dirty_source(vmig *m,
 
 /* Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
  * the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
- * sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM. -EEXIST the second time; -ENOSYS on architectures
+ * sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are
+ * then used instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time; -ENOSYS on architectures
  * that are not supported yet. [bql] */
 int vmig_use_kvm(vmig *m,
                  int vm_fd,
@@ -442,6 +443,12 @@ int vmig_use_kvm(vmig *m,
  * -EBUSY while a migration runs. [bql] */
 int vmig_add_kvm_slot(vmig *m,
                       const vmig_kvm_slot *slot);
+
+/* A vCPU left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: empties the dirty rings of all vCPUs, so that it can go on. Only for
+ * VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU: vmig_use_kvm() finds the rings and takes
+ * them over, and nobody else may then take from them. Call it for every such exit, whether a migration runs or not. Fast,
+ * and waits for nothing but other threads that do the same. -EINVAL: there are no rings. [any][cb] */
+int vmig_dirty_ring_full(vmig *m);
 
 /* Forgets a KVM memory slot. -ENOENT: it is not registered; -EBUSY while a migration runs. [bql] */
 int vmig_remove_kvm_slot(vmig *m, uint32_t slot);

@@ -1,13 +1,15 @@
 //! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
 
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::dirty::Tracker;
 use crate::dirty::callback::Source;
 use crate::dirty::hub::Hub;
-use crate::dirty::kvm_log::{KvmLog, Switch};
+use crate::dirty::kvm_log::KvmLog;
+use crate::dirty::kvm_ring::KvmRing;
+use crate::dirty::kvm_slots::{KvmTracker, Switch};
 use crate::error::{Error, Result};
 use crate::incoming::door::Door;
 use crate::incoming::reception::Reception;
@@ -61,10 +63,15 @@ pub struct KvmSlot<'a> {
 }
 
 /// KVM's part of a guest.
-#[derive(Debug)]
 struct WithKvm {
     kvm: Arc<Kvm>,
-    log: Arc<KvmLog>,
+    tracker: Arc<dyn KvmTracker>,
+}
+
+impl std::fmt::Debug for WithKvm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "WithKvm({:?}, {})", self.kvm, self.tracker.name())
+    }
 }
 
 /// A guest and everything the library knows of it.
@@ -78,6 +85,8 @@ pub struct Machine {
     threads: Arc<Threads>,
     kvm: Arc<Mutex<Option<WithKvm>>>,
     sources: Mutex<Vec<Arc<Source>>>,
+    /// KVM's dirty rings, where the VMM enabled them.
+    ring: OnceLock<Arc<KvmRing>>,
     /// What a destination is sent to build itself from.
     config: Mutex<Option<Arc<[u8]>>>,
     /// Thread of the present or last migration.
@@ -107,6 +116,7 @@ impl Machine {
             threads,
             kvm: Arc::default(),
             sources: Mutex::default(),
+            ring: OnceLock::new(),
             config: Mutex::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
@@ -153,9 +163,17 @@ impl Machine {
         let block = self.ram.find(name);
         self.ram.remove(name)?;
         if let (Some(block), Some(kvm)) = (block, &*lock(&self.kvm)) {
-            kvm.log.remove_block(&block);
+            kvm.tracker.remove_block(&block);
         }
         Ok(())
+    }
+
+    /// A vCPU stands at a full dirty ring. \[any\]
+    pub fn dirty_ring_full(&self) -> Result<()> {
+        let ring = self.ring.get().ok_or_else(|| {
+            Error::invalid("no dirty rings are known: vmig_use_kvm comes first, and KVM_CAP_DIRTY_LOG_RING before that")
+        })?;
+        ring.ring_full()
     }
 
     /// Adds something else that knows of writes. \[bql\]
@@ -207,7 +225,17 @@ impl Machine {
             return Err(Error::new(libc::EEXIST, "vmig_use_kvm was called before for this guest"));
         }
         let kvm = kvm::attach(Arc::clone(&self.threads), vm_fd, vcpu_fds)?;
-        let log = Arc::new(KvmLog::new(Vm::dup(vm_fd)?, self.switch())?);
+        let (vm, rings) = (Vm::dup(vm_fd)?, KvmRing::find(vcpu_fds)?);
+        // Once for the guest's slots, and once for the hub.
+        let (tracker, for_hub): (Arc<dyn KvmTracker>, Arc<dyn Tracker>) = if rings.is_empty() {
+            let log = Arc::new(KvmLog::new(vm, self.switch())?);
+            (Arc::<KvmLog>::clone(&log), log)
+        } else {
+            // Manual protection must stay off: with it KVM would not protect what a ring is to tell of.
+            let ring = Arc::new(KvmRing::new(vm, rings, Arc::clone(&self.threads), self.switch()));
+            let _ = self.ring.set(Arc::clone(&ring));
+            (Arc::<KvmRing>::clone(&ring), ring)
+        };
         let entries = kvm.sections()?;
         let handler = kvm_handler(&kvm);
         let mut added: Vec<usize> = Vec::new();
@@ -227,12 +255,12 @@ impl Machine {
         let registered = self
             .vmm
             .add_handler("KVM", KVM_HANDLER_PRIORITY, handler)
-            .and_then(|_| self.dirty.add_tracker(Arc::<KvmLog>::clone(&log)));
+            .and_then(|_| self.dirty.add_tracker(for_hub));
         if let Err(error) = registered {
             self.sections.remove(key)?;
             return Err(error);
         }
-        *slot = Some(WithKvm { kvm, log });
+        *slot = Some(WithKvm { kvm, tracker });
         Ok(())
     }
 
@@ -253,14 +281,14 @@ impl Machine {
             let text = format!("KVM slot {}: there is no RAM block '{}'", slot.number, slot.ram.escape_default());
             return Err(Error::new(libc::ENOENT, text));
         };
-        kvm.log.add_slot(slot.number, slot.flags, &block, slot.offset, slot.len, slot.gpa)
+        kvm.tracker.add_slot(slot.number, slot.flags, &block, slot.offset, slot.len, slot.gpa)
     }
 
     /// Forgets a KVM memory slot. \[bql\]
     pub fn remove_kvm_slot(&self, number: u32) -> Result<()> {
         self.check_registering("remove a KVM slot")?;
         match &*lock(&self.kvm) {
-            Some(kvm) => kvm.log.remove_slot(number),
+            Some(kvm) => kvm.tracker.remove_slot(number),
             None => Err(Error::new(libc::ENOENT, format!("KVM slot {number} is not registered"))),
         }
     }
@@ -554,9 +582,10 @@ impl Machine {
         if let Some(kvm) = &*lock(&self.kvm) {
             kvm.kvm.rest();
         }
-        let joined = self.join_all();
-        self.dirty.rest();
-        joined
+        let ended = self.join_worker();
+        // Trackers have threads, too.
+        self.dirty.end();
+        self.join_all().and(ended)
     }
 }
 

@@ -17,6 +17,8 @@ use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::kvm_log::KvmLog;
+use vmig::dirty::kvm_slots::KvmTracker;
+use vmig::dirty::write_protect::WriteProtect;
 use vmig::ram::{BlockSpec, PAGE, Ram};
 use vmig::sys::kvm::{CLEAR_MAX, Vm};
 
@@ -80,11 +82,15 @@ fn moves_well(dir: &Path, source: &mut Program) {
 }
 
 fn arrives_well(source: &mut Program, destination: &mut Program) {
+    arrives_whole(source, destination);
+    assert_eq!(source.command("logging"), "logging on", "left as it is when the guest left");
+}
+
+fn arrives_whole(source: &mut Program, destination: &mut Program) {
     source.must_end_in("completed");
     destination.must_end_in("completed");
     let arrived = destination.await_news("hashed");
     assert_eq!(source.command("hash").strip_prefix("hash"), arrived.strip_prefix("hashed"), "memory differs");
-    assert_eq!(source.command("logging"), "logging on", "left as it is when the guest left");
     runs(destination);
 }
 
@@ -110,6 +116,55 @@ fn memory_is_whole_through_any_slots() {
         assert_eq!(source.command("switched"), if hook { "switched 6" } else { "switched 0" });
         source.quit();
         destination.quit();
+    }
+}
+
+/// The same by KVM's dirty rings, which the VMM enabled: a small one, at which the vCPU stands now and then, and a large
+/// one. And by write protection, though there is KVM.
+#[test]
+fn memory_is_whole_by_rings_and_by_write_protection() {
+    if without_kvm() {
+        return;
+    }
+    let ring = Kvm::new().unwrap().check_extension_int(kvm_ioctls::Cap::DirtyLogRing);
+    for (args, option, tracker) in [
+        (&["ring=256"][..], "auto", "value kvm-ring (low, main, rom)"),
+        (&["ring=65536", "hook"][..], "kvm-ring", "value kvm-ring (low, main, rom)"),
+        (&[][..], "kvm-log", "value kvm-log (low, main, rom)"),
+        (&[][..], "write-protect", "value write-protect (low, main, rom)"),
+    ] {
+        if (!args.is_empty() && ring <= 0 && skip("kvm", "this KVM has no dirty rings"))
+            || (option == "write-protect" && WriteProtect::new().is_err_and(|e| skip("userfaultfd", e.text())))
+        {
+            continue;
+        }
+        let dir = scratch("rings");
+        let mut source = start(&dir, "source", args);
+        source.must(&format!("set dirty-tracker {option}"));
+        runs(&mut source);
+        for end in ["cancelled", "completed"] {
+            let (mut destination, address) = waiting(&dir);
+            slow(&mut source, &address);
+            source.must("flash 1");
+            runs(&mut source);
+            assert_eq!(source.command("tracker"), tracker);
+            if end == "cancelled" {
+                source.must("cancel");
+                source.must_end_in("cancelled");
+                destination.must_end_in("failed");
+                // What is left in the rings must not hold the vCPU.
+                runs(&mut source);
+                destination.quit();
+                continue;
+            }
+            source.must("set max-bandwidth 0");
+            arrives_whole(&mut source, &mut destination);
+            destination.quit();
+        }
+        if args.first() == Some(&"ring=256") {
+            assert_ne!(source.command("full"), "full 0", "a ring of 256 entries fills up");
+        }
+        source.quit();
     }
 }
 

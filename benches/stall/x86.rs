@@ -10,6 +10,7 @@ use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::kvm_log::KvmLog;
+use vmig::dirty::kvm_slots::KvmTracker;
 use vmig::ram::{BlockSpec, Ram};
 use vmig::sys::kvm::Vm;
 use vmig::wire::packet::PAGES_MAX;

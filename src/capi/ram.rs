@@ -154,7 +154,8 @@ pub unsafe extern "C" fn vmig_remove_dirty_source(m: *mut vmig, opaque: *mut c_v
 
 /// Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
 /// the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
-/// sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM. -EEXIST the second time; -ENOSYS on architectures
+/// sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are
+/// then used instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time; -ENOSYS on architectures
 /// that are not supported yet. \[bql\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_use_kvm(m: *mut vmig, vm_fd: c_int, vcpu_fds: *const c_int, vcpus: usize) -> c_int {
@@ -223,6 +224,19 @@ pub unsafe extern "C" fn vmig_add_kvm_slot(m: *mut vmig, slot: *const vmig_kvm_s
             len: slot.len,
             gpa: slot.gpa,
         })?;
+        Ok(0)
+    })
+}
+
+/// A vCPU left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: empties the dirty rings of all vCPUs, so that it can go on. Only for
+/// VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU: vmig_use_kvm() finds the rings and takes
+/// them over, and nobody else may then take from them. Call it for every such exit, whether a migration runs or not. Fast,
+/// and waits for nothing but other threads that do the same. -EINVAL: there are no rings. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_dirty_ring_full(m: *mut vmig) -> c_int {
+    enter("vmig_dirty_ring_full", || {
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.dirty_ring_full()?;
         Ok(0)
     })
 }

@@ -117,6 +117,13 @@ impl Hub {
         self.lock().rest();
     }
 
+    /// Stops all trackers: nobody reads any more, even who never said so.
+    pub fn end(&self) {
+        let mut inner = self.lock();
+        inner.readers.clear();
+        inner.rest();
+    }
+
     /// Gives every reader what was written since the last call.
     pub fn sync(&self) -> Result<()> {
         let inner = self.lock();

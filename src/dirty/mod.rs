@@ -9,6 +9,8 @@ pub mod choice;
 pub mod cursor;
 pub mod hub;
 pub mod kvm_log;
+pub mod kvm_ring;
+pub mod kvm_slots;
 mod nap;
 pub mod set;
 pub mod write_protect;

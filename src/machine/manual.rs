@@ -6,6 +6,7 @@ use super::Machine;
 use crate::error::{Error, Result};
 use crate::options::{Opt, Options};
 use crate::sys::eventfd::EventFd;
+use crate::thread::lock;
 use crate::vmm::dispatch::not_manual;
 
 /// While the guest stands still, how long a dispatch waits for the next callback: a loop that is busy with other things
@@ -92,13 +93,24 @@ impl Machine {
         Ok(dispatch.pump(deadline, || (bql.wakes() != seen).then_some(())).is_some())
     }
 
-    /// Waits until every thread of the library has ended, and has its last callbacks.
+    /// Waits until the thread of the last migration has ended, and has its last callbacks.
+    pub(super) fn join_worker(&self) -> Result<()> {
+        let worker = lock(&self.worker).take();
+        worker.map_or(Ok(()), |worker| self.join(|limit| worker.join(limit)))
+    }
+
+    /// The same for every thread of the library.
     pub(super) fn join_all(&self) -> Result<()> {
+        self.join(|limit| self.threads.join_all(limit))
+    }
+
+    /// Waits for threads that may wait for callbacks. `join` is told how long it waits.
+    fn join(&self, join: impl Fn(Option<Duration>) -> Result<()>) -> Result<()> {
         let dispatch = self.vmm.dispatch();
         if !dispatch.home().is_manual() {
-            return self.threads.join_all(None);
+            return join(None);
         }
-        let joined = || match self.threads.join_all(Some(Duration::ZERO)) {
+        let joined = || match join(Some(Duration::ZERO)) {
             Err(error) if error.errno() == libc::ETIMEDOUT => None,
             ended => Some(ended),
         };

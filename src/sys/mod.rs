@@ -6,6 +6,7 @@ pub mod futex;
 pub mod fdpass;
 pub mod io;
 pub mod kvm;
+pub mod kvm_ring;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm_x86;
 pub mod memory;

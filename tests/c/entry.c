@@ -268,6 +268,53 @@ static void ram(void)
     CHECK(vmig_bql_unlock(m) == 0, "unlock");
 }
 
+static int destroyed;
+static int no_pages(void *p, const vmig_dirty_bitmap *b) { return p && b ? 0 : -EINVAL; }
+static void count_destroyed(void *p) { (void)p, destroyed++; }
+static int source_of(void *p) { return vmig_add_dirty_source(m, p, &destroyed); }
+static int source_once(void *p)
+{
+    int err = source_of(p);
+
+    return err < 0 ? err : vmig_remove_dirty_source(m, &destroyed);
+}
+
+static void sources(void)
+{
+    vmig_dirty_source source = VMIG_SIZED(vmig_dirty_source);
+
+    CASE(vmig_add_dirty_source), CASE(vmig_remove_dirty_source), CASE(vmig_dirty_ring_full);
+    source.name = "device", source.sync = no_pages, source.destroy = count_destroyed;
+    REFUSES(EPERM, "big lock", source_of(&source));
+    REFUSES(EPERM, "big lock", vmig_remove_dirty_source(m, &source));
+    CHECK(vmig_bql_lock(m) == 0, "lock");
+    REFUSES(EINVAL, "handle", vmig_add_dirty_source(NULL, &source, NULL));
+    REFUSES(EINVAL, "handle", vmig_remove_dirty_source(NULL, NULL));
+    REFUSES(EINVAL, "NULL", source_of(NULL));
+    sizes("vmig_dirty_source", source_once, &source, sizeof source, offsetof(vmig_dirty_source, clear), false);
+    destroyed = 0;
+    source.name = NULL;
+    REFUSES(EINVAL, "name is NULL", source_of(&source));
+    source.name = bad_utf8;
+    REFUSES(EINVAL, "printable", source_of(&source));
+    source.name = "";
+    REFUSES(EINVAL, "printable", source_of(&source));
+    source.name = "device", source.flags = 2;
+    REFUSES(EINVAL, "unknown bits", source_of(&source));
+    source.flags = 0, source.sync = NULL;
+    REFUSES(EINVAL, "no sync", source_of(&source));
+    source.sync = no_pages;
+    CHECK(source_of(&source) == 0, "a good one");
+    REFUSES(EEXIST, "opaque", source_of(&source));
+    REFUSES(ENOENT, "opaque", vmig_remove_dirty_source(m, &source));
+    CHECK(destroyed == 0, "not before it is removed");
+    CHECK(vmig_remove_dirty_source(m, &destroyed) == 0 && destroyed == 1, "once");
+    REFUSES(ENOENT, "opaque", vmig_remove_dirty_source(m, &destroyed));
+    REFUSES(EINVAL, "handle", vmig_dirty_ring_full(NULL));
+    REFUSES(EINVAL, "no dirty rings", vmig_dirty_ring_full(m));
+    CHECK(vmig_bql_unlock(m) == 0, "unlock");
+}
+
 /* ---- 4. devices -------------------------------------------------------------------------------------------------- */
 
 static uint32_t word;
@@ -565,7 +612,7 @@ static void qmp(void)
 
 int main(void)
 {
-    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, devices, migrating, sections, qmp };
+    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, sources, devices, migrating, sections, qmp };
     char *text = malloc(1000), *very = malloc(70000);
     uint64_t before;
 
