@@ -3,10 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
+#[cfg(target_arch = "x86_64")]
+#[path = "trackers/kvm.rs"]
+mod kvm;
+#[cfg(target_arch = "x86_64")]
+#[path = "../src/sys/kvm_guest.rs"]
+mod kvm_guest;
 #[path = "trackers/memory.rs"]
 mod memory;
 #[path = "trackers/schedule.rs"]
 mod schedule;
+#[path = "trackers/source.rs"]
+mod source;
 
 use common::{Rng, points, skip};
 use memory::{Kind, Memory};
@@ -90,5 +98,63 @@ fn write_protection_of_huge_pages() {
 fn write_protection_of_a_private_file() {
     if !without_write_protect() {
         all_schedules("file", |rng| protected(Kind::File, rng));
+    }
+}
+
+/// An emulator: writes, then marks.
+struct Marking(Arc<vmig::ram::Ram>);
+
+impl Writer for Marking {
+    fn write(&mut self, place: &Place, page: usize, pages: usize, value: u64) {
+        for page in page..place.memory.pages.min(page + pages) {
+            place.memory.word(page).store(value, Ordering::SeqCst);
+            self.0.mark(place.block.host_address(page as u64 * 4096) + 8, 8);
+        }
+    }
+}
+
+#[test]
+fn marks_of_the_vmm() {
+    let done = all_schedules("marks", |rng| {
+        let choice = [Choice::Auto, Choice::Only(dirty::Kind::Callback)][rng.below(2)];
+        let mut world = World { marked: choice == Choice::Auto, plug: Some(Kind::Private), ..World::empty(choice) };
+        for n in 0..1 + rng.below(2) {
+            world.add(Arc::new(Memory::new(Kind::Private, size(Kind::Private, rng), 0)?), format!("ram{n}"));
+        }
+        world.writers = vec![Box::new(Marking(Arc::clone(&world.ram))), Box::new(Marking(Arc::clone(&world.ram)))];
+        Some(world)
+    });
+    assert!(done > 0);
+}
+
+#[test]
+fn sources_that_forget_and_sources_that_are_cleared() {
+    for clears in [false, true] {
+        assert!(all_schedules(&format!("source {clears}"), |rng| source::world(clears, rng)) > 0);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_kvm_guest_and_its_device_by_the_dirty_log() {
+    if !common::without_kvm() {
+        all_schedules("kvm-log", |rng| kvm::world(dirty::Kind::KvmLog, rng));
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_kvm_guest_and_its_device_by_the_dirty_ring() {
+    if common::without_kvm() || kvm::ring_entries() == 0 && skip("kvm", "this KVM has no dirty rings") {
+        return;
+    }
+    all_schedules("kvm-ring", |rng| kvm::world(dirty::Kind::KvmRing, rng));
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_kvm_guest_and_its_device_by_write_protection() {
+    if !common::without_kvm() && !without_write_protect() {
+        all_schedules("kvm, protected", |rng| kvm::world(dirty::Kind::WriteProtect, rng));
     }
 }

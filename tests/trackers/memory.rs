@@ -58,6 +58,11 @@ impl Memory {
         Some(Self { at: at.wrapping_add(skip * PAGE), pages, whole: (at, len) })
     }
 
+    /// Memory that somebody else keeps mapped.
+    pub fn borrowed(at: *mut u8, pages: usize) -> Self {
+        Self { at, pages, whole: (at, 0) }
+    }
+
     pub fn word(&self, page: usize) -> &AtomicU64 {
         assert!(page < self.pages);
         // SAFETY: the first word of a page of the mapping, which lives as long as self and is only touched atomically.
@@ -78,7 +83,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours and nobody uses it any more.
+        // SAFETY: the mapping is ours, or its length is 0, and nobody uses it any more.
         unsafe { libc::munmap(self.whole.0.cast(), self.whole.1) };
     }
 }
