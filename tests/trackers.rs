@@ -61,8 +61,9 @@ fn protected(kind: Kind, rng: &mut Rng) -> Option<World> {
     for n in 0..1 + rng.below(2) {
         let skip = if kind == Kind::Hugetlb { 0 } else { rng.below(3) };
         let memory = Memory::new(kind, size(kind, rng), skip)?;
-        // Some of it exists before.
-        (0..memory.pages).filter(|page| page % 7 < 3).for_each(|page| memory.word(page).store(9, Ordering::SeqCst));
+        // Some of it exists before, or nothing.
+        let touched = rng.below(2) * rng.below(memory.pages + 1);
+        (0..touched).filter(|page| page % 7 < 3).for_each(|page| memory.word(page).store(9, Ordering::SeqCst));
         world.add(Arc::new(memory), format!("ram{n}"));
     }
     world.writers = vec![Box::new(Plain), Box::new(Plain)];

@@ -1,4 +1,5 @@
 //! Memory of each kind, and what may befall it while it is tracked.
+#![allow(dead_code, reason = "the benchmark uses a part of this")]
 #![allow(unreachable_pub, reason = "parts of one test file")]
 #![allow(unsafe_code, reason = "maps memory and writes to it")]
 
