@@ -19,7 +19,11 @@ struct Chapter {
 const CHAPTERS: &[Chapter] = &[
     Chapter { title: "the guest", sources: &["src/capi/guest.rs", "src/vmm/ops.rs"], fragment: None },
     Chapter { title: "the big lock and the run state", sources: &["src/capi/run.rs"], fragment: None },
-    Chapter { title: "guest RAM and dirty pages", sources: &["src/capi/ram.rs", "src/dirty/callback.rs"], fragment: None },
+    Chapter {
+        title: "guest RAM and dirty pages",
+        sources: &["src/capi/ram.rs", "src/dirty/callback.rs"],
+        fragment: None,
+    },
     Chapter {
         title: "device state",
         sources: &["src/capi/device.rs", "src/section/cdevice.rs"],

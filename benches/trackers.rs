@@ -118,10 +118,16 @@ fn writers(c: &mut Criterion) {
         }
         let (mut tracked, _) = Tracked::new(memory.at, memory.pages, false, Choice::Only(Tracker::WriteProtect));
         tracked.begin();
-        row(&mut group, &format!("write-protect, {name}"), || tracked.take(), || write(&memory, 1), || {
-            tracked.sync();
-            assert_eq!(tracked.dirty(), memory.pages);
-        });
+        row(
+            &mut group,
+            &format!("write-protect, {name}"),
+            || tracked.take(),
+            || write(&memory, 1),
+            || {
+                tracked.sync();
+                assert_eq!(tracked.dirty(), memory.pages);
+            },
+        );
     }
     #[cfg(target_arch = "x86_64")]
     kvm::writers(&mut group);

@@ -1,6 +1,8 @@
 //! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
 
-use std::ffi::{c_int, c_void};
+mod writers;
+
+use std::ffi::c_int;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -41,9 +43,6 @@ const EPOCH: &str = "epoch";
 /// Priority of the handler that completes the vCPUs' last exits and reads their clock: first of all at the stop, since
 /// other handlers may want to see what the vCPUs did; last of all at the start.
 const KVM_HANDLER_PRIORITY: i32 = i32::MAX;
-
-/// Dirty sources a guest may have at once.
-const SOURCES_MAX: usize = 1024;
 
 /// A slot of KVM memory, as registered.
 #[derive(Clone, Debug)]
@@ -168,50 +167,6 @@ impl Machine {
         Ok(())
     }
 
-    /// A vCPU stands at a full dirty ring. \[any\]
-    pub fn dirty_ring_full(&self) -> Result<()> {
-        let ring = self.ring.get().ok_or_else(|| {
-            Error::invalid("no dirty rings are known: vmig_use_kvm comes first, and KVM_CAP_DIRTY_LOG_RING before that")
-        })?;
-        ring.ring_full()
-    }
-
-    /// Adds something else that knows of writes. \[bql\]
-    pub fn add_dirty_source(&self, source: Source) -> Result<()> {
-        self.check_registering("add a dirty source")?;
-        let mut sources = lock(&self.sources);
-        if sources.len() == SOURCES_MAX {
-            return Err(Error::new(libc::ENOSPC, format!("a guest has at most {SOURCES_MAX} dirty sources")));
-        }
-        if sources.iter().any(|other| other.has_pointer_of(&source)) {
-            let text = format!("dirty source '{}': one with the same opaque pointer was added", source.given_name());
-            return Err(Error::new(libc::EEXIST, text));
-        }
-        let source = Arc::new(source);
-        self.dirty.add_tracker(Arc::<Source>::clone(&source))?;
-        source.adopt();
-        sources.push(source);
-        Ok(())
-    }
-
-    /// Forgets a dirty source by its pointer; returns it, so that its last callback runs without any lock of ours but the
-    /// big one. \[bql\]
-    pub fn remove_dirty_source(&self, opaque: *mut c_void) -> Result<Arc<Source>> {
-        self.check_registering("remove a dirty source")?;
-        let mut sources = lock(&self.sources);
-        let Some(at) = sources.iter().position(|source| source.is_of(opaque)) else {
-            return Err(Error::new(libc::ENOENT, "no dirty source with this opaque pointer was added"));
-        };
-        let tracker: Arc<dyn Tracker> = Arc::<Source>::clone(&sources[at]);
-        self.dirty.remove_tracker(&tracker)?;
-        Ok(sources.swap_remove(at))
-    }
-
-    /// What finds the pages that are written, of the present or last migration from here: bits, and words.
-    pub fn trackers(&self) -> (u32, String) {
-        self.dirty.in_use()
-    }
-
     /// A device wrote guest RAM. Wait-free. \[any\]
     pub fn mark_dirty(&self, host: u64, len: u64) {
         self.ram.mark(host, len);
@@ -252,10 +207,8 @@ impl Machine {
             }
             added.push(key);
         }
-        let registered = self
-            .vmm
-            .add_handler("KVM", KVM_HANDLER_PRIORITY, handler)
-            .and_then(|_| self.dirty.add_tracker(for_hub));
+        let registered =
+            self.vmm.add_handler("KVM", KVM_HANDLER_PRIORITY, handler).and_then(|_| self.dirty.add_tracker(for_hub));
         if let Err(error) = registered {
             self.sections.remove(key)?;
             return Err(error);

@@ -17,7 +17,7 @@ use crate::ram::handed::MemoryFile;
 use crate::sys::io;
 use crate::sys::sized::{SizedStruct, sized_copy};
 
-/// Flag of a block: every write to it is reported with vmig_dirty(); nothing else tracks it.
+/// Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed.
 pub const VMIG_RAM_MARKED: u32 = 1;
 /// Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent.
 pub const VMIG_RAM_SHARED_STORAGE: u32 = 2;

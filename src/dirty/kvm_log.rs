@@ -109,7 +109,9 @@ impl Tracker for KvmLog {
             logged.naps.end();
             // Setting a slot makes it, so one that the VMM deleted or changed meanwhile must be left alone. Whatever
             // fails here, the guest runs on.
-            if self.slots.switch.is_some() || self.slots.vm.get_dirty_log(logged.placed.slot.slot, &mut logged.log).is_ok() {
+            if self.slots.switch.is_some()
+                || self.slots.vm.get_dirty_log(logged.placed.slot.slot, &mut logged.log).is_ok()
+            {
                 let _ = self.slots.set_logging(&logged.placed.slot, false);
             }
         }

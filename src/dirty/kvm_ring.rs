@@ -86,7 +86,11 @@ impl KvmRing {
     /// A tracker for the VM with these rings. `switch` switches logging; without it the library sets the slot's flags.
     pub fn new(vm: Vm, rings: Vec<Ring>, threads: Arc<Threads>, switch: Option<Switch>) -> Self {
         let rings = Mutex::new(Rings { rings, trouble: None });
-        Self { shared: Arc::new(Shared { rings, slots: Slots::new(vm, switch) }), threads, harvester: Mutex::default() }
+        Self {
+            shared: Arc::new(Shared { rings, slots: Slots::new(vm, switch) }),
+            threads,
+            harvester: Mutex::default(),
+        }
     }
 
     /// A vCPU stands at a full ring: empties all. Any thread.
@@ -115,7 +119,8 @@ impl Shared {
                 match usize::try_from(page).ok().filter(|page| *page < noted.placed.pages()) {
                     Some(page) => noted.kept[page / WORD_BITS] |= 1 << (page % WORD_BITS),
                     None => {
-                        let text = format!("page {page} was written, which the slot did not have: the VMM set it again");
+                        let text =
+                            format!("page {page} was written, which the slot did not have: the VMM set it again");
                         trouble.get_or_insert(noted.placed.named(Error::new(libc::ESTALE, text)));
                     }
                 }
@@ -149,7 +154,8 @@ impl Shared {
             if !noted.on {
                 continue;
             }
-            let done = self.slots.set_logging(&noted.placed.slot, true).and_then(|()| noted.look_beside(&self.slots.vm));
+            let done =
+                self.slots.set_logging(&noted.placed.slot, true).and_then(|()| noted.look_beside(&self.slots.vm));
             if let Err(error) = done {
                 let error = noted.placed.named(error);
                 self.switch_off(&mut slots[..=index]);

@@ -37,14 +37,7 @@ pub(super) struct Placed {
 }
 
 impl Placed {
-    pub(super) fn new(
-        number: u32,
-        flags: u32,
-        block: &Arc<Block>,
-        offset: u64,
-        len: u64,
-        gpa: u64,
-    ) -> Result<Self> {
+    pub(super) fn new(number: u32, flags: u32, block: &Arc<Block>, offset: u64, len: u64, gpa: u64) -> Result<Self> {
         let name = block.name();
         let aligned = [offset, len, gpa].iter().all(|n| n % PAGE == 0);
         let inside = offset.checked_add(len).is_some_and(|end| end <= block.len());

@@ -255,7 +255,9 @@ impl WriteProtect {
         let got = works().map_err(|e| Error::from_io("write-protecting a page", &e))?;
         if got != (PAGE, 0, PAGE) {
             let text = "this kernel's asynchronous write protection does not tell what was written";
-            return Err(Error::new(libc::EOPNOTSUPP, text).expected_got(format!("{:?}", (PAGE, 0, PAGE)), format!("{got:?}")));
+            return Err(
+                Error::new(libc::EOPNOTSUPP, text).expected_got(format!("{:?}", (PAGE, 0, PAGE)), format!("{got:?}"))
+            );
         }
         Ok(Self { running: Mutex::default() })
     }
@@ -276,7 +278,8 @@ fn tables() -> Result<Pagemap> {
 fn check_apart(blocks: &[Watched]) -> Result<()> {
     for (i, watched) in blocks.iter().enumerate() {
         for other in &blocks[i + 1..] {
-            let near = |a: &&Piece| other.pieces.iter().any(|b| a.range.start < b.range.end && b.range.start < a.range.end);
+            let near =
+                |a: &&Piece| other.pieces.iter().any(|b| a.range.start < b.range.end && b.range.start < a.range.end);
             if let Some(piece) = watched.pieces.iter().find(near) {
                 let text = format!(
                     "RAM blocks '{}' and '{}' share a huge page of {} KiB, which cannot be write-protected for one alone",
@@ -309,7 +312,8 @@ impl Running {
                         _ => e.to_string(),
                     };
                     let errno = e.raw_os_error().unwrap_or(libc::EIO);
-                    Error::new(errno, format!("RAM block '{name}' cannot be write-protected: {why}")).in_section("ram")
+                    Error::new(errno, format!("RAM block '{name}' cannot be write-protected: {why}"))
+                        .in_section("ram")
                 })?;
             }
         }

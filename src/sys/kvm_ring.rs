@@ -62,8 +62,9 @@ impl Ring {
         let offset = libc::off_t::try_from(RING_PAGE * PAGE).unwrap_or(libc::off_t::MAX);
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at a place the kernel chooses changes nothing that exists.
-        let map =
-            unsafe { libc::mmap(ptr::null_mut(), pages * PAGE, protection, libc::MAP_SHARED, copy.as_raw_fd(), offset) };
+        let map = unsafe {
+            libc::mmap(ptr::null_mut(), pages * PAGE, protection, libc::MAP_SHARED, copy.as_raw_fd(), offset)
+        };
         let map = NonNull::new(map.cast()).filter(|_| map != libc::MAP_FAILED);
         let map = map.ok_or_else(|| Error::last_os("mapping a vCPU's dirty ring"))?;
         Ok(Some(Self { map, entries: pages * PAGE / ENTRY, next: 0, _vcpu: copy }))

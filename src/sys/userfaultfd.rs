@@ -107,9 +107,8 @@ impl Guarded {
             UffdioRegister { start: range.start, len: range.end - range.start, mode: MODE_WP, ioctls: 0 };
         // SAFETY: UFFDIO_REGISTER reads and fills one struct uffdio_register, which `register` is. Asynchronous
         // protection changes nothing that a program can see.
-        let done = unsafe {
-            libc::ioctl(self.uffd.as_raw_fd(), libc::_IOWR::<UffdioRegister>(0xAA, 0), &raw mut register)
-        };
+        let done =
+            unsafe { libc::ioctl(self.uffd.as_raw_fd(), libc::_IOWR::<UffdioRegister>(0xAA, 0), &raw mut register) };
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 

@@ -43,7 +43,10 @@ impl Writer for Noting {
 ///
 /// # Safety
 /// As the library calls.
-unsafe fn parts<'a>(opaque: *mut c_void, bitmap: *const vmig_dirty_bitmap) -> (&'a mut [u64], Arc<Vec<AtomicU64>>, usize) {
+unsafe fn parts<'a>(
+    opaque: *mut c_void,
+    bitmap: *const vmig_dirty_bitmap,
+) -> (&'a mut [u64], Arc<Vec<AtomicU64>>, usize) {
     // SAFETY: our own pointer.
     let log = unsafe { &*opaque.cast::<Log>() };
     // SAFETY: the library passes what the header promises.
