@@ -298,7 +298,7 @@ int vmig_remove_on_run(vmig *m, int id);
  * a device's by vmig_dirty() or a dirty source. Option `dirty-tracker` chooses; docs/dirty-tracking.md says what each
  * sees. */
 
-/* Flag of a block: every write to it is reported with vmig_dirty(); nothing else tracks it. */
+/* Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed. */
 #define VMIG_RAM_MARKED 1
 
 /* Flag of a block: its storage is seen by both sides (a file on shared storage); its bytes are not sent. */
