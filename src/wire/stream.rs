@@ -200,6 +200,18 @@ fn read_name(input: &mut dyn Input) -> Result<SectionName> {
     Ok(SectionName { name: input.counted_string()?, instance: input.u32()?, version: input.u32()? })
 }
 
+/// Reads the head of a part of a device's body: its name and version.
+pub fn read_subsection(input: &mut dyn Input) -> Result<(String, u32)> {
+    let at = input.position();
+    let kind = input.u8()?;
+    if kind != SUBSECTION {
+        return Err(Error::invalid(format!("byte {at:#x}: a part of the device is missing"))
+            .at_byte(at)
+            .expected_got(format!("{SUBSECTION:#04x}"), format!("{kind:#04x}")));
+    }
+    Ok((input.counted_string()?, input.u32()?))
+}
+
 /// Reads a section's footer: a body that was read too short or too long is noticed here.
 pub fn read_footer(input: &mut dyn Input, id: u32, name: &str) -> Result<()> {
     let at = input.position();
