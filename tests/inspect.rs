@@ -556,3 +556,40 @@ fn the_command_line_is_checked() {
     assert_eq!((status, words.contains("/nowhere/at all: cannot open it: No such file")), (Some(1), true), "{words}");
     assert_eq!(said(&["inspect", root().join("src").to_str().unwrap()]).0, Some(1));
 }
+
+#[test]
+fn parts_that_are_empty_are_counted_in_their_place() {
+    let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x04none".to_vec();
+    bytes.extend(b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\x10\x04\x03ram\0\0\0\0\0\0\x10\0");
+    let end = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01";
+    bytes.extend(end);
+    let empty = [&b"\x02\0\0\0\x01"[..], end].concat();
+    bytes.extend(empty.repeat(2460));
+    bytes.extend(b"\x02\0\0\0\x01\0\0\0\0\0\0\0\x02\x03ram\0");
+    bytes.extend([&end[..], &empty, b"\0"].concat());
+    let json = whole(&bytes);
+    let parts: Vec<_> = nodes(&json).into_iter().filter(|n| n["kind"] == "part").map(|n| &n["empty"]).collect();
+    assert_eq!(parts, [&Value::from(2460), &Value::Null, &1.into()]);
+    let places: Vec<_> = nodes(&json).into_iter().map(|n| number(&n["at"])).collect();
+    assert!(places.is_sorted(), "{places:?}");
+}
+
+#[test]
+fn what_only_looks_like_a_footer_is_none() {
+    let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x04none\x04\0\0\0\x07\x04what\0\0\0\0\0\0\0\x01".to_vec();
+    bytes.extend(b"\x99abc\x7e\0\0\0\x07\x55 \x7e\0\0\0\x07\x08\0\x63\0\0 \x7e\0\0\0\x07\x04\0\0\0\x09\x02\x01\x02");
+    bytes.extend([0x33; 200_000]);
+    bytes.extend(b"\x7e\0\0\0\x07\0");
+    let json = whole(&bytes);
+    assert_eq!(number(&node(&json, "full", "what")["parts"][0]["bytes"]), 35 + 200_000);
+}
+
+#[test]
+fn a_reader_of_the_output_may_go() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmig"));
+    command.arg("inspect").arg(path_of("qemu10-microvm16.bin")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success() && out.stderr.is_empty(), "{}", words(&out));
+}
