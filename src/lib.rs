@@ -36,6 +36,7 @@ pub mod zero;
 pub mod options;
 pub mod pacing;
 pub mod status;
+pub mod trace;
 pub mod ram;
 pub mod wire;
 pub mod switchover;

@@ -22,6 +22,7 @@ use crate::outgoing::Report;
 use crate::ram::{BlockSpec, Ram};
 use crate::section::builtin;
 use crate::section::list::{Content, Entry, SectionList};
+use crate::status::watch::{self, Teller};
 use crate::status::{Side, State, Status};
 use crate::switchover::Resolution;
 use crate::switchover::keeper::Keeper;
@@ -29,6 +30,7 @@ use crate::sys::eventfd::Wake;
 use crate::sys::kvm::Vm;
 use crate::sys::random::random;
 use crate::thread::{Handle, Threads, lock};
+use crate::trace;
 use crate::transport::uri::Uri;
 use crate::transport::{self, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
@@ -446,7 +448,12 @@ impl Machine {
 
     /// Starts the thread of a migration; the one before it has ended and is joined first.
     fn launch(&self, side: Side, name: &str, wake: &Arc<Wake>, f: impl FnOnce() + Send + 'static) -> Result<()> {
-        self.status.begin(side, self.options.on(Opt::Events), wake)?;
+        {
+            // One migration at a time has a trace file, so who begins is decided with it.
+            let _one = lock(&self.worker);
+            let teller = self.start_trace(side)?;
+            self.status.begin_watched(side, self.options.on(Opt::Events), wake, teller)?;
+        }
         self.join_last();
         let mut worker = lock(&self.worker);
         let (status, keeper) = (Arc::clone(&self.status), Arc::clone(&self.keeper));
@@ -471,6 +478,20 @@ impl Machine {
                 Err(error)
             }
         }
+    }
+
+    /// Starts the thread that writes down what happens, if it is wanted. It ends when nobody tells it any more.
+    fn start_trace(&self, side: Side) -> Result<Option<Teller>> {
+        let Some(path) = self.options.trace_file() else { return Ok(None) };
+        self.status.check_idle()?;
+        let file = trace::open(&path)?;
+        let (teller, hearer) = watch::pair();
+        let (status, vmm) = (Arc::clone(&self.status), Arc::clone(&self.vmm));
+        self.threads.spawn("trace", move || {
+            // No reason to disturb a migration.
+            trace::write(file, side, &hearer, &status).map_err(|error| vmm.log().warning(error)).or(Ok(()))
+        })?;
+        Ok(Some(teller))
     }
 
     /// Ends a migration that runs, if it may still be ended. \[any\]
@@ -536,8 +557,9 @@ impl Machine {
             kvm.kvm.rest();
         }
         let ended = self.join_worker();
-        // Trackers have threads, too.
+        // Trackers have threads, too, and so has a trace file.
         self.dirty.end();
+        self.status.stop_telling();
         self.join_all().and(ended)
     }
 }

@@ -87,6 +87,7 @@ pub enum Opt {
     DirtyTracker,
     AllowFeatures,
     Machine,
+    TraceFile,
     Defaults,
 }
 
@@ -430,6 +431,15 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
     ),
     row("machine", Type::Text, 0, ANY, false, "Machine name in the stream; the same on both sides. Default none."),
     row(
+        "trace-file",
+        Type::Text,
+        0,
+        ANY,
+        false,
+        "File to which everything that happens in a migration is appended, a JSON object to a line, on either side; none = \
+         no such file. `vmig report` draws it (docs/tool.md).",
+    ),
+    row(
         "defaults",
         Type::Choice(&["vmig", "qemu"]),
         0,
@@ -447,13 +457,15 @@ pub struct Options {
     set: AtomicU64,
     machine: std::sync::Mutex<String>,
     allow_features: std::sync::Mutex<String>,
+    trace_file: std::sync::Mutex<String>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let values = std::array::from_fn(|i| AtomicU64::new(TABLE[i].default));
-        let (machine, allow_features) = (default_text(Opt::Machine), default_text(Opt::AllowFeatures));
-        Self { values, set: AtomicU64::new(0), machine, allow_features }
+        let [machine, allow_features, trace_file] =
+            [Opt::Machine, Opt::AllowFeatures, Opt::TraceFile].map(default_text);
+        Self { values, set: AtomicU64::new(0), machine, allow_features, trace_file }
     }
 }
 
@@ -463,7 +475,8 @@ impl Options {
         let values = std::array::from_fn(|i| AtomicU64::new(self.values[i].load(Ordering::Acquire)));
         let set = AtomicU64::new(self.set.load(Ordering::Acquire));
         let text = |text: &std::sync::Mutex<String>| std::sync::Mutex::new(lock(text).clone());
-        Self { values, set, machine: text(&self.machine), allow_features: text(&self.allow_features) }
+        let [machine, allow_features, trace_file] = [&self.machine, &self.allow_features, &self.trace_file].map(text);
+        Self { values, set, machine, allow_features, trace_file }
     }
 
     /// An option's number.
@@ -513,6 +526,12 @@ impl Options {
         lock(&self.machine).clone()
     }
 
+    /// Where migrations are traced to, if anywhere.
+    pub fn trace_file(&self) -> Option<String> {
+        let path = lock(&self.trace_file).clone();
+        (path != NO_FILE).then_some(path)
+    }
+
     /// Whether a source may ask for this feature.
     pub fn allows(&self, feature: &str) -> bool {
         let allowed = lock(&self.allow_features);
@@ -549,6 +568,15 @@ impl Options {
             *lock(&self.allow_features) = text.to_owned();
             return Ok(());
         }
+        if row.name == "trace-file" {
+            if text.is_empty() || text.len() > PATH_MAX || text.contains('\0') {
+                return Err(Error::invalid(format!(
+                    "option 'trace-file' takes a path of 1 to {PATH_MAX} bytes, or none"
+                )));
+            }
+            *lock(&self.trace_file) = text.to_owned();
+            return Ok(());
+        }
         let value = parse(row, text)?;
         if row.name == "defaults" {
             for (slot, row) in self.values.iter().zip(&TABLE) {
@@ -570,6 +598,7 @@ impl Options {
         let value = self.values[index].load(Ordering::Acquire);
         Ok(match row.kind {
             Type::Text if row.name == "machine" => self.machine(),
+            Type::Text if row.name == "trace-file" => lock(&self.trace_file).clone(),
             Type::Text => lock(&self.allow_features).clone(),
             Type::Bool => (if value == 0 { "off" } else { "on" }).to_owned(),
             Type::Choice(words) => {
@@ -583,8 +612,13 @@ impl Options {
 /// The names that option `allow-features` knows.
 pub const FEATURES: [&str; 7] = ["multifd", "hand-over", "device-fds", "zero-runs", "crc32c", "switchover", "verify"];
 
+/// A path that is none.
+const NO_FILE: &str = "none";
+/// Longest path.
+const PATH_MAX: usize = 4096;
+
 fn default_text(option: Opt) -> std::sync::Mutex<String> {
-    std::sync::Mutex::new(if option == Opt::Machine { "none" } else { "all" }.to_owned())
+    std::sync::Mutex::new(if option == Opt::AllowFeatures { "all" } else { NO_FILE }.to_owned())
 }
 
 fn check_features(text: &str) -> Result<()> {

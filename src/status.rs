@@ -3,6 +3,7 @@
 mod numbers;
 mod state;
 pub mod feed;
+pub mod watch;
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -13,9 +14,10 @@ use crate::error::{Error, Result};
 use crate::pacing::downtime::Downtime;
 use crate::sys::eventfd::{EventFd, Wake};
 use crate::thread::lock;
-use feed::{Feed, News};
+use feed::Feed;
 pub use numbers::{Counters, Snapshot, store_time};
 pub use state::{STATES, Side, State};
+use watch::{Tally, Teller, Watch};
 
 /// News kept for a reader who does not come; the oldest are dropped.
 const NEWS_MAX: usize = 256;
@@ -36,7 +38,16 @@ struct Shared {
     downtime: Downtime,
     /// The VMM builds itself: what is registered now is what migrates.
     registering: bool,
+    watch: Watch,
     wake: Arc<Wake>,
+}
+
+impl Shared {
+    /// Time since the present or last migration was asked for, up to its end.
+    fn elapsed(&self) -> Duration {
+        let until = self.ended.unwrap_or_else(Instant::now);
+        self.started.map_or(Duration::ZERO, |at| until.saturating_duration_since(at))
+    }
 }
 
 /// Status of one guest's migrations, shared by all threads.
@@ -45,7 +56,6 @@ pub struct Status {
     shared: Mutex<Shared>,
     changed: Condvar,
     readable: EventFd,
-    feed: Arc<Feed>,
     /// The moving numbers.
     pub counters: Counters,
 }
@@ -59,7 +69,6 @@ impl Status {
     /// No migration yet.
     pub fn with_feed(feed: Arc<Feed>) -> Result<Self> {
         Ok(Self {
-            feed,
             shared: Mutex::new(Shared {
                 state: State::None,
                 side: None,
@@ -72,6 +81,7 @@ impl Status {
                 ended: None,
                 downtime: Downtime::default(),
                 registering: false,
+                watch: Watch::new(feed),
                 wake: Arc::new(Wake::new()?),
             }),
             changed: Condvar::new(),
@@ -107,8 +117,14 @@ impl Status {
 
     /// Starts a migration, or says why not. Cancel and the first error raise `wake`.
     pub fn begin(&self, side: Side, events: bool, wake: &Arc<Wake>) -> Result<()> {
+        self.begin_watched(side, events, wake, None)
+    }
+
+    /// The same, and tells of everything that happens until it has ended.
+    pub fn begin_watched(&self, side: Side, events: bool, wake: &Arc<Wake>, teller: Option<Teller>) -> Result<()> {
         let mut shared = self.lock();
         check_idle(&shared)?;
+        shared.watch.begin(teller);
         shared.wake = Arc::clone(wake);
         self.counters.clear();
         shared.side = Some(side);
@@ -128,16 +144,16 @@ impl Status {
         if shared.state == State::Active {
             self.counters.precopy.store(self.counters.transferred.load(Ordering::Relaxed), Ordering::Relaxed);
         }
-        shared.state = to;
+        let from = std::mem::replace(&mut shared.state, to);
         if to.is_final() {
             shared.ended = Some(Instant::now());
         }
+        let snapshot = self.snapshot_of(shared);
+        shared.watch.state(from, &snapshot, shared.events);
         if shared.events {
-            self.feed.push(News::State(to));
             if shared.news.len() == NEWS_MAX {
                 shared.news.pop_front();
             }
-            let snapshot = self.snapshot_of(shared);
             shared.news.push_back(snapshot);
             self.readable.set();
         }
@@ -156,19 +172,16 @@ impl Status {
 
     /// The first pass over all pages begins: of interest to the feed only.
     pub fn tell_first_pass(&self) {
-        if self.lock().events {
-            self.feed.push(News::Pass(1));
-        }
+        let shared = self.lock();
+        shared.watch.pass(1, shared.events);
     }
 
     /// A point worth telling (a new iteration) without a change of state.
     pub fn tell(&self) {
         let mut shared = self.lock();
-        if shared.events {
-            self.feed.push(News::Pass(self.counters.iteration.load(Ordering::Relaxed)));
-        }
+        let snapshot = self.snapshot_of(&shared);
+        shared.watch.iteration(&snapshot, shared.events);
         if shared.events && shared.news.len() < NEWS_MAX {
-            let snapshot = self.snapshot_of(&shared);
             shared.news.push_back(snapshot);
             self.readable.set();
         }
@@ -261,7 +274,9 @@ impl Status {
             }
             Err(error) => {
                 let side = shared.side.map_or("", Side::name);
-                shared.error = Some(error.on_side(side));
+                let error = error.on_side(side);
+                shared.watch.error(shared.elapsed(), &error);
+                shared.error = Some(error);
                 self.become_locked(&mut shared, State::Failed);
             }
         }
@@ -274,6 +289,7 @@ impl Status {
         if shared.state == State::Cancelling && state == State::SwitchoverUnknown {
             return;
         }
+        shared.watch.error(shared.elapsed(), &error);
         shared.error = Some(error);
         shared.waits_for_word = waits;
         match shared.state == state {
@@ -343,7 +359,19 @@ impl Status {
 
     /// Takes note of a switchover, as far as it got.
     pub fn set_downtime(&self, downtime: Downtime) {
-        self.lock().downtime = downtime;
+        let mut shared = self.lock();
+        shared.watch.blackout(shared.elapsed(), downtime);
+        shared.downtime = downtime;
+    }
+
+    /// Nobody is told of what happens any more, whether the migration has ended or not.
+    pub fn stop_telling(&self) {
+        self.lock().watch.close();
+    }
+
+    /// How many migrations ended, and how.
+    pub fn tally(&self) -> Tally {
+        self.lock().watch.tally
     }
 
     /// The present state.
@@ -383,9 +411,7 @@ impl Status {
     }
 
     fn snapshot_of(&self, shared: &Shared) -> Snapshot {
-        let until = shared.ended.unwrap_or_else(Instant::now);
-        let elapsed = shared.started.map_or(Duration::ZERO, |at| until.saturating_duration_since(at));
-        self.counters.snapshot(shared.state, shared.side, elapsed)
+        self.counters.snapshot(shared.state, shared.side, shared.elapsed())
     }
 
     /// The next piece of news, oldest first.

@@ -26,6 +26,7 @@ fn options_page() -> String {
             Type::Choice(words) => words[usize::try_from(value).expect("an index")].to_owned(),
             Type::Size if value >= 1 << 20 && value % (1 << 20) == 0 => format!("{}M", value >> 20),
             Type::Size | Type::Millis | Type::Number => value.to_string(),
+            Type::Text if index == Opt::TraceFile as usize => "none".to_owned(),
             Type::Text => "all".to_owned(),
         };
         let (default, qemu) = match index == Opt::Machine as usize {

@@ -3,12 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
-#[path = "qemu/decode.rs"]
-mod decode;
-#[path = "qemu/peer.rs"]
-mod peer;
 #[path = "common/program.rs"]
 mod program;
+mod qemu;
 
 use std::{
     fs::{self, File},
@@ -21,8 +18,9 @@ use std::{
 };
 
 use common::{Rng, c_program, root, scratch, words};
-use peer::Peer;
 use program::Program;
+use qemu::peer::Peer;
+use qemu::{decode, peer};
 use serde_json::Value;
 
 const PAGE: usize = 4096;
@@ -476,7 +474,7 @@ fn pages_through_a_pipe(mib: usize) -> Output {
         writer.write_all(&[&b"QEVM\0\0\0\x03\x07\0\0\0\x04none"[..], blocks].concat())?;
         let mut part = b"\x02\0\0\0\x01".to_vec();
         for page in 0..256u64 {
-            part.extend((page * PAGE as u64 | if page == 0 { 8 } else { 0x28 }).to_be_bytes());
+            part.extend(((page * PAGE as u64) | if page == 0 { 8 } else { 0x28 }).to_be_bytes());
             part.extend(if page == 0 { &b"\x03ram"[..] } else { b"" });
             part.extend([0x5a; PAGE]);
         }

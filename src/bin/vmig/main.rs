@@ -59,7 +59,7 @@ fn parse(mut args: Parser) -> Result<Command, lexopt::Error> {
         Arg::Long("help") | Arg::Short('h') => Ok(Command::Say(USAGE.to_owned())),
         Arg::Long("version") | Arg::Short('V') => Ok(Command::Say(format!("vmig {}\n", env!("CARGO_PKG_VERSION")))),
         Arg::Value(name) if name == "inspect" => parse_inspect(args).map(Command::Inspect),
-        Arg::Value(name) => Err(format!("there is no command '{}'", name.display()).into()),
+        Arg::Value(name) => Err(format!("there is no command '{}'", name.to_string_lossy()).into()),
         other => Err(other.unexpected()),
     }
 }

@@ -165,7 +165,7 @@ impl Fields<'_, '_> {
             "bool" if word <= 1 => (word == 1).into(),
             _ if kind.starts_with("int") => {
                 let unused = 64 - 8 * u32::try_from(size).unwrap_or(8);
-                (word.cast_signed() << unused >> unused).into()
+                (i64::from_be_bytes(word.to_be_bytes()) << unused >> unused).into()
             }
             _ => word.into(),
         })
@@ -215,7 +215,7 @@ pub(super) fn undescribed(input: &mut Source, out: &mut Out<'_>, id: u32) -> Res
         Some(len) => (len, true),
         None => (up_to_footer(input, &footer)?, false),
     };
-    let start = hex(&input.ahead(len.min(16))?[..]);
+    let start = hex(input.ahead(len.min(16))?);
     input.skip(len as u64)?;
     let mut facts = vec![("bytes", Fact::Number(len as u64)), ("starts", start.as_str().into())];
     if !framed {

@@ -29,13 +29,10 @@ pub(super) enum Opening {
 pub(super) fn read(walk: &mut Walk<'_>) -> Result<Opening> {
     let at = walk.position();
     let first = walk.input.ahead(4)?;
+    let is_command = first.first() == Some(&COMMAND);
     let word = first.first_chunk().map_or(0, |bytes| u32::from_be_bytes(*bytes));
     match word {
-        hello::MAGIC => {
-            if hello_and_hints(walk)? {
-                return Ok(Opening::Question);
-            }
-        }
+        hello::MAGIC if hello_and_hints(walk)? => return Ok(Opening::Question),
         packet::MAGIC => {
             let text = format!("byte {at:#x}: this is a parallel channel (multifd), not the main stream");
             return Err(Error::invalid(text).at_byte(at));
@@ -50,7 +47,7 @@ pub(super) fn read(walk: &mut Walk<'_>) -> Result<Opening> {
             walk.leaf(at, "question", None, &facts)?;
             return Ok(Opening::Question);
         }
-        _ if first.first() == Some(&COMMAND) => {
+        _ if is_command => {
             walk.leaf(at, "resumed", None, &[])?;
             return Ok(Opening::Resumed);
         }
