@@ -33,6 +33,7 @@ const CHAPTERS: &[Chapter] = &[
     Chapter { title: "QMP", sources: &["src/capi/qmp.rs", "src/vmm/command.rs"], fragment: None },
     Chapter { title: "a gate for vCPUs", sources: &["src/capi/gate.rs"], fragment: None },
     Chapter { title: "a VMM with one thread", sources: &["src/capi/dispatch.rs"], fragment: None },
+    Chapter { title: "observing", sources: &["src/capi/observe.rs"], fragment: None },
     Chapter {
         title: "full control: sections of your own",
         sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],

@@ -37,6 +37,7 @@ pub mod options;
 pub mod pacing;
 pub mod status;
 pub mod trace;
+pub mod metrics;
 pub mod ram;
 pub mod wire;
 pub mod switchover;

@@ -17,6 +17,7 @@ use crate::incoming::door::Door;
 use crate::incoming::reception::Reception;
 use crate::incoming::{Parts, TakeStock};
 use crate::kvm::{self, Kvm};
+use crate::metrics::{self, Labels, Numbers};
 use crate::options::{Opt, Options};
 use crate::outgoing::Report;
 use crate::ram::{BlockSpec, Ram};
@@ -33,7 +34,7 @@ use crate::thread::{Handle, Threads, lock};
 use crate::trace;
 use crate::transport::uri::Uri;
 use crate::transport::{self, Target};
-use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
+use crate::vmm::{Level, Moment, Phase, Reasons, StopReason, Vmm};
 use crate::wire::ask::MigrationId;
 use crate::wire::{hello, ram as wire_ram};
 use crate::{incoming, outgoing};
@@ -142,6 +143,18 @@ impl Machine {
     /// The library's threads for this guest.
     pub fn threads(&self) -> &Arc<Threads> {
         &self.threads
+    }
+
+    /// Everything that can be counted, in Prometheus' text format.
+    pub fn metrics(&self, labels: &Labels<'_>) -> String {
+        let numbers = Numbers {
+            now: self.status.snapshot(),
+            downtime: self.status.downtime(),
+            tally: self.status.tally(),
+            bql: self.vmm.bql().stats(),
+            threads: self.threads.list().len(),
+        };
+        metrics::text(&numbers, labels)
     }
 
     /// What is registered is what migrates: nothing may change while a migration runs. \[bql\]
@@ -282,8 +295,16 @@ impl Machine {
             return self.keeper.set_epoch(options.get(Opt::Epoch));
         }
         self.options.set_text(name, value, busy)?;
-        self.vmm.dispatch().set_timeout(self.options.get(Opt::DispatchTimeout));
+        self.apply();
         Ok(())
+    }
+
+    /// Tells those who keep a copy what options say now.
+    fn apply(&self) {
+        self.vmm.dispatch().set_timeout(self.options.get(Opt::DispatchTimeout));
+        if let Some(level) = Level::of(self.options.get(Opt::LogLevel)) {
+            self.vmm.log().set_level(level);
+        }
     }
 
     /// Sets several options, or none of them: each on its own, and then what they are together, must be allowed. Options
@@ -299,7 +320,9 @@ impl Machine {
         let (epoch, others): (Vec<_>, Vec<_>) = settings.iter().partition(|(name, _)| *name == EPOCH);
         epoch.iter().try_for_each(|(name, value)| self.set(name, value))?;
         // What was just allowed stays allowed: a migration that began meanwhile took its copy before or after.
-        others.iter().try_for_each(|(name, value)| self.options.set_text(name, value, busy))
+        others.iter().try_for_each(|(name, value)| self.options.set_text(name, value, busy))?;
+        self.apply();
+        Ok(())
     }
 
     /// An option's value; also `listen-address` and `dirty-tracker-in-use`.
@@ -489,7 +512,9 @@ impl Machine {
         let (status, vmm) = (Arc::clone(&self.status), Arc::clone(&self.vmm));
         self.threads.spawn("trace", move || {
             // No reason to disturb a migration.
-            trace::write(file, side, &hearer, &status).map_err(|error| vmm.log().warning(error)).or(Ok(()))
+            trace::write(file, side, &hearer, &status)
+                .map_err(|error| vmm.log().to("trace").warning(error))
+                .or(Ok(()))
         })?;
         Ok(Some(teller))
     }
@@ -567,7 +592,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         if let Err(error) = self.shut_down() {
-            self.vmm.log().error(error);
+            self.vmm.log().to("machine").error(error);
         }
     }
 }

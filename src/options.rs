@@ -88,6 +88,7 @@ pub enum Opt {
     AllowFeatures,
     Machine,
     TraceFile,
+    LogLevel,
     Defaults,
 }
 
@@ -438,6 +439,14 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         false,
         "File to which everything that happens in a migration is appended, a JSON object to a line, on either side; none = \
          no such file. `vmig report` draws it (docs/tool.md).",
+    ),
+    row(
+        "log-level",
+        Type::Choice(&["error", "warning", "info", "debug"]),
+        2,
+        (0, 3),
+        true,
+        "The least important lines that are still given to the log hook, or written to stderr.",
     ),
     row(
         "defaults",

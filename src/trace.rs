@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::pacing::downtime::Parts;
 use crate::status::watch::{Event, Hearer};
 use crate::status::{Side, Snapshot, Status};
+use crate::sys::random::random;
 
 /// Version of the lines' form.
 pub const FORMAT: u64 = 1;
@@ -64,6 +65,8 @@ impl Thinning {
 #[derive(Debug)]
 struct Writer<W> {
     out: W,
+    /// In every line, for others may write to the same file.
+    run: String,
     lines: u32,
     thinning: Thinning,
     left_out: u64,
@@ -78,6 +81,7 @@ impl<W: Write> Writer<W> {
         self.lines += 1;
         let mut line = Map::new();
         line.insert("event".to_owned(), event.into());
+        line.insert("run".to_owned(), self.run.as_str().into());
         line.insert("t".to_owned(), at.into());
         line.extend(more);
         let mut text = Value::from(line).to_string();
@@ -156,7 +160,8 @@ fn parts(parts: &Parts) -> Value {
 
 /// Writes until the migration has ended; the body of the thread `trace`.
 pub fn write(out: impl Write, side: Side, hearer: &Hearer, status: &Arc<Status>) -> Result<()> {
-    let mut writer = Writer { out, lines: 0, thinning: Thinning::default(), left_out: 0 };
+    let run = format!("{:016x}", u64::from_be_bytes(random()?));
+    let mut writer = Writer { out, run, lines: 0, thinning: Thinning::default(), left_out: 0 };
     let mut written = writer.begin(side);
     let mut last = 0;
     while written.is_ok() {

@@ -54,11 +54,13 @@ fn layouts() -> BTreeMap<String, Layout> {
             fence,
             config,
             gate,
-            throttle
+            throttle,
+            log_record
         }
     );
     layout!(t, capi::gate::vmig_gate_config { size, vcpus, signal, flags, timeout_ms });
     layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
+    layout!(t, vmm::ops::vmig_log_record { size, level, thread, monotonic_ns, target, text });
     layout!(
         t,
         capi::run::vmig_bql_stats { size, acquisitions, contended, wait_ns, wait_max_ns, hold_ns, hold_max_ns }

@@ -1,6 +1,7 @@
 //! `vmig inspect`, the program itself: streams of stock QEMU, files, pipes and connections of our own, damaged and hostile
 //! ones. (That no cut and no flipped bit makes it panic is tested beside it, in src/bin/vmig/inspect/tests.rs.)
 #![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::incompatible_msrv, reason = "tests are run by a recent compiler")]
 
 mod common;
 #[path = "common/program.rs"]
@@ -405,9 +406,7 @@ fn damage_is_named_with_its_place() {
     *open.last_mut().unwrap() = b']';
     let (_, said) = damaged(&open);
     assert!(said.contains("the stream's description is not JSON"), "{said}");
-    for (name, what) in [("qemu10-none1-return-path.replies.bin", "not a migration stream")] {
-        assert!(damaged(&stream(name)).1.contains(what));
-    }
+    assert!(damaged(&stream("qemu10-none1-return-path.replies.bin")).1.contains("not a migration stream"));
     assert!(damaged(b"\x11\x22\x33\x44\0\0\0\x01").1.contains("a parallel channel (multifd)"));
 }
 

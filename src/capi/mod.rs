@@ -14,6 +14,7 @@ pub mod dispatch;
 pub mod gate;
 pub mod guest;
 pub mod migrate;
+pub mod observe;
 pub mod qmp;
 pub mod ram;
 pub mod run;

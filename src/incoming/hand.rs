@@ -231,7 +231,7 @@ impl Drop for Hand<'_> {
         if !self.kept
             && let Err(error) = self.undo()
         {
-            self.job.vmm.log().error(format_args!("after the guest did not arrive: {error}"));
+            self.job.vmm.log().to("incoming").error(format_args!("after the guest did not arrive: {error}"));
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::section::builtin;
 use crate::section::fds::Inbox;
 use crate::section::list::{Bindings, Entry};
 use crate::section::{Apply, Part};
+use crate::status::watch::phase;
 use crate::transport::stream::StreamInput;
 use crate::wire::command::{self, Command};
 use crate::wire::input::{Input, Slice};
@@ -95,7 +96,7 @@ impl<'a> Loader<'a> {
 
     /// Loads everything, up to PREPARE or to the last byte of the description. True: the guest ran at the source.
     pub(super) fn load(&mut self, input: &mut StreamInput) -> Result<bool> {
-        let result = self.prepare().and_then(|()| self.elements(input));
+        let result = phase(c"load", || self.prepare().and_then(|()| self.elements(input)));
         let result = result.map_err(|error| self.reason(error, input));
         let ok = result.is_ok();
         let cleaned = self.clean_up(ok);

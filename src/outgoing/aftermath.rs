@@ -51,7 +51,7 @@ pub(super) fn settle(job: &Job, rest: Rest) {
     if keeper.phase() != Phase::Owner
         && let Err(error) = job.vmm.stop(StopReason::NotOwner)
     {
-        job.vmm.log().error(format_args!("after the guest was let go: {error}"));
+        job.vmm.log().to("outgoing").error(format_args!("after the guest was let go: {error}"));
     }
     let why = rest.why.unwrap_or_else(|| Error::new(libc::ECANCELED, "the migration was cancelled"));
     let mut aftermath = Aftermath {

@@ -14,6 +14,7 @@ use super::{Migration, Outcome, hand};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::pacing::downtime::{Downtime, Parts};
+use crate::status::watch::phase;
 use crate::status::{State, store_time};
 use crate::switchover::Phase;
 use crate::sys::clock::monotonic_ns;
@@ -61,7 +62,7 @@ impl Migration<'_> {
         // From the stop to the last device in one go: a VMM whose one thread does this between other work must not make
         // the guest stand still in between.
         let stop = job.vmm.dispatch().run("the stop hook", || {
-            let stop = job.vmm.stop(StopReason::Migration)?;
+            let stop = phase(c"stop", || job.vmm.stop(StopReason::Migration))?;
             *stopped = true;
             course.took.stop = Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
             course.restart_lap();
@@ -125,6 +126,10 @@ impl Migration<'_> {
 
     /// END bodies and device bodies, into one buffer. The big lock covers just this.
     pub(super) fn save_devices(&mut self) -> Result<Saved> {
+        phase(c"save", || self.save_devices_now())
+    }
+
+    fn save_devices_now(&mut self) -> Result<Saved> {
         let mut lap = Lap::new();
         let mut bodies = Bodies::default();
         let clock_ns = self.job.vmm.clock_ns();
@@ -139,6 +144,10 @@ impl Migration<'_> {
 
     /// The last pages, then the devices.
     pub(super) fn send_rest(&mut self, devices: &Bodies, took: &mut Parts, lap: &mut Lap) -> Result<()> {
+        phase(c"last-pages", || self.send_rest_now(devices, took, lap))
+    }
+
+    fn send_rest_now(&mut self, devices: &Bodies, took: &mut Parts, lap: &mut Lap) -> Result<()> {
         self.job.status.check()?;
         self.toll.lift();
         self.sync()?;

@@ -33,6 +33,7 @@ use crate::pacing::{self, Convergence, Rate};
 use crate::ram::presence::Hint;
 use crate::ram::{Block, PAGE, RamList};
 use crate::section::list::Entry;
+use crate::status::watch::phase;
 use crate::status::{State, Status, store_time};
 use crate::switchover::Phase;
 use crate::switchover::keeper::Keeper;
@@ -130,7 +131,7 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
     job.vmm.unseal();
     let give_away = || {
         if let Err(error) = job.vmm.stop(StopReason::NotOwner) {
-            job.vmm.log().error(format_args!("after the guest left: {error}"));
+            job.vmm.log().to("outgoing").error(format_args!("after the guest left: {error}"));
         }
     };
     match result {
@@ -280,12 +281,14 @@ impl<'a> Migration<'a> {
     }
 
     fn phases(&mut self, stopped: &mut bool) -> Result<Outcome> {
-        self.prepare().map_err(|e| e.in_phase("prepare"))?;
-        self.greet().map_err(|e| e.in_phase("hello"))?;
-        self.setup().map_err(|e| e.in_phase("setup"))?;
+        phase(c"prepare", || self.prepare()).map_err(|e| e.in_phase("prepare"))?;
+        phase(c"hello", || self.greet()).map_err(|e| e.in_phase("hello"))?;
+        phase(c"setup", || self.setup()).map_err(|e| e.in_phase("setup"))?;
         self.job.status.advance(State::Active)?;
-        self.iterate().and_then(|()| self.total.is_kept(self.job)).map_err(|e| e.in_phase("iterate"))?;
-        self.complete(stopped)
+        phase(c"iterate", || self.iterate())
+            .and_then(|()| self.total.is_kept(self.job))
+            .map_err(|e| e.in_phase("iterate"))?;
+        phase(c"complete", || self.complete(stopped))
     }
 
     /// Sections may refuse before anything is sent.
@@ -617,7 +620,7 @@ impl<'a> Migration<'a> {
         if let Some(cleanup) = self.sections.cleanup()
             && let Err(error) = self.job.vmm.with_bql_or_later("the sections' cleanup", cleanup)
         {
-            self.job.vmm.log().error(format_args!("cleaning up after a migration: {error}"));
+            self.job.vmm.log().to("outgoing").error(format_args!("cleaning up after a migration: {error}"));
         }
         result
     }

@@ -8,14 +8,16 @@ use std::sync::{Arc, Mutex};
 
 use crate::bql::{Bql, RawLock};
 use crate::error::{Error, Result, strerror};
+use crate::sys::clock::monotonic_ns;
 use crate::sys::sized::{SizedStruct, sized_copy};
+use crate::sys::thread_sys;
 use crate::thread::lock;
 
 use super::dispatch::Dispatch;
 use super::gate::Gate;
 use super::handlers::{Moment, Phase, RunHandler};
 use super::log::{Level, Log};
-use super::ops::{vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
+use super::ops::{vmig_log_record, vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
 use super::run::{Hooks, Reasons, ReplacedRam, Vmm};
 
 /// What a callback's return value means: 0 or more is success, the rest a negative errno.
@@ -60,6 +62,27 @@ impl CVm {
         // SAFETY: the VMM's own function and pointer, called as the header promises.
         let value = unsafe { hook(self.vm.0, epoch) };
         check_return(&format!("the {name} hook (epoch {epoch})"), value).map(|_| ())
+    }
+}
+
+impl CVm {
+    /// Gives a line to the hook that knows most of it.
+    fn log(&self, line: &Line) {
+        if let Some(hook) = self.ops.log_record {
+            let record = vmig_log_record {
+                size: vmig_log_record::REQUIRED,
+                level: line.level as u32,
+                thread: line.thread,
+                monotonic_ns: line.monotonic_ns,
+                target: line.target.as_ptr(),
+                text: line.text.as_ptr(),
+            };
+            // SAFETY: the VMM's own function and pointer; the record and its texts live until the call returns.
+            unsafe { hook(self.vm.0, &raw const record) };
+        } else if let Some(hook) = self.ops.log {
+            // SAFETY: as above.
+            unsafe { hook(self.vm.0, line.level as c_int, line.text.as_ptr()) };
+        }
     }
 }
 
@@ -198,6 +221,28 @@ impl RawLock for CLock {
     }
 }
 
+/// A line of log with what is known of it when it is written: the VMM may take it later, on its own thread.
+struct Line {
+    level: Level,
+    thread: u32,
+    monotonic_ns: u64,
+    target: CString,
+    text: CString,
+}
+
+impl Line {
+    fn new(level: Level, target: &str, text: &str) -> Self {
+        Self {
+            level,
+            thread: u32::try_from(thread_sys::tid()).unwrap_or(0),
+            monotonic_ns: monotonic_ns(),
+            // Lines have no control characters, so no NUL either.
+            target: CString::new(target).unwrap_or_default(),
+            text: CString::new(text).unwrap_or_default(),
+        }
+    }
+}
+
 fn missing(hook: &str) -> Error {
     Error::invalid(format!("vmig_ops.{hook} is NULL, but required"))
 }
@@ -257,21 +302,19 @@ impl Vmm {
 }
 
 fn c_sink(shared: &Arc<CVm>, dispatch: &Arc<Dispatch>) -> Option<super::log::Sink> {
-    let hook = shared.ops.log?;
+    if shared.ops.log.is_none() && shared.ops.log_record.is_none() {
+        return None;
+    }
     let (vm, dispatch) = (Arc::clone(shared), Arc::clone(dispatch));
-    Some(Box::new(move |level: Level, line: &str| {
-        // Lines have no control characters, so no NUL either.
-        let line = CString::new(line).unwrap_or_default();
+    Some(Box::new(move |level: Level, target: &'static str, line: &str| {
+        let line = Line::new(level, target, line);
         let vm = Arc::clone(&vm);
         dispatch.line(move |lost| {
             if lost > 0 {
                 let text = format!("{lost} lines of log were lost here: vmig_dispatch() was not called");
-                let text = CString::new(text).unwrap_or_default();
-                // SAFETY: as below.
-                unsafe { hook(vm.vm.0, Level::Warning as c_int, text.as_ptr()) };
+                vm.log(&Line::new(Level::Warning, "dispatch", &text));
             }
-            // SAFETY: the VMM's own function and pointer; the line lives until the call returns.
-            unsafe { hook(vm.vm.0, level as c_int, line.as_ptr()) };
+            vm.log(&line);
         });
     }))
 }

@@ -102,6 +102,9 @@ pub struct vmig_ops {
     /// can send; 0: no longer. Optional: without it the gate does it, and without either option `auto-converge` is refused.
     /// Called on a migration thread.
     pub throttle: Option<unsafe extern "C" fn(vm: *mut c_void, percent: u32) -> c_int>,
+    /// Take one line of log with all that is known of it; comes instead of `log`. Optional. The record and what it leads to
+    /// are valid during the call. Threads and rules as for `log`.
+    pub log_record: Option<unsafe extern "C" fn(vm: *mut c_void, record: *const vmig_log_record)>,
 }
 
 // SAFETY: its only pointer to data, the gate, is followed once, when the struct is copied, and never afterwards.
@@ -112,6 +115,30 @@ unsafe impl Sync for vmig_ops {}
 unsafe impl SizedStruct for vmig_ops {
     const NAME: &'static str = "vmig_ops";
     const REQUIRED: usize = std::mem::offset_of!(vmig_ops, lock);
+}
+
+/// A line of log.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_log_record {
+    /// sizeof(vmig_log_record) of the library: do not read members beyond it.
+    pub size: usize,
+    /// One of VMIG_LOG_*.
+    pub level: u32,
+    /// Kernel id of the thread.
+    pub thread: u32,
+    /// CLOCK_MONOTONIC of this host, in nanoseconds.
+    pub monotonic_ns: u64,
+    /// The part of the library that speaks: "outgoing", "incoming", "machine", "trace"; expect others.
+    pub target: *const c_char,
+    /// The line: no line end, no control characters, at most 1024 bytes.
+    pub text: *const c_char,
+}
+
+// SAFETY: repr(C), size first, integers and pointers without padding where both have 8 bytes; the library is 64-bit only.
+unsafe impl SizedStruct for vmig_log_record {
+    const NAME: &'static str = "vmig_log_record";
+    const REQUIRED: usize = size_of::<vmig_log_record>();
 }
 
 /// Level of a log line: something failed.

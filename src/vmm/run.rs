@@ -423,7 +423,7 @@ impl Vmm {
             Ok(())
         });
         if let Err(error) = told {
-            self.log.error(error);
+            self.log.to("vmm").error(error);
         }
     }
 
@@ -584,7 +584,7 @@ impl Vmm {
             Err(error) => failures.push(error),
         }
         for error in failures {
-            self.log.error(format_args!("while the guest was stopped again: {error}"));
+            self.log.to("vmm").error(format_args!("while the guest was stopped again: {error}"));
         }
     }
 

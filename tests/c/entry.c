@@ -507,6 +507,22 @@ static int section_of(void *p)
     return result == 0 ? 0 : vmig_add_section(m, "new", 1, p, &word, count_gone);
 }
 
+static char *metrics_of(const char *labels) { return vmig_metrics(m, labels); }
+
+static void observing(void)
+{
+    char *text;
+
+    CASE(vmig_metrics);
+    CHECK(!vmig_metrics(NULL, NULL) && strstr(vmig_errmsg(), "handle"), "no guest");
+    CHECK(!metrics_of("vm=web1") && strstr(vmig_errmsg(), "labels are name="), "%s", vmig_errmsg());
+    CHECK(!metrics_of(very_long_text) && strstr(vmig_errmsg(), "longer"), "%s", vmig_errmsg());
+    CHECK(!metrics_of("\xff") && strstr(vmig_errmsg(), "UTF-8"), "%s", vmig_errmsg());
+    text = metrics_of("");
+    CHECK(text && strstr(text, "\nvmig_migration_remaining_bytes 0\n"), "metrics without labels");
+    vmig_string_free(text);
+}
+
 static const vmig_section_ops *good_section;
 static int section_named(const char *name) { return vmig_add_section(m, name, 1, good_section, &word, count_gone); }
 
@@ -612,7 +628,8 @@ static void qmp(void)
 
 int main(void)
 {
-    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, sources, devices, migrating, sections, qmp };
+    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, sources, devices, migrating, observing,
+                                              sections, qmp };
     char *text = malloc(1000), *very = malloc(70000);
     uint64_t before;
 

@@ -2,6 +2,7 @@
 
 mod inspect;
 mod printer;
+mod report;
 mod source;
 
 use std::ffi::OsString;
@@ -13,6 +14,7 @@ use lexopt::{Arg, Parser, ValueExt};
 
 const USAGE: &str = "\
 usage: vmig inspect [--json] [--offset N] [--description FILE] FILE|-
+       vmig report [-o PAGE] TRACE|-
        vmig --help | --version
 
 inspect   prints a migration stream, of vmig or of QEMU 10.0, as a tree: sections, guest memory in numbers, the
@@ -22,13 +24,20 @@ inspect   prints a migration stream, of vmig or of QEMU 10.0, as a tree: section
             --description FILE  take the description of devices from another stream of the same machine; one of a
                                 postcopy migration has none of its own
 
-Exit status: 0 the stream is whole; 1 it is not, or could not be read; 2 the command line makes no sense.
+report    draws what the library wrote to its option trace-file as one HTML page that needs nothing from elsewhere
+            -o PAGE, --output PAGE   where to; without it the page goes to the standard output
+
+Exit status: 0 all is well; 1 the stream is damaged, or a file could not be read or written; 2 the command line makes no
+sense.
 ";
+
+const NO_FILE: &str = "a file is missing; - is the standard input";
 
 /// What the command line asks for.
 enum Command {
     Say(String),
     Inspect(inspect::Request),
+    Report(report::Request),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +52,7 @@ fn main() -> ExitCode {
         // A reader that is gone wants no more of it.
         Command::Say(text) => std::io::stdout().write_all(text.as_bytes()).map_err(|e| e.to_string()),
         Command::Inspect(request) => inspect::run(&request),
+        Command::Report(request) => report::run(&request),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,6 +69,7 @@ fn parse(mut args: Parser) -> Result<Command, lexopt::Error> {
         Arg::Long("help") | Arg::Short('h') => Ok(Command::Say(USAGE.to_owned())),
         Arg::Long("version") | Arg::Short('V') => Ok(Command::Say(format!("vmig {}\n", env!("CARGO_PKG_VERSION")))),
         Arg::Value(name) if name == "inspect" => parse_inspect(args).map(Command::Inspect),
+        Arg::Value(name) if name == "report" => parse_report(args).map(Command::Report),
         Arg::Value(name) => Err(format!("there is no command '{}'", name.to_string_lossy()).into()),
         other => Err(other.unexpected()),
     }
@@ -75,7 +86,20 @@ fn parse_inspect(mut args: Parser) -> Result<inspect::Request, lexopt::Error> {
             other => return Err(other.unexpected()),
         }
     }
-    request.file = file.ok_or("a file is missing; - is the standard input")?;
+    request.file = file.ok_or(NO_FILE)?;
+    Ok(request)
+}
+
+fn parse_report(mut args: Parser) -> Result<report::Request, lexopt::Error> {
+    let (mut file, mut request) = (None, report::Request::default());
+    while let Some(arg) = args.next()? {
+        match arg {
+            Arg::Short('o') | Arg::Long("output") => request.out = Some(args.value()?.into()),
+            Arg::Value(value) if file.is_none() => file = Some(PathBuf::from(value)),
+            other => return Err(other.unexpected()),
+        }
+    }
+    request.file = file.ok_or(NO_FILE)?;
     Ok(request)
 }
 
