@@ -61,6 +61,21 @@ typedef struct vmig vmig;
 
 /* A gate that vCPU threads go through. Opaque; see vmig_gate_new(). */
 typedef struct vmig_gate vmig_gate;
+/* A line of log. */
+typedef struct vmig_log_record {
+    /* sizeof(vmig_log_record) of the library: do not read members beyond it. */
+    size_t size;
+    /* One of VMIG_LOG_*. */
+    uint32_t level;
+    /* Kernel id of the thread. */
+    uint32_t thread;
+    /* CLOCK_MONOTONIC of this host, in nanoseconds. */
+    uint64_t monotonic_ns;
+    /* The part of the library that speaks: "outgoing", "incoming", "machine", "trace"; expect others. */
+    const char *target;
+    /* The line: no line end, no control characters, at most 1024 bytes. */
+    const char *text;
+} vmig_log_record;
 
 /* What the library asks of the VMM.
  *
@@ -141,6 +156,9 @@ typedef struct vmig_ops {
      * can send; 0: no longer. Optional: without it the gate does it, and without either option `auto-converge` is refused.
      * Called on a migration thread. */
     int (*throttle)(void *vm, uint32_t percent);
+    /* Take one line of log with all that is known of it; comes instead of `log`. Optional. The record and what it leads to
+     * are valid during the call. Threads and rules as for `log`. */
+    void (*log_record)(void *vm, const vmig_log_record *record);
 } vmig_ops;
 
 /* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
@@ -1165,6 +1183,18 @@ int vmig_dispatch(vmig *m);
 int vmig_dispatch_fd(vmig *m);
 
 /* ---- 8. full control: sections of your own --------------------------------------------------------------------- */
+/* ---- 6. observing ---------------------------------------------------------------------------------------------- */
+/* For people and machines that watch many guests: numbers in a form that monitoring systems read. The log is a hook of
+ * vmig_ops, a trace of each migration is written with option `trace-file`, and tracepoints (USDT, provider `vmig`) are
+ * in the library for bpftrace, perf and SystemTap: docs/tool.md. */
+
+/* All numbers of the guest and its migrations in Prometheus' text format, for the VMM to serve. `labels` stands in every
+ * line, to tell guests apart: name="value" with commas between, values escaped as that format wants them; NULL for
+ * none. Free it with vmig_string_free(). NULL on failure: labels that make no sense. [any][cb] */
+char *vmig_metrics(vmig *m,
+                   const char *labels);
+
+/* ---- 7. full control: sections of your own --------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
  * own, which the library frames, so that a body read too short or too long is an error with a name and an offset. */
 
