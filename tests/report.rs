@@ -173,7 +173,7 @@ fn nothing_of_a_trace_gets_into_the_page_as_it_is() {
     );
     let mut text = fs::read(&file).unwrap();
     text.extend(b"\n{\"event\": \"state\", \"run\": \"x\", \"t\": \xff\n");
-    text.extend([b'['; 1 << 20]);
+    text.extend(vec![b'['; 1 << 20]);
     fs::write(&file, &text).unwrap();
     let page = page(&file);
     assert!(

@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn numbers_have_three_digits_and_a_unit() {
-        let cases = [(0.0, "0 B"), (1023.0, "1 KiB"), (1536.0, "1.5 KiB"), (5e9, "4.66 GiB"), (1e18, "888 PiB")];
+        let cases = [(0.0, "0 B"), (1023.9, "1 KiB"), (1536.0, "1.5 KiB"), (5e9, "4.66 GiB"), (1e18, "888 PiB")];
         cases.iter().for_each(|(n, text)| assert_eq!(bytes(*n), *text));
         let cases = [(0.0, "0"), (1500.0, "1.5 µs"), (2e6, "2 ms"), (12.34e9, "12.3 s"), (150e9, "2:30 min")];
         cases.iter().for_each(|(n, text)| assert_eq!(time(*n), *text));
