@@ -305,3 +305,22 @@ fn the_documents_name_every_metric_and_tracepoint() {
         assert!(text.contains(&format!("`{point}`")), "{point} is not in docs/tool.md");
     }
 }
+
+#[test]
+fn guests_may_share_a_file() {
+    let file = scratch("shared").join("trace");
+    let line = |event: &str, run: &str, key: &str, value: Value| json!({"event": event, "run": run, "t": 1, "unix-ms": 0, key: value});
+    let lines = [
+        line("begin", "one", "side", json!("source")),
+        line("begin", "two", "side", json!("destination")),
+        line("error", "one", "message", json!("the first one's")),
+        line("error", "two", "message", json!("the second one's")),
+    ];
+    fs::write(&file, lines.map(|line| line.to_string()).join("\n")).unwrap();
+    let page = page(&file);
+    let sections: Vec<_> = page.split("<section>").skip(1).collect();
+    for (section, side, error) in [(sections[0], "destination", "the second"), (sections[1], "source", "the first")] {
+        assert!(section.contains(&format!("at the {side}")) && section.contains(error), "{section}");
+        assert_eq!(section.matches("<li>").count(), 1, "{section}");
+    }
+}
