@@ -318,6 +318,40 @@ fn connections_between_two_of_us_are_read() {
     }
 }
 
+#[test]
+fn hashes_that_are_compared_are_read() {
+    let settings =
+        |own: &[&str]| ["ram=4194304", "device=1"].iter().chain(own).map(ToString::to_string).collect::<Vec<_>>();
+    let destination = Peer::start(&c_program("peer"), "in", "tcp::0", &settings(&["multifd=off"]), Stdio::null());
+    let (uri, said) = recorded(&destination.address);
+    let source =
+        Peer::start(&c_program("peer"), "out", &uri, &settings(&["multifd=off", "verify=on"]), Stdio::null());
+    source.end().completed();
+    destination.end().completed();
+    let said = said.join().unwrap();
+    let json = whole(&said);
+    node(&json, "command", "HASH");
+    let hashes = node(&json, "command", "HASHES")["parts"].as_array().unwrap();
+    assert_eq!((&hashes[0]["kind"], &hashes[0]["granules"]), (&"block".into(), &2.into()), "{hashes:?}");
+    let gadget = node(&json, "full", "gadget");
+    let of_it = hashes.iter().find(|h| h["kind"] == "section" && h["name"] == "gadget").unwrap();
+    assert_eq!(of_it["id"], gadget["id"]);
+
+    // What a source says when the destination found a granule that differs.
+    let at = usize::try_from(number(&node(&json, "command", "PREPARE")["at"])).unwrap();
+    let told = |pages: u32| {
+        let mut stream = said[..at].to_vec();
+        stream.extend([&[8, 0x56, 0x22, 0, 0], &pages.to_be_bytes()[..]].concat());
+        stream.extend([7; 8 * 513]);
+        stream.truncate(at + 9 + 8 * pages as usize);
+        stream.extend(&said[at..]);
+        stream
+    };
+    assert_eq!(node(&whole(&told(512)), "command", "PAGE_HASHES")["pages"], 512);
+    let (byte, words) = damaged(&told(513));
+    assert!(byte == at as u64 + 5 && words.contains("more pages than a granule has"), "{byte:#x}: {words}");
+}
+
 /// A listener that takes everything and says nothing, as a file does.
 fn taker() -> (String, thread::JoinHandle<Vec<u8>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -46,7 +46,11 @@ impl Migration<'_> {
         let step = slow.throttle.round(&config(&self.job.live), slow.dirtied, sent - slow.sent_before);
         (slow.began, slow.dirtied, slow.sent_before) = (Some(Instant::now()), 0, sent);
         if let Some(percent) = step {
-            self.job.vmm.log().info(format_args!("the guest dirties memory too fast: throttled by {percent} %"));
+            self.job
+                .vmm
+                .log()
+                .to("outgoing")
+                .info(format_args!("the guest dirties memory too fast: throttled by {percent} %"));
             self.job.status.counters.throttle.store(percent.into(), Ordering::Relaxed);
             self.job.vmm.throttle(percent)?;
         }
@@ -61,7 +65,7 @@ impl Migration<'_> {
         let vmm = Arc::clone(&self.job.vmm);
         let end = move || vmm.throttle(0);
         if let Err(error) = self.job.vmm.dispatch().run_or_leave("the throttle hook", end) {
-            self.job.vmm.log().error(format_args!("the guest may still be throttled: {error}"));
+            self.job.vmm.log().to("outgoing").error(format_args!("the guest may still be throttled: {error}"));
         }
     }
 }

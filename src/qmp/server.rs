@@ -79,7 +79,7 @@ impl Server {
         let speaker = threads.spawn_with(
             THREADS[0],
             move || Speaker { shared: speaking, news, clients: Vec::new(), last: 0, paused: false }.speak(),
-            move |panic| log.error(panic),
+            move |panic| log.to("qmp").error(panic),
         );
         match speaker {
             Ok(speaker) => Ok(Self { shared, speaker, runner }),
@@ -123,7 +123,7 @@ impl Server {
         self.shared.bell.set();
         let log = self.shared.face.machine.vmm().log();
         if let Err(error) = self.speaker.join(None) {
-            log.error(error);
+            log.to("qmp").error(error);
         }
         self.shared.face.machine.vmm().feed().unwatch();
     }
@@ -166,7 +166,7 @@ impl Shared {
         }
         self.came.notify_all();
         if let Err(error) = runner.join(None) {
-            self.face.machine.vmm().log().error(error);
+            self.face.machine.vmm().log().to("qmp").error(error);
         }
     }
 }
@@ -221,7 +221,7 @@ impl Speaker {
             let line = event::line(&told);
             for client in &mut self.clients {
                 if !client.tell(&line) {
-                    vmm.log().warning("a QMP client does not read what it is told: it is disconnected");
+                    vmm.log().to("qmp").warning("a QMP client does not read what it is told: it is disconnected");
                 }
             }
         }
@@ -269,7 +269,7 @@ impl Speaker {
                 self.clients.push(Client::new(self.last, fd));
             }
             Err(error) => {
-                self.shared.face.machine.vmm().log().warning(format_args!("QMP: {error}"));
+                self.shared.face.machine.vmm().log().to("qmp").warning(format_args!("QMP: {error}"));
                 self.paused = true;
             }
         }

@@ -4,8 +4,10 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 use vmig::error::{Error, Result};
+use vmig::ram::presence::GRANULE;
 use vmig::section::builtin;
 use vmig::wire::command::{self, Any, Command, Postcopy};
+use vmig::wire::digest::{self, Part};
 use vmig::wire::input::Input;
 use vmig::wire::ram;
 use vmig::wire::stream::{self, Element, SectionName};
@@ -254,10 +256,35 @@ impl<'a> Walk<'a> {
             Command::Go(epoch, incarnation) => {
                 ("GO", vec![("epoch", Fact::Number(*epoch)), ("incarnation", Fact::Address(*incarnation))])
             }
+            Command::Hash => ("HASH", vec![]),
+            Command::Hashes => return self.hashes(at),
+            Command::PageHashes => {
+                let pages = digest::read_granule(&mut self.input, GRANULE)?;
+                ("PAGE_HASHES", number("pages", pages.len() as u64))
+            }
             Command::Abort(epoch) => ("ABORT", number("epoch", *epoch)),
             Command::Error(error) => ("ERROR", vec![("text", error.to_string().as_str().into())]),
         };
         self.leaf(at, "command", Some(name), &facts)
+    }
+
+    /// What the source hashed, with option `verify`.
+    fn hashes(&mut self, at: u64) -> Result<()> {
+        printed(self.out.begin(&Node { at, kind: "command", name: Some("HASHES"), facts: &[] }))?;
+        let Self { input, out, bound, .. } = self;
+        digest::skim(input, &mut |at, part| {
+            let (kind, name, facts) = match &part {
+                Part::Block(name, granules) => {
+                    ("block", Some(name.as_str()), vec![("granules", Fact::Number((*granules).into()))])
+                }
+                Part::Section(id, hash) => {
+                    let facts = vec![("id", Fact::Number((*id).into())), ("hash", Fact::Address(*hash))];
+                    ("section", bound.get(id).map(|name| name.name.as_str()), facts)
+                }
+            };
+            printed(out.leaf(&Node { at, kind, name, facts: &facts }))
+        })?;
+        printed(self.out.close())
     }
 
     fn postcopy(&mut self, at: u64, command: &Postcopy) -> Result<()> {
