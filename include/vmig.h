@@ -61,6 +61,7 @@ typedef struct vmig vmig;
 
 /* A gate that vCPU threads go through. Opaque; see vmig_gate_new(). */
 typedef struct vmig_gate vmig_gate;
+
 /* A line of log. */
 typedef struct vmig_log_record {
     /* sizeof(vmig_log_record) of the library: do not read members beyond it. */
@@ -1084,8 +1085,8 @@ int vmig_reply_json(vmig_reply *reply,
 
 /* Answers it with an error, in a sentence for people. [cb] of the callback that got the reply. */
 int vmig_reply_error(vmig_reply *reply, const char *text);
-/* ---- 6. a VMM with one thread ---------------------------------------------------------------------------------- */
-/* ---- 6. a gate for vCPUs --------------------------------------------------------------------------------------- */
+
+/* ---- 7. a gate for vCPUs --------------------------------------------------------------------------------------- */
 /* An optional helper for a VMM whose vCPU threads nobody can stop yet: each goes through a gate, which the library closes,
  * opens and narrows. Give it as vmig_ops.gate, and the hooks `stop` and `start` may be NULL.
  *
@@ -1160,7 +1161,7 @@ int vmig_gate_throttle(vmig_gate *g, unsigned int percent);
  * [any] */
 int vmig_gate_end(vmig_gate *g);
 
-/* ---- 7. a VMM with one thread ---------------------------------------------------------------------------------- */
+/* ---- 8. a VMM with one thread ---------------------------------------------------------------------------------- */
 /* A VMM with one thread and a poll loop, an interpreter for example, sets option `dispatch` to `manual` before it
  * registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, log) wait in a queue
  * until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
@@ -1182,8 +1183,7 @@ int vmig_dispatch(vmig *m);
  * poll it. -EINVAL: option `dispatch` is not `manual`. [any][cb] */
 int vmig_dispatch_fd(vmig *m);
 
-/* ---- 8. full control: sections of your own --------------------------------------------------------------------- */
-/* ---- 6. observing ---------------------------------------------------------------------------------------------- */
+/* ---- 9. observing ---------------------------------------------------------------------------------------------- */
 /* For people and machines that watch many guests: numbers in a form that monitoring systems read. The log is a hook of
  * vmig_ops, a trace of each migration is written with option `trace-file`, and tracepoints (USDT, provider `vmig`) are
  * in the library for bpftrace, perf and SystemTap: docs/tool.md. */
@@ -1194,7 +1194,7 @@ int vmig_dispatch_fd(vmig *m);
 char *vmig_metrics(vmig *m,
                    const char *labels);
 
-/* ---- 7. full control: sections of your own --------------------------------------------------------------------- */
+/* ---- 10. full control: sections of your own -------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
  * own, which the library frames, so that a body read too short or too long is an error with a name and an offset. */
 
