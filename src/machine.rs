@@ -163,6 +163,17 @@ impl Machine {
         self.status.check_may_register().map_err(|e| e.context(format_args!("cannot {what} now")))
     }
 
+    /// The same for what goes away: with one thread, callbacks that are left for it come first. \[bql\]
+    fn check_removing(&self, what: &str) -> Result<()> {
+        self.check_registering(what)?;
+        if self.vmm.dispatch().home().is_manual() {
+            // The last migration's thread keeps what it had for another moment, and must not be the last that does.
+            self.join_last();
+            self.run_left(what)?;
+        }
+        Ok(())
+    }
+
     /// Registers guest RAM. \[bql\]
     pub fn add_ram(&self, spec: BlockSpec) -> Result<()> {
         self.check_registering("add RAM")?;
@@ -171,7 +182,7 @@ impl Machine {
 
     /// Forgets guest RAM and its KVM slots. \[bql\]
     pub fn remove_ram(&self, name: &str) -> Result<()> {
-        self.check_registering("remove RAM")?;
+        self.check_removing("remove RAM")?;
         // What was left on when a guest left may still guard this memory.
         self.dirty.rest();
         let block = self.ram.find(name);
@@ -235,7 +246,15 @@ impl Machine {
     /// How logging is switched: by the VMM's hook if there is one.
     fn switch(&self) -> Option<Switch> {
         let vmm = Arc::clone(&self.vmm);
-        self.vmm.has_log_dirty().then(|| Box::new(move |slot, on| vmm.log_dirty(slot, on)) as Switch)
+        let switch = move |slot, on| {
+            if on {
+                return vmm.log_dirty(slot, on);
+            }
+            // Where a migration ends nobody may wait for a VMM that waits for just that.
+            vmm.end_log_dirty(slot);
+            Ok(())
+        };
+        self.vmm.has_log_dirty().then(|| Box::new(switch) as Switch)
     }
 
     /// Registers a KVM memory slot, whose dirty log is then read. \[bql\]
@@ -254,7 +273,7 @@ impl Machine {
 
     /// Forgets a KVM memory slot. \[bql\]
     pub fn remove_kvm_slot(&self, number: u32) -> Result<()> {
-        self.check_registering("remove a KVM slot")?;
+        self.check_removing("remove a KVM slot")?;
         match &*lock(&self.kvm) {
             Some(kvm) => kvm.tracker.remove_slot(number),
             None => Err(Error::new(libc::ENOENT, format!("KVM slot {number} is not registered"))),
@@ -275,11 +294,7 @@ impl Machine {
     /// Forgets a device or section by its key; returns it, so that its last callback runs without any lock of ours
     /// but the big one. \[bql\]
     pub fn remove_section(&self, key: usize) -> Result<Vec<Entry>> {
-        self.check_registering("remove a device")?;
-        if self.vmm.dispatch().home().is_manual() {
-            // The last migration's thread keeps the sections it had for another moment, and must not be the last that does.
-            self.join_last();
-        }
+        self.check_removing("remove a device")?;
         self.sections.remove(key)
     }
 

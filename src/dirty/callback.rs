@@ -4,7 +4,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::nap::Naps;
 use super::{Found, Kind, Tracker};
@@ -43,7 +43,8 @@ pub struct vmig_dirty_bitmap {
 /// The struct is copied. Callbacks run on a thread of the library without the big lock, one at a time for each source.
 /// They return 0 or more, or a negative errno, which fails the migration with an error that names source and block; the
 /// guest goes on. They may call the vmig functions marked `[cb]`, and must not wait for the big lock's holder. What the
-/// library passes is valid during the call.
+/// library passes is valid during the call. With option `dispatch=manual` each call is a callback of its own for
+/// vmig_dispatch().
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct vmig_dirty_source {
@@ -80,20 +81,34 @@ type Report = unsafe extern "C" fn(*mut c_void, *const vmig_dirty_bitmap) -> c_i
 /// Pages behind a block's last for which its bitmap has room, too: who writes beyond the end is found out by them.
 const SLACK: u64 = PAGE * 8;
 
-/// A source with its pointer.
-pub struct Source {
-    name: String,
+/// Where the VMM may be called back.
+pub trait Caller: Send + Sync {
+    /// Makes `call` there, waits for it, and says what it returned.
+    fn call(&self, what: &str, call: &mut (dyn FnMut() -> c_int + Send)) -> Result<c_int>;
+
+    /// Makes `call` there, some time; nobody waits.
+    fn post(&self, what: &str, call: Box<dyn FnOnce() + Send>);
+}
+
+/// The callbacks with their pointer. Whoever may call them shares one, so `destroy` comes last.
+struct Callbacks {
     ops: vmig_dirty_source,
     opaque: *mut c_void,
-    /// The pointer is ours: `destroy` is due.
-    armed: std::sync::atomic::AtomicBool,
-    blocks: Mutex<Vec<Watched>>,
+    /// Where they run. Set once the pointer is ours: from then on `destroy` is due.
+    caller: OnceLock<Arc<dyn Caller>>,
 }
 
 // SAFETY: the pointer is only handed back to the VMM, which is told on which threads its callbacks run.
-unsafe impl Send for Source {}
-// SAFETY: as above; everything else is locked or never changes.
-unsafe impl Sync for Source {}
+unsafe impl Send for Callbacks {}
+// SAFETY: as above; everything else never changes.
+unsafe impl Sync for Callbacks {}
+
+/// A source.
+pub struct Source {
+    name: String,
+    callbacks: Arc<Callbacks>,
+    blocks: Mutex<Vec<Watched>>,
+}
 
 impl std::fmt::Debug for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -164,22 +179,24 @@ impl Source {
         if ops.sync.is_none() {
             return Err(Error::invalid(format!("dirty source '{name}' has no sync callback")));
         }
-        Ok(Self { name, ops, opaque, armed: false.into(), blocks: Mutex::default() })
+        let callbacks = Arc::new(Callbacks { ops, opaque, caller: OnceLock::new() });
+        Ok(Self { name, callbacks, blocks: Mutex::default() })
     }
 
-    /// From here on `destroy` is due at the end.
-    pub fn adopt(&self) {
-        self.armed.store(true, std::sync::atomic::Ordering::Release);
+    /// From here on `caller` calls, and `destroy` is due at the end.
+    pub fn adopt(&self, caller: Arc<dyn Caller>) {
+        // Whoever added it does so once.
+        let _ = self.callbacks.caller.set(caller);
     }
 
     /// Whether this is the source of that pointer.
     pub fn is_of(&self, opaque: *mut c_void) -> bool {
-        self.opaque == opaque
+        self.callbacks.opaque == opaque
     }
 
     /// Whether both have the same pointer.
     pub fn has_pointer_of(&self, other: &Self) -> bool {
-        self.is_of(other.opaque)
+        self.is_of(other.callbacks.opaque)
     }
 
     /// Its name, as the VMM gave it.
@@ -196,15 +213,25 @@ impl Source {
     }
 
     fn call(&self, name: &str, callback: Report, watched: &mut Watched, pages: &Range<usize>) -> Result<()> {
-        let bitmap = watched.bitmap(pages);
-        // SAFETY: the VMM's own function and pointer, called as the header promises; the bitmap has room for the pages.
-        let value = unsafe { callback(self.opaque, &raw const bitmap) };
-        let what = |e: Error| e.context(format_args!("RAM block '{}'", watched.block.name())).in_section("ram");
-        returned(&self.owner(), name, value).map(drop).map_err(what)
+        let called = self.run(name, |callbacks| {
+            let bitmap = watched.bitmap(pages);
+            // SAFETY: the VMM's own function and pointer, called as the header promises; the bitmap has room for the pages.
+            unsafe { callback(callbacks.opaque, &raw const bitmap) }
+        });
+        called.map_err(|e| e.context(format_args!("RAM block '{}'", watched.block.name())).in_section("ram"))
+    }
+
+    /// Has `call` made where the VMM may be called back, and says what its value means.
+    fn run(&self, name: &str, mut call: impl FnMut(&Callbacks) -> c_int + Send) -> Result<()> {
+        let callbacks = &*self.callbacks;
+        // One that is not adopted yet is not called.
+        let Some(caller) = callbacks.caller.get() else { return Ok(()) };
+        let value = caller.call(&format!("{name} of {}", self.owner()), &mut || call(callbacks))?;
+        returned(&self.owner(), name, value).map(drop)
     }
 
     fn sync_block(&self, watched: &mut Watched, found: &mut Found<'_>) -> Result<()> {
-        let Some(sync) = self.ops.sync else { return Ok(()) };
+        let Some(sync) = self.callbacks.ops.sync else { return Ok(()) };
         watched.log.words_mut().fill(0);
         let (pages, words) = (watched.block.pages(), watched.words());
         self.call("sync", sync, watched, &(0..pages))?;
@@ -217,7 +244,7 @@ impl Source {
             return Err(Error::new(libc::ERANGE, text).in_section("ram"));
         }
         let log = &watched.log.words()[..words];
-        if self.ops.clear.is_some() {
+        if self.callbacks.ops.clear.is_some() {
             watched.told.copy_from_slice(log);
         }
         found(&watched.block, 0, log);
@@ -246,10 +273,9 @@ impl Tracker for Source {
             let log = DirtyLog::new((words * WORD_BITS) as u64 + SLACK)?;
             blocks.push(Watched { block: Arc::clone(block), name, log, told });
         }
-        if let Some(start) = self.ops.start {
+        if let Some(start) = self.callbacks.ops.start {
             // SAFETY: the VMM's own function and pointer, called as the header promises.
-            let value = unsafe { start(self.opaque) };
-            returned(&self.owner(), "start", value)?;
+            self.run("start", |callbacks| unsafe { start(callbacks.opaque) })?;
         }
         *self.lock() = blocks;
         Ok(())
@@ -257,10 +283,15 @@ impl Tracker for Source {
 
     fn stop(&self) {
         self.lock().clear();
-        if let Some(stop) = self.ops.stop {
+        let (Some(stop), Some(caller)) = (self.callbacks.ops.stop, self.callbacks.caller.get()) else { return };
+        let callbacks = Arc::clone(&self.callbacks);
+        // Where a migration ends nobody may wait for a VMM that waits for just that.
+        let call = move || {
+            let callbacks = &*callbacks;
             // SAFETY: the VMM's own function and pointer, called as the header promises.
-            unsafe { stop(self.opaque) };
-        }
+            unsafe { stop(callbacks.opaque) }
+        };
+        caller.post(&format!("stop of {}", self.owner()), Box::new(call));
     }
 
     fn sync(&self, found: &mut Found<'_>) -> Result<()> {
@@ -268,7 +299,7 @@ impl Tracker for Source {
     }
 
     fn clear(&self, block: &Block, pages: Range<usize>) -> Result<()> {
-        let Some(clear) = self.ops.clear else { return Ok(()) };
+        let Some(clear) = self.callbacks.ops.clear else { return Ok(()) };
         let mut blocks = self.lock();
         let Some(watched) = blocks.iter_mut().find(|w| std::ptr::eq(&*w.block, block)) else { return Ok(()) };
         for chunk in Naps::chunks_of(&pages) {
@@ -285,15 +316,15 @@ impl Tracker for Source {
     }
 
     fn covers(&self, block: &Block) -> Vec<Range<usize>> {
-        let all = self.ops.flags & VMIG_SOURCE_ALL_WRITES != 0;
+        let all = self.callbacks.ops.flags & VMIG_SOURCE_ALL_WRITES != 0;
         all.then(|| 0..block.pages()).into_iter().collect()
     }
 }
 
-impl Drop for Source {
+impl Drop for Callbacks {
     fn drop(&mut self) {
-        if let (true, Some(destroy)) = (*self.armed.get_mut(), self.ops.destroy) {
-            // SAFETY: the source owns the pointer since it was added, and nobody has the source any more.
+        if let (Some(_), Some(destroy)) = (self.caller.get(), self.ops.destroy) {
+            // SAFETY: the source owns the pointer since it was added, and nobody has it any more.
             unsafe { destroy(self.opaque) }
         }
     }

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::ram::{Block, RamList};
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
-use crate::sys::kvm::{DirtyLog, Vm};
+use crate::sys::kvm::{DirtyLog, Slot, Vm};
 use crate::sys::kvm_ring::Ring;
 use crate::thread::{Handle, Threads, lock};
 
@@ -145,24 +145,36 @@ impl Shared {
         }
     }
 
-    /// Switches logging of the slots in `list` on.
-    fn switch_on(&self, slots: &mut [Noted], list: &RamList) -> Result<()> {
-        for index in 0..slots.len() {
-            let noted = &mut slots[index];
-            noted.kept.fill(0);
-            noted.on = list.iter().any(|block| Arc::ptr_eq(block, &noted.placed.block));
-            if !noted.on {
-                continue;
-            }
-            let done =
-                self.slots.set_logging(&noted.placed.slot, true).and_then(|()| noted.look_beside(&self.slots.vm));
+    /// Switches logging of the slots in `list` on. Nothing is locked while the hook is called: a VMM with one thread may
+    /// stand at a full ring before it comes to the hook.
+    fn switch_on(&self, list: &RamList) -> Result<()> {
+        let wanted: Vec<Slot> = {
+            let mut slots = self.slots.lock();
+            slots.iter_mut().for_each(|noted| noted.kept.fill(0));
+            let wanted =
+                slots.iter().filter(|noted| list.iter().any(|block| Arc::ptr_eq(block, &noted.placed.block)));
+            wanted.map(|noted| noted.placed.slot).collect()
+        };
+        for slot in wanted {
+            self.with_slot(&slot, |noted| {
+                noted.on = true;
+                Ok(())
+            })?;
+            let done = self.slots.set_logging(&slot, true);
+            let done = self.with_slot(&slot, |noted| {
+                done.and_then(|()| noted.look_beside(&self.slots.vm)).map_err(|e| noted.placed.named(e))
+            });
             if let Err(error) = done {
-                let error = noted.placed.named(error);
-                self.switch_off(&mut slots[..=index]);
+                self.switch_off(&mut self.slots.lock());
                 return Err(error);
             }
         }
         Ok(())
+    }
+
+    fn with_slot(&self, slot: &Slot, f: impl FnOnce(&mut Noted) -> Result<()>) -> Result<()> {
+        // None can go away while a migration runs.
+        self.slots.lock().iter_mut().find(|noted| noted.placed.slot.slot == slot.slot).map_or(Ok(()), f)
     }
 
     fn switch_off(&self, slots: &mut [Noted]) {
@@ -219,8 +231,8 @@ impl Tracker for KvmRing {
             rings.trouble = None;
             // What an earlier attempt left is of no interest, but would fill the rings.
             self.shared.harvest(&mut rings, &mut slots)?;
-            self.shared.switch_on(&mut slots, list)?;
         }
+        self.shared.switch_on(list)?;
         let (shared, seen) = (Arc::clone(&self.shared), Arc::clone(&wake));
         let harvest = move || {
             shared.watch(&seen);

@@ -74,6 +74,22 @@ impl Machine {
         Ok(())
     }
 
+    /// Before something goes away that callbacks in the queue may be about. Inside of one they cannot run.
+    pub(super) fn run_left(&self, what: &str) -> Result<()> {
+        let dispatch = self.vmm.dispatch();
+        match dispatch.home().require_outside(what) {
+            Ok(()) => {
+                dispatch.run_queued();
+                Ok(())
+            }
+            Err(_) if dispatch.is_empty() => Ok(()),
+            Err(_) => {
+                let text = format!("cannot {what} from inside this callback: others wait for vmig_dispatch()");
+                Err(Error::new(libc::EBUSY, text))
+            }
+        }
+    }
+
     /// Pauses the guest, or takes the pause back, for the user. \[free\]
     pub fn pause(&self, pause: bool) -> Result<()> {
         use crate::vmm::StopReason::User;

@@ -1,16 +1,27 @@
 //! What else writes guest memory, or knows who did: dirty sources, and the dirty rings of vCPUs.
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 use super::Machine;
 use crate::dirty::Tracker;
-use crate::dirty::callback::Source;
+use crate::dirty::callback::{Caller, Source};
 use crate::error::{Error, Result};
 use crate::thread::lock;
+use crate::vmm::dispatch::Dispatch;
 
 /// Dirty sources a guest may have at once.
 const SOURCES_MAX: usize = 1024;
+
+impl Caller for Dispatch {
+    fn call(&self, what: &str, call: &mut (dyn FnMut() -> c_int + Send)) -> Result<c_int> {
+        self.run(what, || Ok(call()))
+    }
+
+    fn post(&self, what: &str, call: Box<dyn FnOnce() + Send>) {
+        self.post(what, call);
+    }
+}
 
 impl Machine {
     /// A vCPU stands at a full dirty ring. \[any\]
@@ -36,7 +47,7 @@ impl Machine {
         }
         let source = Arc::new(source);
         self.dirty.add_tracker(Arc::<Source>::clone(&source))?;
-        source.adopt();
+        source.adopt(Arc::<Dispatch>::clone(self.vmm.dispatch()));
         sources.push(source);
         Ok(())
     }
@@ -44,7 +55,7 @@ impl Machine {
     /// Forgets a dirty source by its pointer; returns it, so that its last callback runs without any lock of ours but the
     /// big one. \[bql\]
     pub fn remove_dirty_source(&self, opaque: *mut c_void) -> Result<Arc<Source>> {
-        self.check_registering("remove a dirty source")?;
+        self.check_removing("remove a dirty source")?;
         let mut sources = lock(&self.sources);
         let Some(at) = sources.iter().position(|source| source.is_of(opaque)) else {
             return Err(Error::new(libc::ENOENT, "no dirty source with this opaque pointer was added"));

@@ -154,6 +154,29 @@ impl Dispatch {
         lock(&slot).take().unwrap_or_else(|| Err(self.nobody(what)))
     }
 
+    /// The same for what nobody waits for: it runs in its turn, at the latest at the end. For what ends something that was
+    /// begun here, so that there is never more of it than of what was waited for.
+    pub fn post(&self, what: &str, f: impl FnOnce() + Send + 'static) {
+        let name = what.to_owned();
+        let f = move || {
+            let _ = fence(name, || {
+                f();
+                Ok(())
+            });
+        };
+        if let Some(_inside) = self.here() {
+            return f();
+        }
+        let mut queue = lock(&self.queue);
+        queue.push(Box::new(f), false);
+        self.ring();
+    }
+
+    /// Whether nothing waits in the queue.
+    pub fn is_empty(&self) -> bool {
+        lock(&self.queue).entries.is_empty()
+    }
+
     /// A line of log: nobody waits for it.
     pub fn line(&self, write: impl FnOnce(u64) + Send + 'static) {
         if let Some(_inside) = self.here() {

@@ -460,6 +460,12 @@ impl Vmm {
         self.call("the log_dirty hook", || self.hooks.log_dirty(slot, on))
     }
 
+    /// Switches it off, now or when the VMM may be called back: nobody waits for it, and what fails only costs time.
+    pub fn end_log_dirty(self: &Arc<Self>, slot: u32) {
+        let vmm = Arc::clone(self);
+        self.dispatch.post("the log_dirty hook", move || drop(vmm.hooks.log_dirty(slot, false)));
+    }
+
     /// Tells the VMM that a RAM block shows other memory. \[free\]
     pub fn ram_replaced(&self, ram: &ReplacedRam<'_>) -> Result<()> {
         self.call("the ram_replaced hook", || self.hooks.ram_replaced(ram))
