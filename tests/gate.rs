@@ -78,10 +78,14 @@ fn a_guest_that_does_not_converge_is_throttled_by_the_gate() {
         std::thread::sleep(Duration::from_millis(5));
     }
     assert_eq!(seen, [20, 30, 40], "QEMU's steps");
+    let told = a.command("qmp {\"execute\": \"query-migrate\"}");
+    assert!(told.contains("\"cpu-throttle-percentage\":40"), "{told}");
     must_live(&mut a);
     a.must("set max-bandwidth 0");
     a.must_end_in("completed");
     b.must_end_in("completed");
+    let told = a.command("qmp {\"execute\": \"query-migrate\"}");
+    assert!(told.contains("\"completed\"") && !told.contains("throttle"), "{told}");
     must_live(&mut b);
     b.must("pause");
     b.must("check");

@@ -5,6 +5,8 @@ mod program;
 
 mod common;
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -50,6 +52,7 @@ fn a_guest_goes_there_and_back_between_loops_that_are_busy() {
         a.must_end_in("completed");
         b.must_end_in("completed");
         assert_eq!((fact(&mut a, "running"), fact(&mut a, "one-go")), (0, 1), "from stop to save in one go");
+        assert!(fact(&mut a, "syncs") > 1 && fact(&mut a, "clears") > 0, "the dirty source is asked");
         must_live(&mut b);
         // The guest that is gone stands still, and the one that came is whole.
         b.must("pause");
@@ -88,6 +91,72 @@ fn freeing_the_guest_amid_a_migration_waits_for_nobody() {
         b.ended_in();
         b.quit();
     }
+}
+
+/// A client's line and the answer to it; `vmm` runs its loop meanwhile.
+fn ask(client: &mut BufReader<UnixStream>, command: &str) -> String {
+    writeln!(client.get_mut(), "{{\"execute\": \"{command}\"}}").unwrap();
+    loop {
+        let mut line = String::new();
+        client.read_line(&mut line).unwrap();
+        if !line.contains("\"event\"") {
+            return line;
+        }
+    }
+}
+
+fn client(vmm: &mut Program, dir: &Path) -> BufReader<UnixStream> {
+    let socket = dir.join(format!("{}.qmp", vmm.name));
+    vmm.must(&format!("listen unix:{}", socket.display()));
+    let stream = UnixStream::connect(&socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut client = BufReader::new(stream);
+    client.read_line(&mut String::new()).unwrap();
+    assert!(ask(&mut client, "qmp_capabilities").contains("return"));
+    client
+}
+
+#[test]
+fn commands_of_qmp_call_back_on_the_one_thread() {
+    let dir = common::scratch("single");
+    let mut vmm = single("a", &dir, "guest");
+    let mut client = client(&mut vmm, &dir);
+    must_live(&mut vmm);
+    for _ in 0..3 {
+        assert!(ask(&mut client, "stop").contains("return"));
+        assert_eq!(fact(&mut vmm, "running"), 0);
+        assert!(ask(&mut client, "query-status").contains("paused"));
+        assert!(ask(&mut client, "cont").contains("return"));
+        must_live(&mut vmm);
+        assert!(ask(&mut client, "double-it").contains("\"twice\":2"));
+    }
+    // What has to wait on the one thread is asked for there.
+    writeln!(client.get_mut(), "{}", r#"{"execute": "migrate", "arguments": {"uri": "tcp:127.0.0.1:1"}}"#).unwrap();
+    let mut refused = String::new();
+    while !refused.contains("error") {
+        client.read_line(&mut refused).unwrap();
+    }
+    assert!(refused.contains("option 'dispatch' is manual"), "{refused}");
+    let refused = vmm.command("qmp {\"execute\": \"migrate\", \"arguments\": {\"uri\": \"fd:1x\"}}");
+    assert!(refused.contains("fd:1x") && !refused.contains("dispatch"), "{refused}");
+    vmm.quit();
+}
+
+#[test]
+fn a_command_that_nobody_dispatches_fails_and_freeing_the_guest_waits_for_none() {
+    let dir = common::scratch("single");
+    let mut vmm = single("a", &dir, "guest");
+    let mut client = client(&mut vmm, &dir);
+    vmm.must("set dispatch-timeout 200");
+    vmm.must(&format!("sleepy 0 {SLEEP_MS}"));
+    let failed = ask(&mut client, "stop");
+    assert!(failed.contains("vmig_dispatch() was not called"), "{failed}");
+    must_live(&mut vmm);
+    vmm.must("set dispatch-timeout 60000");
+    vmm.must("sleepy 0 60000");
+    writeln!(client.get_mut(), "{{\"execute\": \"stop\"}}").unwrap();
+    // It is being carried out, or was not begun: both are over when the guest is freed.
+    vmm.quit();
 }
 
 /// Nobody dispatches from the `n`-th callback on, at one side: the guest must live on exactly one side then, and the

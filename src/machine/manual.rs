@@ -121,7 +121,7 @@ impl Machine {
     }
 
     /// Waits for threads that may wait for callbacks. `join` is told how long it waits.
-    fn join(&self, join: impl Fn(Option<Duration>) -> Result<()>) -> Result<()> {
+    pub fn join(&self, join: impl Fn(Option<Duration>) -> Result<()>) -> Result<()> {
         let dispatch = self.vmm.dispatch();
         if !dispatch.home().is_manual() {
             return join(None);

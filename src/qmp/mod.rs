@@ -93,7 +93,11 @@ impl Face {
         let own = lock(&self.own).get(&name).cloned();
         match own {
             Some(_) if oob => Err(Refusal::new(format!("The command {name} does not support OOB"))),
-            Some(command) => Ok(command.run(&Value::Object(arguments).to_string())?),
+            Some(command) => {
+                let arguments = Value::Object(arguments).to_string();
+                let what = format!("command '{name}'");
+                Ok(self.machine.vmm().dispatch().run(&what, || command.run(&arguments))?)
+            }
             None => Err(Refusal::not_found(format!("The command {} has not been found", shown(&name)))),
         }
     }

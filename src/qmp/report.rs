@@ -19,6 +19,7 @@ pub fn gives() -> Shape {
     let socket = [vec![must("type", words(["inet", "unix"]))], socket.into()].concat();
     let mut fields = vec![may("status", words(STATES.map(State::name))), may("ram", Shape::Object(ram))];
     fields.extend(["setup-time", "total-time", "expected-downtime", "downtime"].map(|name| may(name, Shape::Int)));
+    fields.push(may("cpu-throttle-percentage", Shape::Int));
     fields.push(may("error-desc", Shape::Str));
     fields.push(may("blocked-reasons", list(Shape::Str)));
     fields.push(may("socket-address", list(Shape::Object(socket))));
@@ -104,6 +105,9 @@ fn source(now: &Snapshot, out: &mut Map<String, Value>) {
         State::Completed => out.insert("downtime".into(), (now.downtime / MILLI).into()),
         _ => out.insert("expected-downtime".into(), (now.expected_downtime / MILLI).into()),
     };
+    if now.throttle > 0 && !now.state.is_final() {
+        out.insert("cpu-throttle-percentage".into(), now.throttle.into());
+    }
     let mut ram: Map<String, Value> = RAM.iter().map(|(name, get)| ((*name).to_owned(), get(now).into())).collect();
     ram.insert("mbps".into(), mbps(now).into());
     out.insert("ram".into(), ram.into());

@@ -165,7 +165,8 @@ impl Shared {
             jobs.clear();
         }
         self.came.notify_all();
-        if let Err(error) = runner.join(None) {
+        // The command that runs may have to call the VMM back.
+        if let Err(error) = self.face.machine.join(|limit| runner.join(limit)) {
             self.face.machine.vmm().log().to("qmp").error(error);
         }
     }

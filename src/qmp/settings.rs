@@ -8,10 +8,9 @@ use super::table::{Call, Outcome, done};
 use crate::options::{Opt, Row, TABLE, Type};
 
 /// Capabilities of QEMU's that nothing here has: they may be switched off, as tools do that switch all of them.
-pub const ABSENT_CAPABILITIES: [&str; 17] = [
+pub const ABSENT_CAPABILITIES: [&str; 16] = [
     "xbzrle",
     "rdma-pin-all",
-    "auto-converge",
     "zero-blocks",
     "postcopy-ram",
     "x-colo",
@@ -37,11 +36,6 @@ fn absent_parameters() -> Vec<(&'static str, Shape, Value)> {
         number("announce-max", 550),
         number("announce-rounds", 5),
         number("announce-step", 100),
-        number("throttle-trigger-threshold", 50),
-        number("cpu-throttle-initial", 20),
-        number("cpu-throttle-increment", 10),
-        ("cpu-throttle-tailslow", Shape::Bool, json!(false)),
-        number("max-cpu-throttle", 99),
         text("tls-creds"),
         text("tls-hostname"),
         text("tls-authz"),

@@ -6,7 +6,8 @@
  * The guest walks over its RAM and adds one to each word, so the counter says what every word must hold; it looks before
  * each step. Every callback checks that it is on the one thread, not amid guest code and not inside another, and that what
  * could wait is refused there. What is wrong ends the program with words.
- * Commands, beside those of program.h: run, wait (vmig_wait), counter, facts, sleepy N MS (after N more callbacks nothing is
+ * What the guest writes is reported by vmig_dirty in even pages, and in odd ones by a dirty source.
+ * Commands, beside those of program.h: run, wait (vmig_wait), counter, facts, listen URI (vmig_qmp_listen), sleepy N MS (after N more callbacks nothing is
  * dispatched for so long), check (all of memory; the guest must stand still). */
 #include "program.h"
 
@@ -16,7 +17,7 @@
 #include <sys/syscall.h>
 #include <time.h>
 
-enum { PAGE = 4096, RAM_BYTES = 8 << 20, WORDS = RAM_BYTES / 8, BUSY_MS = 50, CHUNKS = 5, CHUNK = 500 };
+enum { PAGE = 4096, RAM_BYTES = 8 << 20, PAGES = RAM_BYTES / PAGE, WORDS = RAM_BYTES / 8, BUSY_MS = 50, CHUNKS = 5, CHUNK = 500 };
 
 struct rtc {
     uint64_t steps;
@@ -32,7 +33,8 @@ static struct vmm {
     unsigned gpu_left, gpu_got;
     long tid;
     bool running, amid_guest, inside, quit;
-    unsigned calls, cleanups, setups;
+    uint64_t written[PAGES / 64];       /* odd pages, since the source was asked */
+    unsigned calls, cleanups, setups, starts, stops, syncs, clears, records;
     long stop_naps, saved_naps;         /* how often the migration's thread had slept then */
     unsigned sleepy_after, sleepy_ms;
     unsigned destroyed;
@@ -79,7 +81,11 @@ static void interpret(void)
             uint64_t i = vmm.rtc.steps % WORDS;
             check_word(i);
             vmm.ram[i]++;
-            vmig_dirty(vmm.m, &vmm.ram[i], 8);
+            uint64_t page = i * 8 / PAGE;
+            if (page % 2)
+                vmm.written[page / 64] |= 1ull << page % 64;
+            else
+                vmig_dirty(vmm.m, &vmm.ram[i], 8);
             vmm.rtc.steps++;
         }
     } while (now_ms() < end);
@@ -124,7 +130,7 @@ static void refused_inside(void)
     MUST(vmig_outgoing(vmm.m, "tcp:127.0.0.1:1") == -EDEADLK && vmig_incoming(vmm.m, "tcp:127.0.0.1:0") == -EDEADLK);
     MUST(vmig_bql_wait(vmm.m, 0) == -EDEADLK && vmig_set(vmm.m, "dispatch", "auto") < 0);
     vmig_free(vmm.m);                   /* does nothing */
-    MUST(vmig_bql_held(vmm.m) == 1);
+    MUST(vmig_bql_held(vmm.m) == 1 && !vmig_qmp(vmm.m, "{\"execute\": \"query-status\"}"));
 }
 
 static int called(int result)
@@ -156,11 +162,38 @@ static int start(void *opaque)
 
 static void announce(void *opaque) { (void)opaque, called(0); }
 static int with_epoch(void *opaque, uint64_t epoch) { (void)opaque, (void)epoch; return called(0); }
-static void log_line(void *opaque, int level, const char *line)
+static void log_record(void *opaque, const vmig_log_record *record)
 {
-    (void)opaque, (void)level;
-    MUST(syscall(SYS_gettid) == vmm.tid);
-    fprintf(stderr, "log: %s\n", line);
+    (void)opaque;
+    MUST(syscall(SYS_gettid) == vmm.tid && record->level <= 3 && *record->target && record->thread);
+    vmm.records++;
+    fprintf(stderr, "log: %s: %s\n", record->target, record->text);
+}
+
+static int source_start(void *opaque) { (void)opaque, vmm.starts++; return called(0); }
+static void source_stop(void *opaque) { (void)opaque, vmm.stops++, called(0); }
+static int source_sync(void *opaque, const vmig_dirty_bitmap *map)
+{
+    (void)opaque, vmm.syncs++;
+    MUST(strcmp(map->ram, "ram") == 0 && map->first == 0 && map->pages == PAGES);
+    for (unsigned i = 0; i < PAGES / 64; i++)
+        map->bits[i] |= vmm.written[i];
+    return called(0);
+}
+static int source_clear(void *opaque, const vmig_dirty_bitmap *map)
+{
+    (void)opaque, vmm.clears++;
+    for (uint64_t i = 0; i < (map->pages + 63) / 64; i++)
+        vmm.written[map->first / 64 + i] &= ~map->bits[i];
+    return called(0);
+}
+
+/* A command of QMP. */
+static int double_it(void *opaque, const char *arguments, vmig_reply *reply)
+{
+    (void)opaque, (void)arguments;
+    vmig_reply_json(reply, "{\"twice\": 2}");
+    return called(0);
 }
 static void gone(void *opaque)
 {
@@ -238,10 +271,11 @@ static void build(void)
     vmig_ram ram = VMIG_SIZED(vmig_ram);
     vmig_device rtc = VMIG_SIZED(vmig_device);
     vmig_section_ops gpu = VMIG_SIZED(vmig_section_ops);
+    vmig_dirty_source source = VMIG_SIZED(vmig_dirty_source);
 
     vmm.tid = syscall(SYS_gettid);
     vmm.ram = map_ram(RAM_BYTES);
-    ops.stop = stop, ops.start = start, ops.announce = announce, ops.log = log_line, ops.destroy = gone;
+    ops.stop = stop, ops.start = start, ops.announce = announce, ops.log_record = log_record, ops.destroy = gone;
     ops.release = with_epoch, ops.reacquire = with_epoch;
     need(vmig_new(&ops, &vmm, &vmm.m), "new");
     need(vmig_set(vmm.m, "dispatch", "manual"), "dispatch=manual");
@@ -257,6 +291,10 @@ static void build(void)
     gpu.cleanup = gpu_cleanup, gpu.load_setup = gpu_load_setup, gpu.load = gpu_load;
     gpu.load_cleanup = gpu_load_cleanup;
     need(vmig_add_section(vmm.m, "gpu", 1, &gpu, &vmm, gone), "section");
+    source.name = "odd pages", source.start = source_start, source.stop = source_stop;
+    source.sync = source_sync, source.clear = source_clear, source.destroy = gone;
+    need(vmig_add_dirty_source(vmm.m, &source, &vmm), "source");
+    need(vmig_qmp_add(vmm.m, "double-it", double_it, &vmm, gone), "command");
     need(vmig_on_run(vmm.m, 0, on_run, &vmm, gone), "handler");
 }
 
@@ -272,7 +310,11 @@ static bool command(const char *verb, char *rest)
     } else if (strcmp(verb, "counter") == 0) {
         printf("value %" PRIu64 "\n", vmm.rtc.steps);
     } else if (strcmp(verb, "facts") == 0) {
-        printf("value running=%d one-go=%d\n", vmm.running, vmm.stop_naps > 0 && vmm.stop_naps == vmm.saved_naps);
+        printf("value running=%d one-go=%d records=%u syncs=%u clears=%u source-on=%u\n", vmm.running,
+               vmm.stop_naps > 0 && vmm.stop_naps == vmm.saved_naps, vmm.records, vmm.syncs, vmm.clears,
+               vmm.starts - vmm.stops);
+    } else if (strcmp(verb, "listen") == 0) {
+        answer(verb, vmig_qmp_listen(vmm.m, rest));
     } else if (strcmp(verb, "sleepy") == 0) {
         vmm.sleepy_after = vmm.calls + (unsigned)strtoul(rest, &rest, 10), vmm.sleepy_ms = (unsigned)strtoul(rest, NULL, 10);
         printf("ok\n");
@@ -424,7 +466,7 @@ int main(int argc, char **argv)
         loop();
     }
     vmig_free(vmm.m);
-    MUST(vmm.destroyed == 3 && vmm.setups == vmm.cleanups);
+    MUST(vmm.destroyed == 5 && vmm.setups == vmm.cleanups && vmm.starts == vmm.stops);
     printf("done\n");
     return 0;
 }

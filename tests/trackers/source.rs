@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use vmig::dirty::callback::{Source, VMIG_SOURCE_ALL_WRITES, vmig_dirty_bitmap, vmig_dirty_source};
 use vmig::dirty::choice::Choice;
+use vmig::thread::home::Home;
+use vmig::vmm::dispatch::Dispatch;
 
 use super::memory::{Kind, Memory};
 use super::schedule::{Place, World, Writer, size};
@@ -104,6 +106,7 @@ pub fn world(clears: bool, rng: &mut Rng) -> Option<World> {
     };
     // SAFETY: the callbacks take a Log, which the writers keep as long as the world lives.
     let source = unsafe { Source::new(&raw const ops, Arc::as_ptr(&log).cast_mut().cast()) }.unwrap();
+    source.adopt(Arc::new(Dispatch::new(&Arc::new(Home::new()))));
     world.hub.add_tracker(Arc::new(source)).unwrap();
     world.writers = vec![Box::new(Noting(Arc::clone(&log))), Box::new(Noting(log))];
     Some(world)
