@@ -166,7 +166,8 @@ impl Machine {
     /// The same for what goes away: with one thread, callbacks that are left for it come first. \[bql\]
     fn check_removing(&self, what: &str) -> Result<()> {
         self.check_registering(what)?;
-        if self.vmm.dispatch().home().is_manual() {
+        // While one runs, the VMM builds itself in a callback that its thread waits for.
+        if self.vmm.dispatch().home().is_manual() && self.status.check_idle().is_ok() {
             // The last migration's thread keeps what it had for another moment, and must not be the last that does.
             self.join_last();
             self.run_left(what)?;

@@ -53,6 +53,7 @@ fn a_guest_goes_there_and_back_between_loops_that_are_busy() {
         b.must_end_in("completed");
         assert_eq!((fact(&mut a, "running"), fact(&mut a, "one-go")), (0, 1), "from stop to save in one go");
         assert!(fact(&mut a, "syncs") > 1 && fact(&mut a, "clears") > 0, "the dirty source is asked");
+        assert_eq!(fact(&mut b, "built"), 1, "who is a destination is built once");
         must_live(&mut b);
         // The guest that is gone stands still, and the one that came is whole.
         b.must("pause");

@@ -1,10 +1,11 @@
 //! A VMM with one thread and a poll loop, an interpreter for example, sets option `dispatch` to `manual` before it
-//! registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, log) wait in a queue
-//! until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
+//! registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, dirty sources,
+//! commands of QMP, log) wait in a queue until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
 //! another thread. The big lock does nothing then: that thread always has it, and need not take it.
 //!
 //! Functions not marked [cb] are for that thread only (-EPERM elsewhere). Those marked [free] run what waits in the queue
-//! themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK. While the
+//! themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK.
+//! Those that remove something run first what waits in the queue; from inside a callback they are -EBUSY then. While the
 //! guest runs each callback costs a turn of the loop. From the stop hook to the last device's state all is one callback.
 
 use std::ffi::c_int;

@@ -82,7 +82,7 @@ impl Machine {
                 dispatch.run_queued();
                 Ok(())
             }
-            Err(_) if dispatch.is_empty() => Ok(()),
+            Err(_) if dispatch.is_quiet() => Ok(()),
             Err(_) => {
                 let text = format!("cannot {what} from inside this callback: others wait for vmig_dispatch()");
                 Err(Error::new(libc::EBUSY, text))

@@ -72,7 +72,9 @@ pub fn takes_limit() -> Shape {
 
 /// `set-vcpu-dirty-limit`.
 pub fn set_limit(_: &mut Call<'_>) -> Outcome {
-    Err(Refusal::new("dirty page limit feature requires KVM's dirty ring, which this library does not use yet"))
+    Err(Refusal::new(
+        "dirty page limit feature is not there: this library slows all vCPUs down alike (auto-converge)",
+    ))
 }
 
 /// What `cancel-vcpu-dirty-limit` takes.

@@ -172,9 +172,10 @@ impl Dispatch {
         self.ring();
     }
 
-    /// Whether nothing waits in the queue.
-    pub fn is_empty(&self) -> bool {
-        lock(&self.queue).entries.is_empty()
+    /// Whether nothing but log lines waits in the queue.
+    pub fn is_quiet(&self) -> bool {
+        let queue = lock(&self.queue);
+        queue.entries.len() == queue.lines
     }
 
     /// A line of log: nobody waits for it.

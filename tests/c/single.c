@@ -37,7 +37,7 @@ static struct vmm {
     unsigned calls, cleanups, setups, starts, stops, syncs, clears, records;
     long stop_naps, saved_naps;         /* how often the migration's thread had slept then */
     unsigned sleepy_after, sleepy_ms;
-    unsigned destroyed;
+    unsigned destroyed, built;
 } vmm;
 
 static _Noreturn __attribute__((format(printf, 1, 2))) void wrong(const char *format, ...)
@@ -160,6 +160,21 @@ static int start(void *opaque)
     return called(0);
 }
 
+/* A destination builds itself; what it takes away again is nothing that a callback waits for. */
+static int config(void *opaque, const void *blob, size_t len)
+{
+    static const vmig_field fields[] = { VMIG_U64(struct rtc, steps), VMIG_END };
+    vmig_device device = VMIG_SIZED(vmig_device);
+    static struct rtc spare;
+
+    (void)opaque;
+    MUST(len == 5 && memcmp(blob, "build", 5) == 0);
+    device.name = "spare", device.version = 1, device.fields = fields;
+    MUST(vmig_add_device(vmm.m, &device, 0, &spare) == 0 && vmig_remove_device(vmm.m, &spare) == 0);
+    vmm.built++;
+    return called(0);
+}
+
 static void announce(void *opaque) { (void)opaque, called(0); }
 static int with_epoch(void *opaque, uint64_t epoch) { (void)opaque, (void)epoch; return called(0); }
 static void log_record(void *opaque, const vmig_log_record *record)
@@ -275,10 +290,11 @@ static void build(void)
 
     vmm.tid = syscall(SYS_gettid);
     vmm.ram = map_ram(RAM_BYTES);
-    ops.stop = stop, ops.start = start, ops.announce = announce, ops.log_record = log_record, ops.destroy = gone;
+    ops.stop = stop, ops.start = start, ops.config = config, ops.announce = announce, ops.log_record = log_record, ops.destroy = gone;
     ops.release = with_epoch, ops.reacquire = with_epoch;
     need(vmig_new(&ops, &vmm, &vmm.m), "new");
     need(vmig_set(vmm.m, "dispatch", "manual"), "dispatch=manual");
+    need(vmig_set_config(vmm.m, "build", 5), "configuration");
     ram.name = "ram", ram.host = vmm.ram, ram.len = RAM_BYTES, ram.flags = VMIG_RAM_MARKED;
     need(vmig_add_ram(vmm.m, &ram), "RAM");     /* without the big lock, which is not needed here */
     rtc.name = "rtc", rtc.version = 1, rtc.fields = rtc_fields;
@@ -310,8 +326,8 @@ static bool command(const char *verb, char *rest)
     } else if (strcmp(verb, "counter") == 0) {
         printf("value %" PRIu64 "\n", vmm.rtc.steps);
     } else if (strcmp(verb, "facts") == 0) {
-        printf("value running=%d one-go=%d records=%u syncs=%u clears=%u source-on=%u\n", vmm.running,
-               vmm.stop_naps > 0 && vmm.stop_naps == vmm.saved_naps, vmm.records, vmm.syncs, vmm.clears,
+        printf("value running=%d one-go=%d built=%u records=%u syncs=%u clears=%u source-on=%u\n", vmm.running,
+               vmm.stop_naps > 0 && vmm.stop_naps == vmm.saved_naps, vmm.built, vmm.records, vmm.syncs, vmm.clears,
                vmm.starts - vmm.stops);
     } else if (strcmp(verb, "listen") == 0) {
         answer(verb, vmig_qmp_listen(vmm.m, rest));
