@@ -14,7 +14,7 @@ fn root() -> &'static str {
 fn options_page() -> String {
     let mut page = String::from(
         "# Options\n\nSet with `vmig_set(m, \"name\", \"value\")`, read with `vmig_get`. Made from the table in \
-         `src/options.rs` (`make header` rewrites it). *Live* options may change while a migration runs. `defaults=qemu` \
+         `src/options/table.rs` (`make header` rewrites it). *Live* options may change while a migration runs. `defaults=qemu` \
          puts every option to QEMU's default. `listen-address` can only be read: where `vmig_incoming` listens; so can \
          `dirty-tracker-in-use`: what finds written pages, of the last migration from here. Over QMP (docs/qmp.md) options \
          are parameters, those with a *c* are capabilities.\n\n\
