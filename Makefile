@@ -11,6 +11,7 @@ OBJCOPY ?= objcopy
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
 INCLUDEDIR ?= $(PREFIX)/include
+BINDIR ?= $(PREFIX)/bin
 DESTDIR ?=
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 override TARGET := $(abspath $(CARGO_TARGET_DIR))
@@ -23,6 +24,7 @@ LIBS_PRIVATE := -lutil -lrt -lpthread -lm -ldl
 LIB := $(TARGET)/lib/libvmig.a
 LIB_FAULT := $(TARGET)/fault/lib/libvmig.a
 SHARED := $(TARGET)/release/libvmig.so
+TOOL := $(TARGET)/tool/release/vmig
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 WARN := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Werror
 # Programs of the tests, each one file; header_*.c are compiled by tests/header.rs in its own ways.
@@ -40,8 +42,12 @@ C_FAULT := $(TARGET)/c-fault
 
 .PHONY: build c c-asan c-fault check check-all demo bench header install uninstall fmt lint doc clean help FORCE
 
-## build: the release libraries, static and shared (the default)
-build: $(LIB)
+## build: the release libraries, static and shared, and the tool vmig (the default)
+build: $(LIB) $(TOOL)
+
+# In a directory of its own: it needs the rlib, with which cargo would write other libraries over those below.
+$(TOOL): FORCE
+	$(CARGO) build --locked --bin vmig --release --target-dir $(TARGET)/tool
 
 # Without the rlib, for where one is made cargo does no link-time optimisation. CARGO_LIB's output: what rustc's archive
 # needs from the system, which tests/install.rs compares with LIBS_PRIVATE.
@@ -114,9 +120,10 @@ bench: c
 header:
 	UPDATE_HEADER=1 $(CARGO) test --locked --test header --test docs the_
 
-## install: header, libraries and vmig.pc below PREFIX (also DESTDIR, LIBDIR, INCLUDEDIR)
+## install: header, libraries, vmig.pc and the tool below PREFIX (also DESTDIR, LIBDIR, INCLUDEDIR, BINDIR)
 install: build
-	$(INSTALL) -d "$(DESTDIR)$(INCLUDEDIR)" "$(DESTDIR)$(LIBDIR)/pkgconfig"
+	$(INSTALL) -d "$(DESTDIR)$(INCLUDEDIR)" "$(DESTDIR)$(LIBDIR)/pkgconfig" "$(DESTDIR)$(BINDIR)"
+	$(INSTALL) -m 755 $(TOOL) "$(DESTDIR)$(BINDIR)/vmig"
 	$(INSTALL) -m 644 include/vmig.h "$(DESTDIR)$(INCLUDEDIR)/vmig.h"
 	$(INSTALL) -m 644 $(LIB) "$(DESTDIR)$(LIBDIR)/libvmig.a"
 	$(INSTALL) -m 755 $(SHARED) "$(DESTDIR)$(LIBDIR)/libvmig.so.$(VERSION)"
@@ -130,9 +137,9 @@ install: build
 	        >"$(DESTDIR)$(LIBDIR)/pkgconfig/$$pc.pc"; \
 	done
 
-## uninstall: removes what install put there (same PREFIX, DESTDIR, LIBDIR, INCLUDEDIR)
+## uninstall: removes what install put there (same PREFIX, DESTDIR, LIBDIR, INCLUDEDIR, BINDIR)
 uninstall:
-	rm -f "$(DESTDIR)$(INCLUDEDIR)/vmig.h" "$(DESTDIR)$(LIBDIR)"/libvmig.{a,so,so.$(VERSION)} \
+	rm -f "$(DESTDIR)$(BINDIR)/vmig" "$(DESTDIR)$(INCLUDEDIR)/vmig.h" "$(DESTDIR)$(LIBDIR)"/libvmig.{a,so,so.$(VERSION)} \
 	    "$(DESTDIR)$(LIBDIR)/$(SONAME)" "$(DESTDIR)$(LIBDIR)"/pkgconfig/vmig{,-static}.pc
 
 ## fmt: formats the Rust sources

@@ -19,13 +19,21 @@ struct Chapter {
 const CHAPTERS: &[Chapter] = &[
     Chapter { title: "the guest", sources: &["src/capi/guest.rs", "src/vmm/ops.rs"], fragment: None },
     Chapter { title: "the big lock and the run state", sources: &["src/capi/run.rs"], fragment: None },
-    Chapter { title: "guest RAM and dirty pages", sources: &["src/capi/ram.rs"], fragment: None },
+    Chapter {
+        title: "guest RAM and dirty pages",
+        sources: &["src/capi/ram.rs", "src/dirty/callback.rs"],
+        fragment: None,
+    },
     Chapter {
         title: "device state",
         sources: &["src/capi/device.rs", "src/section/cdevice.rs"],
         fragment: Some("src/section/macros.h"),
     },
     Chapter { title: "migrating", sources: &["src/capi/migrate.rs", "src/capi/check.rs"], fragment: None },
+    Chapter { title: "QMP", sources: &["src/capi/qmp.rs", "src/vmm/command.rs"], fragment: None },
+    Chapter { title: "a gate for vCPUs", sources: &["src/capi/gate.rs"], fragment: None },
+    Chapter { title: "a VMM with one thread", sources: &["src/capi/dispatch.rs"], fragment: None },
+    Chapter { title: "observing", sources: &["src/capi/observe.rs"], fragment: None },
     Chapter {
         title: "full control: sections of your own",
         sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],

@@ -9,14 +9,20 @@
  *     Prints one line of JSON: time from the first connect to the receiver's word that all arrived, both sides' CPU.
  * bare read MIB THREADS
  *     reads memory full of zeros, one load to a cache line. Prints one line of JSON: time.
+ * bare park THREADS TIMES
+ *     signals threads that sleep in a system call and counts them as they come back and wait to go on. Prints one line of
+ *     JSON: the median time until all are counted.
  * bare hold MIB
  *     populates memory, says "held", and lets it go when its input ends: what is fresh next comes from a kernel that has
  *     it, instead of from the host of a virtual machine that has to find it first. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <netinet/in.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -25,6 +31,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -284,6 +291,90 @@ static int hold(size_t len)
     return 0;
 }
 
+/* ---- park ---- */
+
+static struct {
+    unsigned epoch, left;               /* epoch: odd while the threads are to stand still */
+} park;
+
+static void sleep_on(unsigned *word, unsigned value)
+{
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static void wake(unsigned *word)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+static void on_signal(int signal) { (void)signal; }
+
+static void *parked(void *opaque)
+{
+    sigset_t asleep;
+    unsigned epoch = 0;
+
+    pthread_sigmask(SIG_BLOCK, NULL, &asleep);
+    sigdelset(&asleep, SIGUSR1);
+    for (;; epoch += 2) {
+        while (__atomic_load_n(&park.epoch, __ATOMIC_SEQ_CST) == epoch)
+            sigsuspend(&asleep);
+        if (__atomic_sub_fetch(&park.left, 1, __ATOMIC_SEQ_CST) == 0)
+            wake(&park.left);
+        while (__atomic_load_n(&park.epoch, __ATOMIC_SEQ_CST) == epoch + 1)
+            sleep_on(&park.epoch, epoch + 1);
+    }
+    return opaque;
+}
+
+static double park_once(pthread_t *threads, size_t count)
+{
+    unsigned left;
+    double begin;
+
+    usleep(3000);
+    begin = seconds();
+    __atomic_store_n(&park.left, (unsigned)count, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&park.epoch, 1, __ATOMIC_SEQ_CST);
+    for (size_t i = 0; i < count; i++)
+        pthread_kill(threads[i], SIGUSR1);
+    while ((left = __atomic_load_n(&park.left, __ATOMIC_SEQ_CST)))
+        sleep_on(&park.left, left);
+    begin = seconds() - begin;
+    __atomic_add_fetch(&park.epoch, 1, __ATOMIC_SEQ_CST);
+    wake(&park.epoch);
+    return begin;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+
+    return (x > y) - (x < y);
+}
+
+static int park_all(size_t count, size_t times)
+{
+    struct sigaction action = { .sa_handler = on_signal };
+    pthread_t threads[SOCKETS_MAX];
+    double *took = calloc(times, sizeof *took);
+    sigset_t usr1;
+
+    if (!took)
+        die("calloc");
+    sigemptyset(&usr1), sigaddset(&usr1, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    sigaction(SIGUSR1, &action, NULL);
+    for (size_t i = 0; i < count; i++)
+        if (pthread_create(&threads[i], NULL, parked, NULL))
+            die("pthread_create");
+    for (size_t n = 0; n < times; n++)
+        took[n] = park_once(threads, count);
+    qsort(took, times, sizeof *took, by_size);
+    printf("{\"us\": %.2f}\n", took[times / 2] * 1e6);
+    return 0;
+}
+
 static size_t number(const char *text, size_t most)
 {
     long n = text ? atol(text) : 0;
@@ -301,8 +392,10 @@ int main(int argc, char **argv)
         return push(mib << 20, count, ahead, huge);
     if (mib && count && argc == 4 && strcmp(verb, "read") == 0)
         return read_all(mib << 20, count);
+    if (mib && mib <= SOCKETS_MAX && argc == 4 && strcmp(verb, "park") == 0)
+        return park_all(mib, number(argv[3], 1 << 20));
     if (mib && argc == 3 && strcmp(verb, "hold") == 0)
         return hold(mib << 20);
-    fprintf(stderr, "usage: bare push MIB SOCKETS plain|ahead|huge, bare read MIB THREADS, bare hold MIB\n");
+    fprintf(stderr, "usage: bare push MIB SOCKETS plain|ahead|huge, bare read MIB THREADS, bare park THREADS TIMES, bare hold MIB\n");
     return 2;
 }

@@ -9,6 +9,8 @@ SOCKETS = (1, 2, 4)
 KINDS = {'huge': 'huge pages populated ahead', 'ahead': 'pages of 4 KiB populated ahead'}
 HAND_OVER_GIB = (1, 8, 16)
 HAND_OVER_LIMIT_MS = 20
+VCPUS = (1, 2, 4, 8, 16, 32, 64)
+PARK_TIMES, PARK_RATIO_MOST, PARK_MOST_US = 100, 1.5, 1000
 
 # What memory holds, pages dirtied per millisecond, pages they go round in, words.
 Guest = collections.namedtuple('Guest', 'fill burst hot_pages words')
@@ -29,13 +31,15 @@ GROUPS = {
     'words': Guest(NOTHING, 1, 1, 'switchover'),
     'cancel': Guest(RANDOM, 1, 1, 'cancel'),
     'hand-over': None,
+    'gate': None,
 }
 WORDS_LIMIT_MS = 0.5
 CANCELLED_IN = {'active': 'while memory is sent', 'pre-switchover': 'with the guest stopped',
                 'silent': 'a destination that never answers'}
 FELT = ['idle'] + [group for group in GROUPS if group.startswith('busy')]
 # Seconds a run takes, about, for the estimate.
-COST = {'vmig': 3.6, 'qemu': 5.0, 'push': 3.4, 'read': 0.8, 'rate': 6.7, 'words': 0.2, 'hello': 3.0, 'cancel': 4.0, 'hand-over': 90.0}
+COST = {'vmig': 3.6, 'qemu': 5.0, 'push': 3.4, 'read': 0.8, 'rate': 6.7, 'words': 0.2, 'hello': 3.0, 'cancel': 4.0, 'hand-over': 90.0,
+        'gate': 45.0}
 
 Row = collections.namedtuple('Row', 'row unit better vmig qemu limit panel')
 
@@ -267,6 +271,21 @@ def cancel_rows(found):
                 values(samples, f'qemu {phase}', 'cancel_ms'), [], None) for phase, words in CANCELLED_IN.items()]
 
 
+def gate(bench, number, record):
+    """vCPU threads that sleep are stopped through the gate, and by a program that only signals and counts."""
+    programs = {'vmig': os.path.join(os.path.dirname(bench.vmm), 'parking'), 'bare': bench.bare}
+    for vcpus in VCPUS:
+        for name in sorted(programs, reverse=number % 2 == 0):
+            argv = [programs[name], *(['park'] if name == 'bare' else []), str(vcpus), str(PARK_TIMES)]
+            out = subprocess.run(argv, stdout=subprocess.PIPE, timeout=120, check=True, preexec_fn=child()).stdout
+            record(f'{name} {vcpus}', json.loads(out))
+
+
+def gate_rows(found):
+    return [Row(f'parking of {n} sleeping vCPU{"s" * (n > 1)}', 'us', 'lower', values(found['gate'], f'vmig {n}', 'us'), [],
+                values(found['gate'], f'bare {n}', 'us'), None) for n in VCPUS if found['gate'].get(f'vmig {n}')]
+
+
 def hand_over_rows(found):
     return [Row(f'hand-over of {gib} GiB: {words}', 'ms', 'lower', values(found['hand-over'], f'{gib} GiB', metric), [],
                 limit, None)
@@ -289,6 +308,7 @@ def rows_of(found, b):
     rows += words_rows(found) if 'words' in found else []
     rows += cancel_rows(found) if 'cancel' in found else []
     rows += hand_over_rows(found) if 'hand-over' in found else []
+    rows += gate_rows(found) if 'gate' in found else []
     return [row for row in rows if row.vmig or row.qemu or row.limit]
 
 
@@ -389,6 +409,12 @@ def verdicts(rows):
     if words and words.vmig:
         got = median(words.vmig)
         v.line(words.row, f'under {WORDS_LIMIT_MS} ms', f'{got:.3f} ms', got < WORDS_LIMIT_MS)
+    for n in VCPUS:
+        row = v.rows.get(f'parking of {n} sleeping vCPU{"s" * (n > 1)}')
+        if row:
+            ours, bare = median(row.vmig), median(row.limit)
+            good = ours <= PARK_RATIO_MOST * bare and ours < PARK_MOST_US
+            v.line(row.row, f'{PARK_RATIO_MOST} x the bare program, under {PARK_MOST_US} us', f'{ours / bare:.2f} x, {ours:.0f} us', good)
     for gib in HAND_OVER_GIB:
         row = v.rows.get(f'hand-over of {gib} GiB: total time')
         if row:

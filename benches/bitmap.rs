@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use vmig::bitmap::{Bitmap, WORD_BITS};
+use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::set::DirtySet;
@@ -45,7 +46,7 @@ impl Guest {
         let spec =
             BlockSpec { name: "ram".into(), host, len, gpa: 0, marked: true, shared_storage: false, file: None };
         ram.add(spec).expect("a block");
-        let set = hub.subscribe(&ram.list()).expect("memory for the bitmaps");
+        let set = hub.subscribe(&ram.list(), Choice::Auto).expect("memory for the bitmaps");
         let guest = Self { ram, hub, set };
         guest.take();
         guest

@@ -21,7 +21,8 @@
  *   [any]   any thread, any time, big lock held or not
  *   [bql]   any thread that holds the big lock
  *   [free]  any thread that does not hold the big lock; may wait
- *   [cb]    legal inside callbacks too */
+ *   [cb]    legal inside callbacks too
+ * For a VMM with one thread (chapter 7) there are other rules. */
 #ifndef VMIG_H
 #define VMIG_H
 
@@ -58,6 +59,25 @@ extern "C" {
 /* A guest. Opaque. */
 typedef struct vmig vmig;
 
+/* A gate that vCPU threads go through. Opaque; see vmig_gate_new(). */
+typedef struct vmig_gate vmig_gate;
+
+/* A line of log. */
+typedef struct vmig_log_record {
+    /* sizeof(vmig_log_record) of the library: do not read members beyond it. */
+    size_t size;
+    /* One of VMIG_LOG_*. */
+    uint32_t level;
+    /* Kernel id of the thread. */
+    uint32_t thread;
+    /* CLOCK_MONOTONIC of this host, in nanoseconds. */
+    uint64_t monotonic_ns;
+    /* The part of the library that speaks: "outgoing", "incoming", "machine", "trace"; expect others. */
+    const char *target;
+    /* The line: no line end, no control characters, at most 1024 bytes. */
+    const char *text;
+} vmig_log_record;
+
 /* What the library asks of the VMM.
  *
  * Start it with VMIG_SIZED(vmig_ops); a hook that is NULL is not given. The struct is copied. Every hook gets the
@@ -67,12 +87,12 @@ typedef struct vmig_ops {
     /* sizeof(vmig_ops) of the caller. 0 or less than the first two hooks is -EINVAL; more than the library knows is
      * -E2BIG unless the rest is zero. */
     size_t size;
-    /* Required. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
+    /* Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
      * guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a migration
      * thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or vmig_start()
      * (-EDEADLK), nor wait for a thread that does. */
     int (*stop)(void *vm);
-    /* Required. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`. */
+    /* Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`. */
     int (*start)(void *vm);
     /* The VMM's own big lock; give `lock` and `unlock` or neither, then the library brings one. Wait until this
      * thread has it. Any thread. Must not call the library. */
@@ -129,6 +149,17 @@ typedef struct vmig_ops {
      * migration fails afterwards: the next source's configuration comes to a VMM that has it. `blob` is the library's,
      * valid during the call, and comes from the network: believe nothing in it. */
     int (*config)(void *vm, const void *blob, size_t len);
+    /* The gate the vCPU threads go through. Optional: the library then closes it to stop the guest, and afterwards calls
+     * `stop`, if given, for devices that run by themselves; to start, it calls `start`, if given, and opens the gate. It
+     * keeps the gate, so that the handle may be freed before the guest. */
+    vmig_gate *gate;
+    /* Have the guest's vCPUs stand still for `percent` (0 to 99) of the time, so that it dirties less memory than the link
+     * can send; 0: no longer. Optional: without it the gate does it, and without either option `auto-converge` is refused.
+     * Called on a migration thread. */
+    int (*throttle)(void *vm, uint32_t percent);
+    /* Take one line of log with all that is known of it; comes instead of `log`. Optional. The record and what it leads to
+     * are valid during the call. Threads and rules as for `log`. */
+    void (*log_record)(void *vm, const vmig_log_record *record);
 } vmig_ops;
 
 /* What a run-state handler is told: one of VMIG_PREPARE_STOP, VMIG_STOPPED, VMIG_PREPARE_START, VMIG_STARTING.
@@ -184,7 +215,7 @@ int vmig_new(const vmig_ops *ops, void *vm, vmig **out);
  * A migration whose guest was handed over already is not ended but waited for, at most for `switchover-timeout` (towards a
  * QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits,
  * without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
- * the big lock held it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
+ * the big lock held, or from a command of QMP, it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
 void vmig_free(vmig *m);
 
 /* Version of the library at run time: major << 16 | minor << 8 | patch. [any][cb] */
@@ -281,8 +312,10 @@ int vmig_remove_on_run(vmig *m, int id);
 
 /* ---- 3. guest RAM and dirty pages ------------------------------------------------------------------------------ */
 /* Guest RAM is registered in blocks: contiguous pieces of this process's memory, known to both sides by name. Every
- * write to it must be seen by the library: the vCPUs' by KVM's dirty log (vmig_use_kvm(), vmig_add_kvm_slot()) or, for
- * an emulator, by vmig_dirty() on its store path; a device's by vmig_dirty(). */
+ * write to it must be seen by the library: the vCPUs' by KVM's dirty log or ring (vmig_use_kvm(), vmig_add_kvm_slot()),
+ * or by vmig_dirty() on an emulator's store path, or by the kernel's write protection, which needs nothing of the VMM;
+ * a device's by vmig_dirty() or a dirty source. Option `dirty-tracker` chooses; docs/dirty-tracking.md says what each
+ * sees. */
 
 /* Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed. */
 #define VMIG_RAM_MARKED 1
@@ -294,6 +327,10 @@ int vmig_remove_on_run(vmig *m, int id);
  * writable mapping of. With option `hand-over` on at both sides of a unix socket the file is handed over instead of the
  * bytes. When a guest arrives that way, the library maps its file over the block (hook `ram_replaced`). */
 #define VMIG_RAM_FD 4
+
+/* Flag of a dirty source: it reports every write to guest memory, not just those of a device. RAM then needs no other
+ * tracker. */
+#define VMIG_SOURCE_ALL_WRITES 1
 
 /* A block of guest RAM. */
 typedef struct vmig_ram {
@@ -315,6 +352,53 @@ typedef struct vmig_ram {
     /* With VMIG_RAM_FD where in the file the block begins, in bytes; else 0. */
     uint64_t fd_offset;
 } vmig_ram;
+
+/* Pages of a RAM block as a bitmap: bit n of word n / 64 is page `first` + n, of 4096 bytes. */
+typedef struct vmig_dirty_bitmap {
+    /* sizeof(vmig_dirty_bitmap) of the library: do not read members beyond it. */
+    size_t size;
+    /* Name of the block. */
+    const char *ram;
+    /* Where page `first` is in this process. */
+    void *host;
+    /* First page of the block that the bitmap is about; a multiple of 64. */
+    uint64_t first;
+    /* How many pages. */
+    uint64_t pages;
+    /* One bit for each, in words of 64. */
+    uint64_t *bits;
+} vmig_dirty_bitmap;
+
+/* A source of dirty pages: a device in another process (vhost-user), a device behind an IOMMU (VFIO), an emulator's own
+ * log.
+ *
+ * The struct is copied. Callbacks run on a thread of the library without the big lock, one at a time for each source.
+ * They return 0 or more, or a negative errno, which fails the migration with an error that names source and block; the
+ * guest goes on. They may call the vmig functions marked `[cb]`, and must not wait for the big lock's holder. What the
+ * library passes is valid during the call. With option `dispatch=manual` each call is a callback of its own for
+ * vmig_dispatch(). */
+typedef struct vmig_dirty_source {
+    /* Size of the struct: VMIG_SIZED(vmig_dirty_source). */
+    size_t size;
+    /* Name for errors and the status, 1 to 255 printable bytes. Copied. */
+    const char *name;
+    /* Sum of VMIG_SOURCE_... flags. */
+    uint64_t flags;
+    /* A migration begins: from here on writes are to be noted. NULL: they always are. */
+    int (*start)(void *opaque);
+    /* Set the bits of pages of one block that were written since `start`, or since they were last reported; with `clear`,
+     * since they were last cleared. All bits are zero before the call; called for each block, and once more when the
+     * guest is stopped. Too many bits cost time, a missing one is silent loss. Bits beyond `pages` are refused. A source
+     * forgets what it reports before the call returns; what is written afterwards is reported by the next call. Required. */
+    int (*sync)(void *opaque, const vmig_dirty_bitmap *bitmap);
+    /* Pages whose bits are set are about to be read: writes to them from here on are to be reported anew. All of them were
+     * reported by the last `sync`. NULL: reporting them clears them. For sources whose clearing makes the guest wait. */
+    int (*clear)(void *opaque, const vmig_dirty_bitmap *bitmap);
+    /* The migration is over. Once for each `start` that succeeded. NULL: nothing to do. */
+    void (*stop)(void *opaque);
+    /* The last call, when the source was removed or the guest is freed; not if adding it failed. NULL: nothing to do. */
+    void (*destroy)(void *opaque);
+} vmig_dirty_source;
 
 /* A KVM memory slot: the part of a RAM block that it shows to the guest. */
 typedef struct vmig_kvm_slot {
@@ -348,9 +432,22 @@ int vmig_remove_ram(vmig *m, const char *name);
  * word of 64 pages. Memory that is in no block is ignored. [any][cb] */
 void vmig_dirty(vmig *m, const void *host, uint64_t len);
 
+/* Adds something else that knows which pages were written (a vhost-user device, VFIO, an emulator's own log): it is asked
+ * at every sync, and what it reports is sent as well. `opaque` is what its callbacks get, and its name for
+ * vmig_remove_dirty_source(). -EEXIST: there is one with this pointer; -EBUSY while a migration runs. [bql] */
+int vmig_add_dirty_source(vmig *m,
+                          const vmig_dirty_source *source,
+                          void *opaque);
+
+/* Forgets a dirty source; no callback of it comes after this returned. -ENOENT: there is none with this pointer; -EBUSY
+ * while a migration runs. [bql] */
+int vmig_remove_dirty_source(vmig *m,
+                             void *opaque);
+
 /* Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
  * the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
- * sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM. -EEXIST the second time; -ENOSYS on architectures
+ * sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are
+ * then used instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time; -ENOSYS on architectures
  * that are not supported yet. [bql] */
 int vmig_use_kvm(vmig *m,
                  int vm_fd,
@@ -366,6 +463,12 @@ int vmig_use_kvm(vmig *m,
  * -EBUSY while a migration runs. [bql] */
 int vmig_add_kvm_slot(vmig *m,
                       const vmig_kvm_slot *slot);
+
+/* A vCPU left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: empties the dirty rings of all vCPUs, so that it can go on. Only for
+ * VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU: vmig_use_kvm() finds the rings and takes
+ * them over, and nobody else may then take from them. Call it for every such exit, whether a migration runs or not. Fast,
+ * and waits for nothing but other threads that do the same. -EINVAL: there are no rings. [any][cb] */
+int vmig_dirty_ring_full(vmig *m);
 
 /* Forgets a KVM memory slot. -ENOENT: it is not registered; -EBUSY while a migration runs. [bql] */
 int vmig_remove_kvm_slot(vmig *m, uint32_t slot);
@@ -718,6 +821,13 @@ int vmig_unblock(vmig *m, int id);
 #define VMIG_SIDE_NONE 0         /* No migration yet. */
 #define VMIG_SIDE_SOURCE 1       /* The guest leaves. */
 #define VMIG_SIDE_DESTINATION 2  /* The guest arrives. */
+#define VMIG_TRACKER_KVM_LOG 1   /* KVM's dirty log. */
+#define VMIG_TRACKER_KVM_RING 2  /* KVM's dirty ring. */
+#define VMIG_TRACKER_WRITE_PROTECT 4 /* The kernel's write protection, without KVM. */
+#define VMIG_TRACKER_CALLBACK 8  /* The VMM: vmig_dirty() and dirty sources. */
+
+/* Nobody: the guest is stopped before its memory is sent (option `dirty-tracker` is none). */
+#define VMIG_TRACKER_NONE 16
 
 /* Where the present (or last) migration stands. Amounts in bytes, rates in bytes per second, times in nanoseconds. */
 typedef struct vmig_status {
@@ -756,6 +866,11 @@ typedef struct vmig_status {
     /* Until completion, at the present rates; UINT64_MAX while the guest dirties faster than the link sends, or
      * nothing is known yet. */
     uint64_t eta;
+    /* Percent of the time the source's vCPUs are made to stand still (option `auto-converge`). */
+    uint64_t throttle;
+    /* Sum of VMIG_TRACKER_...: who finds the pages that are written, of the last migration from here. 0 until there is
+     * one, and in a destination. vmig_get(m, "dirty-tracker-in-use") names RAM blocks, too. */
+    uint64_t trackers;
 } vmig_status;
 
 /* How long a guest stands still at the switchover, in nanoseconds: the parts in their order, and all of it. */
@@ -906,9 +1021,10 @@ int vmig_next_event(vmig *m, vmig_status *status);
  * name; -EINVAL: not a value for it; -EBUSY: it cannot change while a migration runs. [any][cb] */
 int vmig_set(vmig *m, const char *option, const char *value);
 
-/* The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens. NULL on failure
- * (vmig_errmsg()). Free it with vmig_string_free(). [any][cb] */
-char *vmig_get(vmig *m, const char *option);
+/* The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens, and of
+ * "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free(). [any][cb] */
+char *vmig_get(vmig *m,
+               const char *option);
 
 /* Asks the destination that listens at `uri` whether the guest could go there, and measures what a migration would wait
  * for. The guest here runs on undisturbed; the destination is not touched and waits on. Waits at most for
@@ -935,7 +1051,163 @@ int vmig_check(vmig *m,
  * [any] */
 int vmig_set_config(vmig *m, const void *blob, size_t len);
 
-/* ---- 6. full control: sections of your own --------------------------------------------------------------------- */
+/* ---- 6. QMP ---------------------------------------------------------------------------------------------------- */
+/* QMP, QEMU's control protocol: the operations above as JSON, so that tools and fleet managers that drive QEMU can drive
+ * a VMM. A server on a socket on request, and a function for VMMs that have a socket of their own. docs/qmp.md lists the
+ * commands. */
+
+/* What a command of the VMM answers. Valid only during the callback that got it. */
+typedef struct vmig_reply vmig_reply;
+
+/* Carries out a command: `arguments` is a JSON object as the client sent it, `{}` if it sent none; nothing of it was
+ * checked. Answer with vmig_reply_json(), or with vmig_reply_error(); without either the answer is `{}` for 0 or more,
+ * and the words of the errno for a negative one. Runs on the library's thread `qmp_run`, or on that of a call of
+ * vmig_qmp(), big lock not held; commands of all clients wait for one another, so it should not wait long. It may call
+ * everything but vmig_free(). */
+typedef int (*vmig_qmp_fn)(void *opaque, const char *arguments, vmig_reply *reply);
+
+/* Carries out one request, such as {"execute": "query-migrate"}, and returns its answer, also where that is an error:
+ * NULL only if `request` is no string of at most 256 KiB, or the big lock is held. No capabilities are negotiated, and
+ * there are no events (vmig_next_event()) or descriptors. Free it with vmig_string_free(). [free] */
+char *vmig_qmp(vmig *m,
+               const char *request);
+
+/* Serves QMP at `uri`, `unix:PATH` or `tcp:HOST:PORT`, until vmig_free(). A unix socket can be connected to by its owner
+ * only; whoever reaches a TCP port may do everything, so give it an address that only operators reach. With port 0 the
+ * system chooses one: read it from vmig_get(m, "qmp-address"). May be called at any time, for up to 8 addresses.
+ *
+ * Commands run on the thread `qmp_run`, one after the other: `stop` and `cont` call the hooks there.
+ * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood. [any] */
+int vmig_qmp_listen(vmig *m,
+                    const char *uri);
+
+/* Adds a command of the VMM's, such as `quit`, to those that clients may use. `destroy(opaque)`, if given, is called by
+ * vmig_free(), and not if this call fails. -EEXIST: there is a command of that name; -EINVAL: a name has 1 to 64 letters,
+ * digits, - and _. [any] */
+int vmig_qmp_add(vmig *m,
+                 const char *name,
+                 vmig_qmp_fn run,
+                 void *opaque,
+                 void (*destroy)(void *opaque));
+
+/* Answers a command of the VMM's with `json`, at most 256 KiB; the last call counts. -EINVAL: it is not JSON. [cb] of
+ * the callback that got the reply. */
+int vmig_reply_json(vmig_reply *reply,
+                    const char *json);
+
+/* Answers it with an error, in a sentence for people. [cb] of the callback that got the reply. */
+int vmig_reply_error(vmig_reply *reply, const char *text);
+
+/* ---- 7. a gate for vCPUs --------------------------------------------------------------------------------------- */
+/* An optional helper for a VMM whose vCPU threads nobody can stop yet: each goes through a gate, which the library closes,
+ * opens and narrows. Give it as vmig_ops.gate, and the hooks `stop` and `start` may be NULL.
+ *
+ * while (vmig_gate_enter(gate, i, &run->immediate_exit) == 0) {
+ * ioctl(vcpu_fd, KVM_RUN, 0);              / * comes back with EINTR when the gate is closed * /
+ * handle_exit(run);                        / * still inside: a stopped guest has no exit left to handle * /
+ * vmig_gate_exit(gate, i);
+ * }
+ *
+ * The gate is closed at first, so threads may be started at once: vmig_start() lets them run. Whoever closes it sets the
+ * byte, sends the signal, and waits until every vCPU is outside. Either of the two is enough where it makes the run come
+ * back: KVM wants both, an interpreter looks at the byte. A vCPU that comes out often by itself needs neither. */
+
+/* Flag of a gate: the library installs a handler for `signal` that does nothing, and takes it away with the gate. Without
+ * this flag it installs none, and the VMM's must be there, without SA_RESTART. */
+#define VMIG_GATE_INSTALL 1
+
+/* What a gate is made of. */
+typedef struct vmig_gate_config {
+    /* Size of the struct: VMIG_SIZED(vmig_gate_config). */
+    size_t size;
+    /* vCPUs, 1 to 4096; they are numbered from 0. */
+    uint32_t vcpus;
+    /* Signal sent to the thread of a vCPU that is to come out; 0: none. */
+    int signal;
+    /* Sum of VMIG_GATE_... flags. */
+    uint32_t flags;
+    /* Milliseconds the vCPUs may take to come out; 0: 5000. */
+    uint32_t timeout_ms;
+} vmig_gate_config;
+
+/* Makes a closed gate and stores its handle in `*out`. [any]
+ *
+ * -EINVAL: no such number of vCPUs or signal, unknown flags, or a signal without a handler and without VMIG_GATE_INSTALL;
+ * -EBUSY: VMIG_GATE_INSTALL for a signal that has a handler. */
+int vmig_gate_new(const vmig_gate_config *config,
+                  vmig_gate **out);
+
+/* Frees the handle; the gate itself lives as long as a guest has it. Its vCPU threads must have returned from
+ * vmig_gate_enter() and vmig_gate_exit() for good; see vmig_gate_end(). NULL is fine. [any] */
+void vmig_gate_free(vmig_gate *gate);
+
+/* Called by the thread of vCPU `vcpu` before it runs the guest: waits while the gate is closed or the vCPU is throttled,
+ * and returns 0 when it may run.
+ *
+ * `flag` (NULL: none) is set to 0 here and to 1 when the vCPU is to come out; `immediate_exit` of its kvm_run, for example.
+ * It must stay valid until the gate was entered with another one, or freed. The run may come back without a reason.
+ *
+ * -ECANCELED after vmig_gate_end(): the thread is to return. -EINVAL: no such vCPU; -EBUSY: it is inside already.
+ * The big lock must not be held: whoever closes the gate may have to wait for this thread. [free] */
+int vmig_gate_enter(vmig_gate *g,
+                    unsigned int vcpu,
+                    uint8_t *flag);
+
+/* Called by the same thread when it has handled what the run came back with. -EINVAL: the vCPU is not inside. [any] */
+int vmig_gate_exit(vmig_gate *g, unsigned int vcpu);
+
+/* Closes the gate, as the library does to stop the guest: returns when every vCPU is outside. For a VMM that stops its
+ * guest by itself, or in a stop hook of its own; else vmig_stop() does it.
+ *
+ * -ETIMEDOUT: vCPUs did not come out in time; -ESRCH: the thread of one ended inside; -EDEADLK: called by a vCPU's own
+ * thread from inside. The text names the first of them, and the gate is open then, as before. [free] */
+int vmig_gate_close(vmig_gate *g);
+
+/* Opens the gate, as the library does to start the guest. [free] */
+int vmig_gate_open(vmig_gate *g);
+
+/* Has each vCPU stand still for `percent` of the time, 1 to 99, in turns of at least 10 ms; 0: no longer. [any] */
+int vmig_gate_throttle(vmig_gate *g, unsigned int percent);
+
+/* Has every vCPU's thread come out, and vmig_gate_enter() return -ECANCELED from now on: then the threads can be joined.
+ * [any] */
+int vmig_gate_end(vmig_gate *g);
+
+/* ---- 8. a VMM with one thread ---------------------------------------------------------------------------------- */
+/* A VMM with one thread and a poll loop, an interpreter for example, sets option `dispatch` to `manual` before it
+ * registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, dirty sources,
+ * commands of QMP, log) wait in a queue until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
+ * another thread. The big lock does nothing then: that thread always has it, and need not take it.
+ *
+ * Functions not marked [cb] are for that thread only (-EPERM elsewhere). Those marked [free] run what waits in the queue
+ * themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK.
+ * Those that remove something run first what waits in the queue; from inside a callback they are -EBUSY then. While the
+ * guest runs each callback costs a turn of the loop. From the stop hook to the last device's state all is one callback. */
+
+/* Runs the callbacks that wait, and returns how many. Call it when vmig_dispatch_fd() is readable, or whenever it suits:
+ * often enough that no callback waits for `dispatch-timeout`, which would fail the migration. While the guest stands
+ * still it waits for further ones for up to 50 ms.
+ *
+ * -EINVAL: option `dispatch` is not `manual`; -EPERM: not the thread that made the handle; -EDEADLK from inside a
+ * callback. [free] */
+int vmig_dispatch(vmig *m);
+
+/* A descriptor that is readable while callbacks wait for vmig_dispatch(). Stays the library's; do not read it, only
+ * poll it. -EINVAL: option `dispatch` is not `manual`. [any][cb] */
+int vmig_dispatch_fd(vmig *m);
+
+/* ---- 9. observing ---------------------------------------------------------------------------------------------- */
+/* For people and machines that watch many guests: numbers in a form that monitoring systems read. The log is a hook of
+ * vmig_ops, a trace of each migration is written with option `trace-file`, and tracepoints (USDT, provider `vmig`) are
+ * in the library for bpftrace, perf and SystemTap: docs/tool.md. */
+
+/* All numbers of the guest and its migrations in Prometheus' text format, for the VMM to serve. `labels` stands in every
+ * line, to tell guests apart: name="value" with commas between, values escaped as that format wants them; NULL for
+ * none. Free it with vmig_string_free(). NULL on failure: labels that make no sense. [any][cb] */
+char *vmig_metrics(vmig *m,
+                   const char *labels);
+
+/* ---- 10. full control: sections of your own -------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
  * own, which the library frames, so that a body read too short or too long is an error with a name and an offset. */
 

@@ -1,17 +1,19 @@
 //! The big lock: device state and registrations are touched only by the thread that holds it.
 //!
 //! Ours is a ticket lock. Whoever comes first is served first, so a vCPU that takes the lock in a tight loop cannot
-//! keep the migration thread out, nor the other way round. A VMM that has such a lock already brings its own.
+//! keep the migration thread out, nor the other way round. A VMM that has such a lock already brings its own. One with a
+//! single thread (`dispatch=manual`) needs none: its thread has it always, and nobody else ever.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::sync::{Parker, Unparker};
 
 use crate::error::{Error, Result};
 use crate::sys::clock::monotonic_ns;
+use crate::thread::home::Home;
 use crate::thread::{current_token, lock};
 
 /// How often the next in line looks again before it sleeps: about a microsecond, less than waking a thread costs.
@@ -32,6 +34,7 @@ pub trait RawLock: Send + Sync {
 /// The big lock of one guest. Not recursive.
 pub struct Bql {
     kind: Kind,
+    home: Arc<Home>,
     wakes: Mutex<u64>,
     woken: Condvar,
     counters: Counters,
@@ -89,11 +92,34 @@ impl Bql {
     }
 
     fn with(kind: Kind) -> Self {
-        Self { kind, wakes: Mutex::default(), woken: Condvar::new(), counters: Counters::default() }
+        Self {
+            kind,
+            home: Arc::default(),
+            wakes: Mutex::default(),
+            woken: Condvar::new(),
+            counters: Counters::default(),
+        }
     }
 
-    /// Waits for the lock, in order of arrival. `EDEADLK` if this thread holds it already.
+    /// The VMM's thread, if it has only one.
+    pub fn home(&self) -> &Arc<Home> {
+        &self.home
+    }
+
+    /// Whether somebody has the lock now, or the VMM alone can know.
+    pub fn is_taken(&self) -> bool {
+        match &self.kind {
+            Kind::Own(own) => own.owner.load(Ordering::Relaxed) != 0,
+            Kind::External { .. } => true,
+        }
+    }
+
+    /// Waits for the lock, in order of arrival. `EDEADLK` if this thread holds it already. Does nothing for a VMM with one
+    /// thread.
     pub fn lock(&self) -> Result<()> {
+        if self.home.is_manual() {
+            return self.home.require_here("take the big lock");
+        }
         if self.held() {
             return Err(Error::new(libc::EDEADLK, "this thread holds the big lock already; it is not recursive"));
         }
@@ -114,6 +140,9 @@ impl Bql {
 
     /// Gives the lock to whoever waits longest. `EPERM` if this thread does not hold it.
     pub fn unlock(&self) -> Result<()> {
+        if self.home.is_manual() {
+            return self.home.require_here("give the big lock up");
+        }
         if !self.held() {
             return Err(Error::new(libc::EPERM, "this thread does not hold the big lock, so it cannot unlock it"));
         }
@@ -142,6 +171,9 @@ impl Bql {
     ///
     /// Of a VMM's lock that cannot tell: whether this thread took it through us. See [`knows_owner`](Self::knows_owner).
     pub fn held(&self) -> bool {
+        if self.home.is_manual() {
+            return self.home.is_here();
+        }
         match &self.kind {
             Kind::Own(own) => own.owner.load(Ordering::Relaxed) == current_token(),
             Kind::External { raw, holders } => raw.held().unwrap_or_else(|| {
@@ -161,14 +193,19 @@ impl Bql {
 
     /// `EPERM` if this thread certainly does not hold the lock; `what` is the call that needs it.
     pub fn require_held(&self, what: &str) -> Result<()> {
+        self.home.require_here(what)?;
         if self.held() || !self.knows_owner() {
             return Ok(());
         }
         Err(Error::new(libc::EPERM, format!("{what} must be called with the big lock held")))
     }
 
-    /// `EDEADLK` if this thread holds the lock; `what` is the call that must wait without it.
+    /// `EDEADLK` if this thread holds the lock; `what` is the call that must wait without it. Of a VMM with one thread:
+    /// if it is inside a callback.
     pub fn require_free(&self, what: &str) -> Result<()> {
+        if self.home.is_manual() {
+            return self.home.require_outside(what);
+        }
         if self.held() {
             return Err(Error::new(libc::EDEADLK, format!("{what} must be called without the big lock")));
         }
@@ -185,11 +222,16 @@ impl Bql {
     /// True: woken. `EPERM` if this thread does not hold it. No wake-up after the lock was dropped is missed.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
         // Read while the lock is held: whoever changes the condition needs the lock, so its wake comes later.
-        let seen = *lock(&self.wakes);
+        let seen = self.wakes();
         self.unlock()?;
         let woken = self.sleep(seen, timeout.and_then(|timeout| Instant::now().checked_add(timeout)));
         self.lock()?;
         Ok(woken)
+    }
+
+    /// How often [`wake_all`](Self::wake_all) was called.
+    pub fn wakes(&self) -> u64 {
+        *lock(&self.wakes)
     }
 
     fn sleep(&self, seen: u64, deadline: Option<Instant>) -> bool {

@@ -306,6 +306,17 @@ pub fn strerror(errno: i32) -> String {
     }
 }
 
+/// The result of callback `callback` of `owner` (such as `device 'uart'`): its value, or its errno as an error.
+pub fn returned(owner: &str, callback: &str, value: std::ffi::c_int) -> Result<std::ffi::c_int> {
+    if value >= 0 {
+        return Ok(value);
+    }
+    match value.checked_neg().filter(|errno| *errno < 4096) {
+        Some(errno) => Err(Error::new(errno, format!("{callback} of {owner} failed: {}", strerror(errno)))),
+        None => Err(Error::new(libc::EIO, format!("{callback} of {owner} failed with {value}, which is no errno"))),
+    }
+}
+
 thread_local! {
     static LAST: RefCell<CString> = RefCell::default();
 }

@@ -16,6 +16,7 @@
 //! | saves or loads a device | [`section`]; of KVM itself: [`kvm`] |
 //! | calls a C function pointer | [`vmm`] for hooks and run-state handlers, [`section`] for devices |
 //! | takes a C pointer | [`capi`] |
+//! | speaks QMP | [`qmp`] |
 //!
 //! # Words
 //!
@@ -35,6 +36,8 @@ pub mod zero;
 pub mod options;
 pub mod pacing;
 pub mod status;
+pub mod trace;
+pub mod metrics;
 pub mod ram;
 pub mod wire;
 pub mod switchover;
@@ -49,4 +52,5 @@ pub mod outgoing;
 pub mod incoming;
 // Front desk, and the door in.
 pub mod machine;
+pub mod qmp;
 pub mod capi;

@@ -1,22 +1,30 @@
 //! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
 
+mod writers;
+
 use std::ffi::c_int;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use crate::dirty::Tracker;
+use crate::dirty::callback::Source;
 use crate::dirty::hub::Hub;
-use crate::dirty::kvm_log::{KvmLog, Switch};
+use crate::dirty::kvm_log::KvmLog;
+use crate::dirty::kvm_ring::KvmRing;
+use crate::dirty::kvm_slots::{KvmTracker, Switch};
 use crate::error::{Error, Result};
 use crate::incoming::door::Door;
 use crate::incoming::reception::Reception;
 use crate::incoming::{Parts, TakeStock};
 use crate::kvm::{self, Kvm};
+use crate::metrics::{self, Labels, Numbers};
 use crate::options::{Opt, Options};
 use crate::outgoing::Report;
 use crate::outgoing::route::Route;
 use crate::ram::{BlockSpec, Ram};
 use crate::section::builtin;
 use crate::section::list::{Content, Entry, SectionList};
+use crate::status::watch::{self, Teller};
 use crate::status::{Side, State, Status};
 use crate::switchover::Resolution;
 use crate::switchover::keeper::Keeper;
@@ -24,12 +32,15 @@ use crate::sys::eventfd::Wake;
 use crate::sys::kvm::Vm;
 use crate::sys::random::random;
 use crate::thread::{Handle, Threads, lock};
+use crate::trace;
 use crate::transport::uri::Uri;
 use crate::transport::{self, Target};
-use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
+use crate::vmm::{Level, Moment, Phase, Reasons, StopReason, Vmm};
 use crate::wire::ask::MigrationId;
 use crate::wire::{hello, ram as wire_ram};
 use crate::{incoming, outgoing};
+
+mod manual;
 
 /// The option that is no setting of a migration, but says how the guest is owned.
 const EPOCH: &str = "epoch";
@@ -55,10 +66,15 @@ pub struct KvmSlot<'a> {
 }
 
 /// KVM's part of a guest.
-#[derive(Debug)]
 struct WithKvm {
     kvm: Arc<Kvm>,
-    log: Arc<KvmLog>,
+    tracker: Arc<dyn KvmTracker>,
+}
+
+impl std::fmt::Debug for WithKvm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "WithKvm({:?}, {})", self.kvm, self.tracker.name())
+    }
 }
 
 /// A guest and everything the library knows of it.
@@ -71,6 +87,9 @@ pub struct Machine {
     status: Arc<Status>,
     threads: Arc<Threads>,
     kvm: Arc<Mutex<Option<WithKvm>>>,
+    sources: Mutex<Vec<Arc<Source>>>,
+    /// KVM's dirty rings, where the VMM enabled them.
+    ring: OnceLock<Arc<KvmRing>>,
     /// What a destination is sent to build itself from.
     config: Mutex<Option<Arc<[u8]>>>,
     /// Thread of the present or last migration.
@@ -93,14 +112,16 @@ impl Machine {
         Ok(Self {
             reception: Arc::new(Reception::new(&keeper, &threads)?),
             keeper,
+            status: Arc::new(Status::with_feed(Arc::clone(vmm.feed()))?),
             vmm: Arc::new(vmm),
             ram: Arc::default(),
             sections: Arc::default(),
             dirty: Arc::default(),
             options: Arc::default(),
-            status: Arc::new(Status::new()?),
             threads,
             kvm: Arc::default(),
+            sources: Mutex::default(),
+            ring: OnceLock::new(),
             config: Mutex::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
@@ -123,15 +144,39 @@ impl Machine {
         &self.sections
     }
 
-    /// Name and kernel id of each thread of the library.
-    pub fn threads(&self) -> Vec<(String, c_int)> {
-        self.threads.list()
+    /// The library's threads for this guest.
+    pub fn threads(&self) -> &Arc<Threads> {
+        &self.threads
+    }
+
+    /// Everything that can be counted, in Prometheus' text format.
+    pub fn metrics(&self, labels: &Labels<'_>) -> String {
+        let numbers = Numbers {
+            now: self.status.snapshot(),
+            downtime: self.status.downtime(),
+            tally: self.status.tally(),
+            bql: self.vmm.bql().stats(),
+            threads: self.threads.list().len(),
+        };
+        metrics::text(&numbers, labels)
     }
 
     /// What is registered is what migrates: nothing may change while a migration runs. \[bql\]
     fn check_registering(&self, what: &str) -> Result<()> {
         self.vmm.bql().require_held(what)?;
         self.status.check_may_register().map_err(|e| e.context(format_args!("cannot {what} now")))
+    }
+
+    /// The same for what goes away: with one thread, callbacks that are left for it come first. \[bql\]
+    fn check_removing(&self, what: &str) -> Result<()> {
+        self.check_registering(what)?;
+        // While one runs, the VMM builds itself in a callback that its thread waits for.
+        if self.vmm.dispatch().home().is_manual() && self.status.check_idle().is_ok() {
+            // The last migration's thread keeps what it had for another moment, and must not be the last that does.
+            self.join_last();
+            self.run_left(what)?;
+        }
+        Ok(())
     }
 
     /// Registers guest RAM. \[bql\]
@@ -142,11 +187,13 @@ impl Machine {
 
     /// Forgets guest RAM and its KVM slots. \[bql\]
     pub fn remove_ram(&self, name: &str) -> Result<()> {
-        self.check_registering("remove RAM")?;
+        self.check_removing("remove RAM")?;
+        // What was left on when a guest left may still guard this memory.
+        self.dirty.rest();
         let block = self.ram.find(name);
         self.ram.remove(name)?;
         if let (Some(block), Some(kvm)) = (block, &*lock(&self.kvm)) {
-            kvm.log.remove_block(&block);
+            kvm.tracker.remove_block(&block);
         }
         Ok(())
     }
@@ -164,7 +211,17 @@ impl Machine {
             return Err(Error::new(libc::EEXIST, "vmig_use_kvm was called before for this guest"));
         }
         let kvm = kvm::attach(Arc::clone(&self.threads), vm_fd, vcpu_fds)?;
-        let log = Arc::new(KvmLog::new(Vm::dup(vm_fd)?, self.switch())?);
+        let (vm, rings) = (Vm::dup(vm_fd)?, KvmRing::find(vcpu_fds)?);
+        // Once for the guest's slots, and once for the hub.
+        let (tracker, for_hub): (Arc<dyn KvmTracker>, Arc<dyn Tracker>) = if rings.is_empty() {
+            let log = Arc::new(KvmLog::new(vm, self.switch())?);
+            (Arc::<KvmLog>::clone(&log), log)
+        } else {
+            // Manual protection must stay off: with it KVM would not protect what a ring is to tell of.
+            let ring = Arc::new(KvmRing::new(vm, rings, Arc::clone(&self.threads), self.switch()));
+            let _ = self.ring.set(Arc::clone(&ring));
+            (Arc::<KvmRing>::clone(&ring), ring)
+        };
         let entries = kvm.sections()?;
         let handler = kvm_handler(&kvm);
         let mut added: Vec<usize> = Vec::new();
@@ -181,22 +238,28 @@ impl Machine {
             }
             added.push(key);
         }
-        let registered = self
-            .vmm
-            .add_handler("KVM", KVM_HANDLER_PRIORITY, handler)
-            .and_then(|_| self.dirty.add_tracker(Arc::<KvmLog>::clone(&log)));
+        let registered =
+            self.vmm.add_handler("KVM", KVM_HANDLER_PRIORITY, handler).and_then(|_| self.dirty.add_tracker(for_hub));
         if let Err(error) = registered {
             self.sections.remove(key)?;
             return Err(error);
         }
-        *slot = Some(WithKvm { kvm, log });
+        *slot = Some(WithKvm { kvm, tracker });
         Ok(())
     }
 
     /// How logging is switched: by the VMM's hook if there is one.
     fn switch(&self) -> Option<Switch> {
         let vmm = Arc::clone(&self.vmm);
-        self.vmm.has_log_dirty().then(|| Box::new(move |slot, on| vmm.log_dirty(slot, on)) as Switch)
+        let switch = move |slot, on| {
+            if on {
+                return vmm.log_dirty(slot, on);
+            }
+            // Where a migration ends nobody may wait for a VMM that waits for just that.
+            vmm.end_log_dirty(slot);
+            Ok(())
+        };
+        self.vmm.has_log_dirty().then(|| Box::new(switch) as Switch)
     }
 
     /// Registers a KVM memory slot, whose dirty log is then read. \[bql\]
@@ -210,14 +273,14 @@ impl Machine {
             let text = format!("KVM slot {}: there is no RAM block '{}'", slot.number, slot.ram.escape_default());
             return Err(Error::new(libc::ENOENT, text));
         };
-        kvm.log.add_slot(slot.number, slot.flags, &block, slot.offset, slot.len, slot.gpa)
+        kvm.tracker.add_slot(slot.number, slot.flags, &block, slot.offset, slot.len, slot.gpa)
     }
 
     /// Forgets a KVM memory slot. \[bql\]
     pub fn remove_kvm_slot(&self, number: u32) -> Result<()> {
-        self.check_registering("remove a KVM slot")?;
+        self.check_removing("remove a KVM slot")?;
         match &*lock(&self.kvm) {
-            Some(kvm) => kvm.log.remove_slot(number),
+            Some(kvm) => kvm.tracker.remove_slot(number),
             None => Err(Error::new(libc::ENOENT, format!("KVM slot {number} is not registered"))),
         }
     }
@@ -236,29 +299,62 @@ impl Machine {
     /// Forgets a device or section by its key; returns it, so that its last callback runs without any lock of ours
     /// but the big one. \[bql\]
     pub fn remove_section(&self, key: usize) -> Result<Vec<Entry>> {
-        self.check_registering("remove a device")?;
+        self.check_removing("remove a device")?;
         self.sections.remove(key)
     }
 
     /// Sets an option.
     pub fn set(&self, name: &str, value: &str) -> Result<()> {
         let busy = self.status.check_idle().is_err();
+        if name == Opt::Dispatch.name() {
+            return self.set_dispatch(value, busy);
+        }
         if name == EPOCH && !busy {
             let options = Options::default();
             options.set_text(name, value, false)?;
             return self.keeper.set_epoch(options.get(Opt::Epoch));
         }
-        self.options.set_text(name, value, busy)
+        self.options.set_text(name, value, busy)?;
+        self.apply();
+        Ok(())
     }
 
-    /// An option's value; also `listen-address`.
+    /// Tells those who keep a copy what options say now.
+    fn apply(&self) {
+        self.vmm.dispatch().set_timeout(self.options.get(Opt::DispatchTimeout));
+        if let Some(level) = Level::of(self.options.get(Opt::LogLevel)) {
+            self.vmm.log().set_level(level);
+        }
+    }
+
+    /// Sets several options, or none of them: each on its own, and then what they are together, must be allowed. Options
+    /// that cannot change while a migration runs are refused then as `set` does.
+    pub fn set_all(&self, settings: &[(&str, String)], check: impl FnOnce(&Options) -> Result<()>) -> Result<()> {
+        let busy = self.status.check_idle().is_err();
+        let tried = self.options.snapshot();
+        for (name, value) in settings {
+            tried.set_text(name, value, busy)?;
+        }
+        check(&tried)?;
+        // The one that may still be refused comes first.
+        let (epoch, others): (Vec<_>, Vec<_>) = settings.iter().partition(|(name, _)| *name == EPOCH);
+        epoch.iter().try_for_each(|(name, value)| self.set(name, value))?;
+        // What was just allowed stays allowed: a migration that began meanwhile took its copy before or after.
+        others.iter().try_for_each(|(name, value)| self.options.set_text(name, value, busy))?;
+        self.apply();
+        Ok(())
+    }
+
+    /// An option's value; also `listen-address` and `dirty-tracker-in-use`.
     pub fn get(&self, name: &str) -> Result<String> {
         if name == "listen-address" {
             let address = lock(&self.listening).clone();
             return address.ok_or_else(|| Error::new(libc::ENOTCONN, "no incoming migration listens"));
         }
         match name {
+            "dirty-tracker-in-use" => Ok(self.trackers().1),
             EPOCH => Ok(self.keeper.epoch().to_string()),
+            name if name == Opt::Dispatch.name() => Ok(manual::name(self.vmm.dispatch().home().is_manual())),
             _ => self.options.get_text(name),
         }
     }
@@ -279,6 +375,7 @@ impl Machine {
 
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
+        self.catch_up("migrate")?;
         let uri = checked(uri)?;
         let wake = Arc::new(Wake::new()?);
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
@@ -289,10 +386,20 @@ impl Machine {
         Ok(())
     }
 
+    /// Frees the thread of the last migration, which has ended. Its result went to the status.
+    fn join_last(&self) {
+        let last = lock(&self.worker).take();
+        if let Some(last) = last {
+            self.leave_route();
+            let _ = last.join(None);
+        }
+    }
+
     /// Asks the destination at `uri` what differs, and measures what a migration would wait for. Nothing is stopped or
     /// changed on either side. \[free\]
     pub fn check(&self, uri: &str) -> Result<Report> {
         self.vmm.bql().require_free("check a migration")?;
+        self.catch_up("check a migration")?;
         self.status.check_idle()?;
         let uri = checked(uri)?;
         // What happens is nobody's news.
@@ -318,6 +425,11 @@ impl Machine {
                 "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
             ));
         }
+        if self.options.on(Opt::AutoConverge) && !self.vmm.has_throttle() {
+            let text =
+                "option 'auto-converge' needs a way to slow the guest down: vmig_ops.throttle or vmig_ops.gate";
+            return Err(Error::invalid(text).by_option(Opt::AutoConverge.name()));
+        }
         let stop_timeout = self.options.time(Opt::StopTimeout);
         Ok(outgoing::Job {
             route: Arc::new(Route::new(Target::new(uri, wake)?)?),
@@ -339,6 +451,7 @@ impl Machine {
 
     /// Listens at `uri` for a guest; returns at once.
     pub fn incoming(&self, uri: &str) -> Result<()> {
+        self.catch_up("listen")?;
         let uri = checked(uri)?;
         self.status.check_idle()?;
         let take_stock = self.take_stock();
@@ -389,13 +502,14 @@ impl Machine {
 
     /// Starts the thread of a migration; the one before it has ended and is joined first.
     fn launch(&self, side: Side, name: &str, wake: &Arc<Wake>, f: impl FnOnce() + Send + 'static) -> Result<()> {
-        let mut worker = lock(&self.worker);
-        self.status.begin(side, self.options.on(Opt::Events), wake)?;
-        if let Some(last) = worker.take() {
-            self.leave_route();
-            // Its result went to the status; this only frees the thread.
-            let _ = last.join(None);
+        {
+            // One migration at a time has a trace file, so who begins is decided with it.
+            let _one = lock(&self.worker);
+            let teller = self.start_trace(side)?;
+            self.status.begin_watched(side, self.options.on(Opt::Events), wake, teller)?;
         }
+        self.join_last();
+        let mut worker = lock(&self.worker);
         let (status, keeper) = (Arc::clone(&self.status), Arc::clone(&self.keeper));
         let body = move || {
             f();
@@ -418,6 +532,22 @@ impl Machine {
                 Err(error)
             }
         }
+    }
+
+    /// Starts the thread that writes down what happens, if it is wanted. It ends when nobody tells it any more.
+    fn start_trace(&self, side: Side) -> Result<Option<Teller>> {
+        let Some(path) = self.options.trace_file() else { return Ok(None) };
+        self.status.check_idle()?;
+        let file = trace::open(&path)?;
+        let (teller, hearer) = watch::pair();
+        let (status, vmm) = (Arc::clone(&self.status), Arc::clone(&self.vmm));
+        self.threads.spawn("trace", move || {
+            // No reason to disturb a migration.
+            trace::write(file, side, &hearer, &status)
+                .map_err(|error| vmm.log().to("trace").warning(error))
+                .or(Ok(()))
+        })?;
+        Ok(Some(teller))
     }
 
     /// Ends a migration that runs, if it may still be ended. \[any\]
@@ -473,8 +603,14 @@ impl Machine {
     pub fn resolve(&self, here: bool) -> Result<()> {
         self.vmm.bql().require_free("resolve a switchover")?;
         if self.keeper.may_resolve() {
-            return self.keeper.resolve(if here { Resolution::Run } else { Resolution::Discard });
+            let word = if here { Resolution::Run } else { Resolution::Discard };
+            if !self.vmm.dispatch().home().is_manual() {
+                return self.keeper.resolve(word);
+            }
+            self.keeper.ask(word)?;
+            return self.vmm.dispatch().pump(None, || self.keeper.take_answer()).unwrap_or(Ok(()));
         }
+        self.catch_up("resolve a switchover")?;
         if self.status.state() != State::SwitchoverUnknown {
             return self.status.resolve(here);
         }
@@ -495,7 +631,12 @@ impl Machine {
 
     /// Waits until no migration runs; false at the timeout. \[free\]
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
-        self.status.wait(timeout.and_then(|t| Instant::now().checked_add(t)))
+        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        if !self.vmm.dispatch().home().is_manual() {
+            return self.status.wait(deadline);
+        }
+        let ended = || self.status.wait(Some(Instant::now())).then_some(());
+        self.vmm.dispatch().pump(deadline, ended).is_some()
     }
 
     /// Ends everything: a migration that runs is cancelled (or, once handed over, waited for), threads are joined.
@@ -511,16 +652,18 @@ impl Machine {
         if let Some(kvm) = &*lock(&self.kvm) {
             kvm.kvm.rest();
         }
-        let joined = self.threads.join_all(None);
-        self.dirty.rest();
-        joined
+        let ended = self.join_worker();
+        // Trackers have threads, too, and so has a trace file.
+        self.dirty.end();
+        self.status.stop_telling();
+        self.join_all().and(ended)
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
         if let Err(error) = self.shut_down() {
-            self.vmm.log().error(error);
+            self.vmm.log().to("machine").error(error);
         }
     }
 }

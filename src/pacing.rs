@@ -3,6 +3,7 @@
 //! Time is passed in. The model is QEMU's: windows of 100 ms, and a threshold of bandwidth x downtime limit.
 
 pub mod downtime;
+pub mod throttle;
 #[cfg(test)]
 mod history_tests;
 

@@ -2,8 +2,11 @@
 
 mod numbers;
 mod state;
+pub mod feed;
+pub mod watch;
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,8 +14,10 @@ use crate::error::{Error, Result};
 use crate::pacing::downtime::Downtime;
 use crate::sys::eventfd::{EventFd, Wake};
 use crate::thread::lock;
+use feed::Feed;
 pub use numbers::{Counters, Snapshot, store_time};
 pub use state::{STATES, Side, State};
+use watch::{Tally, Teller, Watch};
 
 /// News kept for a reader who does not come; the oldest are dropped.
 const NEWS_MAX: usize = 256;
@@ -37,7 +42,16 @@ struct Shared {
     downtime: Downtime,
     /// The VMM builds itself: what is registered now is what migrates.
     registering: bool,
+    watch: Watch,
     wake: Arc<Wake>,
+}
+
+impl Shared {
+    /// Time since the present or last migration was asked for, up to its end.
+    fn elapsed(&self) -> Duration {
+        let until = self.ended.unwrap_or_else(Instant::now);
+        self.started.map_or(Duration::ZERO, |at| until.saturating_duration_since(at))
+    }
 }
 
 /// Status of one guest's migrations, shared by all threads.
@@ -51,8 +65,13 @@ pub struct Status {
 }
 
 impl Status {
-    /// No migration yet.
+    /// No migration yet, and nobody is told of one.
     pub fn new() -> Result<Self> {
+        Self::with_feed(Arc::default())
+    }
+
+    /// No migration yet.
+    pub fn with_feed(feed: Arc<Feed>) -> Result<Self> {
         Ok(Self {
             shared: Mutex::new(Shared {
                 state: State::None,
@@ -68,6 +87,7 @@ impl Status {
                 ended: None,
                 downtime: Downtime::default(),
                 registering: false,
+                watch: Watch::new(feed),
                 wake: Arc::new(Wake::new()?),
             }),
             changed: Condvar::new(),
@@ -103,8 +123,14 @@ impl Status {
 
     /// Starts a migration, or says why not. Cancel and the first error raise `wake`.
     pub fn begin(&self, side: Side, events: bool, wake: &Arc<Wake>) -> Result<()> {
+        self.begin_watched(side, events, wake, None)
+    }
+
+    /// The same, and tells of everything that happens until it has ended.
+    pub fn begin_watched(&self, side: Side, events: bool, wake: &Arc<Wake>, teller: Option<Teller>) -> Result<()> {
         let mut shared = self.lock();
         check_idle(&shared)?;
+        shared.watch.begin(teller);
         shared.wake = Arc::clone(wake);
         self.counters.clear();
         shared.side = Some(side);
@@ -123,15 +149,19 @@ impl Status {
 
     fn become_locked(&self, shared: &mut Shared, to: State) {
         debug_assert!(shared.state.may_become(to), "{} -> {}", shared.state.name(), to.name());
-        shared.state = to;
+        if shared.state == State::Active {
+            self.counters.precopy.store(self.counters.transferred.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        let from = std::mem::replace(&mut shared.state, to);
         if to.is_final() {
             shared.ended = Some(Instant::now());
         }
+        let snapshot = self.snapshot_of(shared);
+        shared.watch.state(from, &snapshot, shared.events);
         if shared.events {
             if shared.news.len() == NEWS_MAX {
                 shared.news.pop_front();
             }
-            let snapshot = self.snapshot_of(shared);
             shared.news.push_back(snapshot);
             self.readable.set();
         }
@@ -148,11 +178,18 @@ impl Status {
         Ok(())
     }
 
+    /// The first pass over all pages begins: of interest to the feed only.
+    pub fn tell_first_pass(&self) {
+        let shared = self.lock();
+        shared.watch.pass(1, shared.events);
+    }
+
     /// A point worth telling (a new iteration) without a change of state.
     pub fn tell(&self) {
         let mut shared = self.lock();
+        let snapshot = self.snapshot_of(&shared);
+        shared.watch.iteration(&snapshot, shared.events);
         if shared.events && shared.news.len() < NEWS_MAX {
-            let snapshot = self.snapshot_of(&shared);
             shared.news.push_back(snapshot);
             self.readable.set();
         }
@@ -294,7 +331,9 @@ impl Status {
             }
             Err(error) => {
                 let side = shared.side.map_or("", Side::name);
-                shared.error = Some(error.on_side(side));
+                let error = error.on_side(side);
+                shared.watch.error(shared.elapsed(), &error);
+                shared.error = Some(error);
                 self.become_locked(&mut shared, State::Failed);
             }
         }
@@ -307,6 +346,7 @@ impl Status {
         if state == State::SwitchoverUnknown && (shared.state == State::Cancelling || shared.error_is_link) {
             return;
         }
+        shared.watch.error(shared.elapsed(), &error);
         (shared.error, shared.error_is_link) = (Some(error), false);
         shared.waits_for_word = waits;
         match shared.state == state {
@@ -376,7 +416,19 @@ impl Status {
 
     /// Takes note of a switchover, as far as it got.
     pub fn set_downtime(&self, downtime: Downtime) {
-        self.lock().downtime = downtime;
+        let mut shared = self.lock();
+        shared.watch.blackout(shared.elapsed(), downtime);
+        shared.downtime = downtime;
+    }
+
+    /// Nobody is told of what happens any more, whether the migration has ended or not.
+    pub fn stop_telling(&self) {
+        self.lock().watch.close();
+    }
+
+    /// How many migrations ended, and how.
+    pub fn tally(&self) -> Tally {
+        self.lock().watch.tally
     }
 
     /// The present state.
@@ -418,9 +470,7 @@ impl Status {
     }
 
     fn snapshot_of(&self, shared: &Shared) -> Snapshot {
-        let until = shared.ended.unwrap_or_else(Instant::now);
-        let elapsed = shared.started.map_or(Duration::ZERO, |at| until.saturating_duration_since(at));
-        self.counters.snapshot(shared.state, shared.side, elapsed)
+        self.counters.snapshot(shared.state, shared.side, shared.elapsed())
     }
 
     /// The next piece of news, oldest first.

@@ -14,8 +14,10 @@ fn root() -> &'static str {
 fn options_page() -> String {
     let mut page = String::from(
         "# Options\n\nSet with `vmig_set(m, \"name\", \"value\")`, read with `vmig_get`. Made from the table in \
-         `src/options.rs` (`make header` rewrites it). *Live* options may change while a migration runs. `defaults=qemu` \
-         puts every option to QEMU's default. `listen-address` can only be read: where `vmig_incoming` listens.\n\n\
+         `src/options/table.rs` (`make header` rewrites it). *Live* options may change while a migration runs. `defaults=qemu` \
+         puts every option to QEMU's default. `listen-address` can only be read: where `vmig_incoming` listens; so can \
+         `dirty-tracker-in-use`: what finds written pages, of the last migration from here. Over QMP (docs/qmp.md) options \
+         are parameters, those with a *c* are capabilities.\n\n\
          | option | values | default | QEMU's | live | meaning |\n|---|---|---|---|---|---|\n",
     );
     for (index, row) in TABLE.iter().enumerate() {
@@ -24,6 +26,7 @@ fn options_page() -> String {
             Type::Choice(words) => words[usize::try_from(value).expect("an index")].to_owned(),
             Type::Size if value >= 1 << 20 && value % (1 << 20) == 0 => format!("{}M", value >> 20),
             Type::Size | Type::Millis | Type::Number => value.to_string(),
+            Type::Text if index == Opt::TraceFile as usize => "none".to_owned(),
             Type::Text => "all".to_owned(),
         };
         let (default, qemu) = match index == Opt::Machine as usize {
@@ -40,7 +43,8 @@ fn options_page() -> String {
             Type::Millis => format!("{min} to {max} ms"),
         };
         let live = if row.live { "yes" } else { "no" };
-        page += &format!("| `{}` | {values} | {default} | {qemu} | {live} | {} |\n", row.name, row.doc);
+        let capability = if row.capability { " *c*" } else { "" };
+        page += &format!("| `{}`{capability} | {values} | {default} | {qemu} | {live} | {} |\n", row.name, row.doc);
     }
     page
 }

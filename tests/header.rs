@@ -52,15 +52,22 @@ fn layouts() -> BTreeMap<String, Layout> {
             release,
             reacquire,
             fence,
-            config
+            config,
+            gate,
+            throttle,
+            log_record
         }
     );
+    layout!(t, capi::gate::vmig_gate_config { size, vcpus, signal, flags, timeout_ms });
     layout!(t, vmm::ops::vmig_moment { size, wall_ns, monotonic_ns });
+    layout!(t, vmm::ops::vmig_log_record { size, level, thread, monotonic_ns, target, text });
     layout!(
         t,
         capi::run::vmig_bql_stats { size, acquisitions, contended, wait_ns, wait_max_ns, hold_ns, hold_max_ns }
     );
     layout!(t, capi::ram::vmig_ram { size, name, host, len, gpa, flags, fd, fd_offset });
+    layout!(t, vmig::dirty::callback::vmig_dirty_bitmap { size, ram, host, first, pages, bits });
+    layout!(t, vmig::dirty::callback::vmig_dirty_source { size, name, flags, start, sync, clear, stop, destroy });
     layout!(t, capi::ram::vmig_kvm_slot { size, slot, flags, ram, offset, len, gpa });
     layout!(
         t,
@@ -81,7 +88,9 @@ fn layouts() -> BTreeMap<String, Layout> {
             expected_downtime,
             stop,
             downtime,
-            eta
+            eta,
+            throttle,
+            trackers
         }
     );
     layout!(

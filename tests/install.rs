@@ -76,6 +76,14 @@ fn a_program_links_with_the_shared_library() {
 }
 
 #[test]
+fn the_tool_is_installed_and_runs() {
+    let out = run(Command::new(installed().join("bin/vmig")).arg("--version"));
+    assert_eq!(String::from_utf8(out.stdout).unwrap(), format!("vmig {}", version()));
+    let stream = root().join("tests/streams/qemu10-none16.bin");
+    run(Command::new(installed().join("bin/vmig")).arg("inspect").arg(stream));
+}
+
+#[test]
 fn a_program_links_statically() {
     let flags = pkg_config(installed(), &["--static", "--cflags", "--libs", "vmig"]);
     let (program, printed) = compile_and_run("static", &["-static"], &flags);

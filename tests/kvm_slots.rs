@@ -13,9 +13,12 @@ use program::Program;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
+use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::kvm_log::KvmLog;
+use vmig::dirty::kvm_slots::KvmTracker;
+use vmig::dirty::write_protect::WriteProtect;
 use vmig::ram::{BlockSpec, PAGE, Ram};
 use vmig::sys::kvm::{CLEAR_MAX, Vm};
 
@@ -79,11 +82,15 @@ fn moves_well(dir: &Path, source: &mut Program) {
 }
 
 fn arrives_well(source: &mut Program, destination: &mut Program) {
+    arrives_whole(source, destination);
+    assert_eq!(source.command("logging"), "logging on", "left as it is when the guest left");
+}
+
+fn arrives_whole(source: &mut Program, destination: &mut Program) {
     source.must_end_in("completed");
     destination.must_end_in("completed");
     let arrived = destination.await_news("hashed");
     assert_eq!(source.command("hash").strip_prefix("hash"), arrived.strip_prefix("hashed"), "memory differs");
-    assert_eq!(source.command("logging"), "logging on", "left as it is when the guest left");
     runs(destination);
 }
 
@@ -109,6 +116,55 @@ fn memory_is_whole_through_any_slots() {
         assert_eq!(source.command("switched"), if hook { "switched 6" } else { "switched 0" });
         source.quit();
         destination.quit();
+    }
+}
+
+/// The same by KVM's dirty rings, which the VMM enabled: a small one, at which the vCPU stands now and then, and a large
+/// one. And by write protection, though there is KVM.
+#[test]
+fn memory_is_whole_by_rings_and_by_write_protection() {
+    if without_kvm() {
+        return;
+    }
+    let ring = Kvm::new().unwrap().check_extension_int(kvm_ioctls::Cap::DirtyLogRing);
+    for (args, option, tracker) in [
+        (&["ring=256"][..], "auto", "value kvm-ring (low, main, rom)"),
+        (&["ring=65536", "hook"][..], "kvm-ring", "value kvm-ring (low, main, rom)"),
+        (&[][..], "kvm-log", "value kvm-log (low, main, rom)"),
+        (&[][..], "write-protect", "value write-protect (low, main, rom)"),
+    ] {
+        if (!args.is_empty() && ring <= 0 && skip("kvm", "this KVM has no dirty rings"))
+            || (option == "write-protect" && WriteProtect::new().is_err_and(|e| skip("userfaultfd", e.text())))
+        {
+            continue;
+        }
+        let dir = scratch("rings");
+        let mut source = start(&dir, "source", args);
+        source.must(&format!("set dirty-tracker {option}"));
+        runs(&mut source);
+        for end in ["cancelled", "completed"] {
+            let (mut destination, address) = waiting(&dir);
+            slow(&mut source, &address);
+            source.must("flash 1");
+            runs(&mut source);
+            assert_eq!(source.command("tracker"), tracker);
+            if end == "cancelled" {
+                source.must("cancel");
+                source.must_end_in("cancelled");
+                destination.must_end_in("failed");
+                // What is left in the rings must not hold the vCPU.
+                runs(&mut source);
+                destination.quit();
+                continue;
+            }
+            source.must("set max-bandwidth 0");
+            arrives_whole(&mut source, &mut destination);
+            destination.quit();
+        }
+        if args.first() == Some(&"ring=256") {
+            assert_ne!(source.command("full"), "full 0", "a ring of 256 entries fills up");
+        }
+        source.quit();
     }
 }
 
@@ -218,6 +274,7 @@ fn ram_that_nobody_tracks_is_refused_by_name() {
     let mut source = start(&dir, "source", &[]);
     let (_destination, address) = waiting(&dir);
     source.must("forget 2");
+    source.must("set dirty-tracker kvm-log");
     source.must(&format!("migrate {address}"));
     source.must_end_in("failed");
     let why = source.command("error");
@@ -226,8 +283,15 @@ fn ram_that_nobody_tracks_is_refused_by_name() {
     assert!(why.contains("RAM block 'main'") && why.contains(&format!("{hole:#x}")), "{why}");
     assert_eq!(source.command("logging"), "logging off");
     runs(&mut source);
-    source.must("register 2");
-    moves_well(&dir, &mut source);
+    // Unless somebody else can: a block that KVM does not see all of is protected.
+    source.must("set dirty-tracker auto");
+    if !WriteProtect::new().is_err_and(|e| skip("userfaultfd", e.text())) {
+        let (mut destination, address) = waiting(&dir);
+        source.must(&format!("migrate {address}"));
+        arrives_whole(&mut source, &mut destination);
+        assert_eq!(source.command("tracker"), "value kvm-log (low, rom), write-protect (main)");
+        destination.quit();
+    }
     source.quit();
 }
 
@@ -283,7 +347,7 @@ fn what_does_not_exist_is_not_cleared() {
     let touch = |page: usize| unsafe { host.wrapping_add(page * 4096).write_volatile(1) };
     touch(most + 7);
 
-    let set = hub.subscribe(&ram.list()).unwrap();
+    let set = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
     let mut cursor = Cursor::default();
     while cursor.take(&set, most).unwrap() {}
     assert_eq!(kernel_log(&vm, pages), [(0, most), (2 * most, pages)], "only what exists was cleared");
@@ -303,7 +367,7 @@ fn what_does_not_exist_is_not_cleared() {
     let gone = unsafe { libc::madvise(host.wrapping_add(most * 4096).cast(), most * 4096, libc::MADV_DONTNEED) };
     assert_eq!(gone, 0);
     hub.leave(&set);
-    let again = hub.subscribe(&ram.list()).unwrap();
+    let again = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
     assert_eq!(again.pages(), pages, "a new attempt begins with all pages");
     while cursor.take(&again, most).unwrap() {}
     assert_eq!(kernel_log(&vm, pages), [(0, 3 * most)], "and sleeps anew");
@@ -327,7 +391,7 @@ fn no_call_arms_a_whole_slot() {
         // SAFETY: a page of the mapping.
         unsafe { host.wrapping_add(page * 4096).write_volatile(1) };
     }
-    let set = hub.subscribe(&ram.list()).unwrap();
+    let set = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
     assert_eq!(kernel_log(&vm, pages), [(0, pages)], "what is dirty is not protected");
     let mut cursor = Cursor::default();
     assert!(cursor.take(&set, 1).unwrap());

@@ -118,7 +118,7 @@ type Lines = Arc<Mutex<Vec<String>>>;
 
 fn machine(side: &'static str, guest: &Arc<Guest>, lines: &Lines, options: &[(&str, &str)]) -> Arc<Machine> {
     let (lines, begin) = (Arc::clone(lines), Instant::now());
-    let log = Arc::new(Log::new(Some(Box::new(move |_, line| {
+    let log = Arc::new(Log::new(Some(Box::new(move |_, _, line| {
         lines.lock().unwrap().push(format!("{side} after {:?}: {line}", begin.elapsed()));
     }))));
     let vmm = Vmm::new(Box::new(Hook(Arc::clone(guest))), Arc::new(Bql::new()), log, NEW_GUEST);

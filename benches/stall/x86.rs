@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_userspace_memory_region;
+use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::kvm_log::KvmLog;
+use vmig::dirty::kvm_slots::KvmTracker;
 use vmig::ram::{BlockSpec, Ram};
 use vmig::sys::kvm::Vm;
 use vmig::wire::packet::PAGES_MAX;
@@ -143,7 +145,7 @@ fn migrate(shared: &Shared<'_>, hub: &Hub, ram: &Ram) -> [(f64, f64); PHASES.len
     };
     let (gap, took, ()) = shared.during(|| std::thread::sleep(LOOK));
     put(0, gap, took);
-    let (gap, took, set) = shared.during(|| hub.subscribe(&ram.list()).unwrap());
+    let (gap, took, set) = shared.during(|| hub.subscribe(&ram.list(), Choice::Auto).unwrap());
     put(1, gap, took);
     for round in 0..ROUNDS {
         let (gap, took, ()) = shared.during(|| {

@@ -29,8 +29,9 @@ static const char usage[] =
     "  --tsc-khz N          how fast the guest's TSC is (default: as the host's)\n"
     "  --hide-cpuid BIT     a bit the guest does not see: LEAF,SUBLEAF,REGISTER,BIT, register 0 is eax\n"
     "  --set 'NAME VALUE'   an option of the library; may be given several times\n"
-    "  --incoming URI       do not boot; wait for a guest\n"
+    "  --incoming URI       do not boot; wait for a guest (defer: until somebody says where, by command or QMP)\n"
     "  --migrate-at S,URI   migrate to URI after S seconds\n"
+    "  --qmp URI            serve QMP there: unix:PATH or tcp:HOST:PORT; with it the end of standard input is not the end\n"
     "  --hash-at-start FILE write page hashes of a guest that arrived, before it runs\n"
     "  --serial FILE        the serial console (default: standard error)\n"
     "  --events-fd FD       heartbeats and generations, one line each\n"
@@ -45,7 +46,7 @@ struct options {
     struct boot_info boot;
     enum machine_fill fill;
     unsigned tick_us;
-    const char *incoming, *serial, *hash_at_start, *firmware;
+    const char *incoming, *serial, *hash_at_start, *firmware, *qmp;
     const char *setting[MAX_SETTINGS];
     size_t settings;
     char *migrate_at;
@@ -104,6 +105,7 @@ static void parse(int argc, char **argv, struct options *o)
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
         { "events-fd", 1, NULL, 'e' }, { "firmware", 1, NULL, 'F' }, { "help", 0, NULL, 'H' },
         { "set", 1, NULL, 'o' },      { "tsc-khz", 1, NULL, 'k' },    { "hide-cpuid", 1, NULL, 'x' },
+        { "qmp", 1, NULL, 'q' },
         { NULL, 0, NULL, 0 },
     };
     int c, index = 0;
@@ -130,6 +132,7 @@ static void parse(int argc, char **argv, struct options *o)
         case 'k': o->machine.cpu.tsc_khz = (uint32_t)number(name, optarg, 1, UINT32_MAX); break;
         case 'x': hide_bit(&o->machine.cpu, optarg); break;
         case 'F': o->firmware = optarg; break;
+        case 'q': o->qmp = optarg; break;
         case 'o':
             if (o->settings == MAX_SETTINGS) {
                 fprintf(stderr, "vmm: more than %d times --set\n", MAX_SETTINGS);
@@ -250,7 +253,9 @@ static bool obey(struct machine *vm, char *line)         /* false: quit */
 
 /* ---- the main loop ---- */
 
-static bool read_commands(struct machine *vm)
+enum said { SAID_MORE, SAID_QUIT, SAID_LAST };          /* LAST: nobody commands us any more */
+
+static enum said read_commands(struct machine *vm)
 {
     static char buffer[4096];
     static size_t have;
@@ -258,16 +263,16 @@ static bool read_commands(struct machine *vm)
     char *line = buffer, *end;
 
     if (n <= 0)
-        return n < 0 && errno == EINTR;                 /* nobody commands us any more: quit */
+        return n < 0 && errno == EINTR ? SAID_MORE : SAID_LAST;
     have += (size_t)n;
     for (; (end = memchr(line, '\n', have - (size_t)(line - buffer))); line = end + 1) {
         *end = '\0';
         if (!obey(vm, line))
-            return false;
+            return SAID_QUIT;
     }
     have -= (size_t)(line - buffer);
     memmove(buffer, line, have);
-    return have < sizeof buffer;                        /* a line without an end is no command */
+    return have < sizeof buffer ? SAID_MORE : SAID_QUIT;  /* a line without an end is no command */
 }
 
 static int split_migrate_at(char *text, uint64_t *when, char **uri)
@@ -286,10 +291,11 @@ static int split_migrate_at(char *text, uint64_t *when, char **uri)
     return 0;
 }
 
-static int main_loop(struct machine *vm, char *migrate_at)
+static int main_loop(struct machine *vm, char *migrate_at, bool stays)
 {
-    struct pollfd fds[2] = { { .fd = STDIN_FILENO, .events = POLLIN },
-                             { .fd = migrate_event_fd(vm), .events = POLLIN } };
+    struct pollfd fds[3] = { { .fd = STDIN_FILENO, .events = POLLIN },
+                             { .fd = migrate_event_fd(vm), .events = POLLIN },
+                             { .fd = vm->quit_fd, .events = POLLIN } };
     uint64_t when;
     char *uri = NULL;
 
@@ -299,14 +305,20 @@ static int main_loop(struct machine *vm, char *migrate_at)
     }
     for (;;) {
         uint64_t now = now_ns();
+        enum said said;
         int wait_ms = when == UINT64_MAX ? -1 : when > now ? (int)((when - now) / 1000000) + 1 : 0;
 
-        if (poll(fds, 2, wait_ms) < 0 && errno != EINTR)
+        if (poll(fds, 3, wait_ms) < 0 && errno != EINTR)
             return -errno;
+        if (fds[2].revents)
+            return 0;
         if (fds[1].revents & POLLIN)
             migrate_events(vm);
-        if (fds[0].revents && !read_commands(vm))
+        said = fds[0].revents ? read_commands(vm) : SAID_MORE;
+        if (said == SAID_QUIT || (said == SAID_LAST && !stays))
             return 0;
+        if (said == SAID_LAST)
+            fds[0].fd = -1;                             /* QMP goes on */
         if (now_ns() >= when) {
             migrate_command(vm, "migrate", uri);
             when = UINT64_MAX;
@@ -323,6 +335,15 @@ static int start_guest(struct machine *vm, const struct options *o)
             fprintf(stderr, "vmm: --set '%s': %s\n", o->setting[i], migrate_error());
             return err;
         }
+    if (o->qmp && (err = migrate_serve(vm, o->qmp)) < 0) {
+        fprintf(stderr, "vmm: --qmp %s: %s\n", o->qmp, migrate_error());
+        return err;
+    }
+    if (o->incoming && strcmp(o->incoming, "defer") == 0) {
+        if ((err = migrate_pause(vm)) >= 0)             /* not booted: nobody may take it for a guest that runs */
+            printf("deferred\n");
+        return err;
+    }
     if (o->incoming)
         return migrate_listen(vm, o->incoming);
     if (o->machine.firmware)
@@ -347,6 +368,7 @@ int main(int argc, char **argv)
     signal(SIGPIPE, SIG_IGN);                           /* a harness that went away is an error code, not the end */
     vm.events_fd = o.events_fd;
     vm.hash_at_start = o.hash_at_start;
+    vm.quit_fd = -1;
     vm.serial_fd = o.serial ? open(o.serial, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : STDERR_FILENO;
     if (vm.serial_fd < 0)
         machine_die(EXIT_VMM_FAULT, "--serial %s: %s", o.serial, strerror(errno));
@@ -355,7 +377,7 @@ int main(int argc, char **argv)
     if ((err = migrate_setup(&vm)) < 0 || (err = ticker_start_thread(&vm)) < 0 ||
         (err = vcpus_start_threads(&vm)) < 0 || (err = start_guest(&vm, &o)) < 0)
         machine_die(EXIT_VMM_FAULT, "cannot start the guest: %s", strerror(-err));
-    err = main_loop(&vm, o.migrate_at);
+    err = main_loop(&vm, o.migrate_at, o.qmp);
     vcpus_end_threads(&vm);                             /* these ask for the guest's clock, so they end first */
     ticker_end_thread(&vm);
     migrate_teardown(&vm);                              /* may still call our hooks; after it nobody does */

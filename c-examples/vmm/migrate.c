@@ -9,6 +9,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 #include <vmig.h>
 
@@ -179,6 +180,52 @@ int migrate_setup(struct machine *vm)
 void migrate_teardown(struct machine *vm)
 {
     vmig_free(vm->migration);
+    if (vm->quit_fd > 0)
+        close(vm->quit_fd);
+}
+
+/* ---- QMP: the library serves its own commands; these are ours ---- */
+
+static int qmp_quit(void *opaque, const char *arguments, vmig_reply *reply)
+{
+    struct machine *vm = opaque;
+    uint64_t one = 1;
+
+    (void)arguments, (void)reply;
+    return write(vm->quit_fd, &one, sizeof one) == sizeof one ? 0 : -errno;
+}
+
+static int qmp_guest(void *opaque, const char *arguments, vmig_reply *reply)
+{
+    struct machine *vm = opaque;
+    char json[128];
+
+    if (strcmp(arguments, "{}") != 0) {
+        vmig_reply_error(reply, "query-guest takes no arguments");
+        return -EINVAL;
+    }
+    pthread_mutex_lock(&vm->lock);
+    snprintf(json, sizeof json, "{\"vcpus\": %zu, \"ticks\": %" PRIu32 ", \"verified-pages\": %" PRIu64 "}", vm->vcpus,
+             vm->ticker.count, vm->vcpu[0].probe.verified);
+    pthread_mutex_unlock(&vm->lock);
+    return vmig_reply_json(reply, json);
+}
+
+int migrate_serve(struct machine *vm, const char *uri)
+{
+    vmig *m = vm->migration;
+    char *address;
+    int err;
+
+    if ((vm->quit_fd = eventfd(0, EFD_CLOEXEC)) < 0)
+        return -errno;
+    if ((err = vmig_qmp_add(m, "quit", qmp_quit, vm, NULL)) < 0 ||
+        (err = vmig_qmp_add(m, "query-guest", qmp_guest, vm, NULL)) < 0 || (err = vmig_qmp_listen(m, uri)) < 0)
+        return err;
+    address = vmig_get(m, "qmp-address");
+    printf("note qmp %s\n", address ? address : uri);
+    vmig_string_free(address);
+    return 0;
 }
 
 /* The VMM's own pause and resume, and the clock its timers follow, belong to the migration too. */

@@ -74,6 +74,7 @@ struct machine {
     _Atomic int events_fd;                              /* -1: nobody watches; vCPUs write without the big lock */
     const char *hash_at_start;                          /* file for the page hashes of a guest that just arrived */
     struct vmig *migration;
+    int quit_fd;                                        /* readable: somebody said quit over QMP */
 };
 
 struct firmware {
@@ -140,6 +141,7 @@ int migrate_setup(struct machine *vm);
 void migrate_teardown(struct machine *vm);
 int migrate_command(struct machine *vm, const char *verb, const char *argument);        /* -ENOENT: not ours */
 int migrate_listen(struct machine *vm, const char *uri);
+int migrate_serve(struct machine *vm, const char *uri);                 /* QMP */
 int migrate_set(struct machine *vm, const char *name_and_value);       /* an option of the library, "NAME VALUE" */
 const char *migrate_error(void);                                        /* why this thread's last call failed */
 int migrate_pause(struct machine *vm);

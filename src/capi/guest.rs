@@ -3,9 +3,10 @@
 
 use std::ffi::{CString, c_char, c_int, c_void};
 
-use super::{enter, guest};
+use super::{enter, face, guest};
 use crate::error::{Error, last_message};
 use crate::machine::{Machine, NEW_GUEST};
+use crate::qmp::Qmp;
 use crate::vmm::Vmm;
 use crate::vmm::ops::vmig_ops;
 
@@ -31,9 +32,9 @@ pub unsafe extern "C" fn vmig_new(ops: *const vmig_ops, vm: *mut c_void, out: *m
         }
         // SAFETY: the C contract: ops is NULL or a sized struct whose hooks accept vm.
         let vmm = unsafe { Vmm::from_c(ops, vm, NEW_GUEST) }?;
-        let machine = Box::new(Machine::new(vmm)?);
+        let made = Box::new(Qmp::new(Machine::new(vmm)?));
         // SAFETY: not NULL; the C contract says it can be written.
-        unsafe { out.write(Box::into_raw(machine).cast()) };
+        unsafe { out.write(Box::into_raw(made).cast()) };
         Ok(0)
     })
 }
@@ -44,7 +45,7 @@ pub unsafe extern "C" fn vmig_new(ops: *const vmig_ops, vm: *mut c_void, out: *m
 /// A migration whose guest was handed over already is not ended but waited for, at most for `switchover-timeout` (towards a
 /// QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits,
 /// without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
-/// the big lock held it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started.
+/// the big lock held, or from a command of QMP, it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_free(m: *mut vmig) {
     if m.is_null() {
@@ -53,9 +54,11 @@ pub unsafe extern "C" fn vmig_free(m: *mut vmig) {
     enter("vmig_free", || {
         // Its threads may want the big lock before they end: to wait for them with it would be for ever.
         // SAFETY: the C contract of handles.
-        unsafe { guest(m) }?.vmm().bql().require_free("free the guest")?;
+        let face = unsafe { face(m) }?;
+        face.machine().vmm().bql().require_free("free the guest")?;
+        face.check_not_inside()?;
         // SAFETY: the C contract: m came from vmig_new, which made it from a Box, and is not used any more.
-        drop(unsafe { Box::from_raw(m.cast::<Machine>()) });
+        drop(unsafe { Box::from_raw(m.cast::<Qmp>()) });
         Ok(0)
     });
 }
@@ -102,7 +105,7 @@ pub unsafe extern "C" fn vmig_get_threads(m: *mut vmig) -> *mut c_char {
         // SAFETY: the C contract of handles.
         let machine = unsafe { guest(m) }?;
         let one = |(name, tid): (String, i32)| serde_json::json!({"name": name, "thread-id": tid});
-        let list: Vec<serde_json::Value> = machine.threads().into_iter().map(one).collect();
+        let list: Vec<serde_json::Value> = machine.threads().list().into_iter().map(one).collect();
         Ok(Some(serde_json::Value::from(list).to_string()))
     })
 }

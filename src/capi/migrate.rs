@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::guest::vmig;
 use super::run::time;
-use super::{enter, enter_text, guest, string};
+use super::{enter, enter_text, face, guest, string};
 use crate::error::Error;
 use crate::pacing::downtime::Parts;
 use crate::status::{STATES, Side, Snapshot, State};
@@ -80,6 +80,24 @@ pub const VMIG_SIDE_SOURCE: u32 = 1;
 /// The guest arrives.
 pub const VMIG_SIDE_DESTINATION: u32 = 2;
 
+/// KVM's dirty log.
+pub const VMIG_TRACKER_KVM_LOG: u64 = 1;
+/// KVM's dirty ring.
+pub const VMIG_TRACKER_KVM_RING: u64 = 2;
+/// The kernel's write protection, without KVM.
+pub const VMIG_TRACKER_WRITE_PROTECT: u64 = 4;
+/// The VMM: vmig_dirty() and dirty sources.
+pub const VMIG_TRACKER_CALLBACK: u64 = 8;
+/// Nobody: the guest is stopped before its memory is sent (option `dirty-tracker` is none).
+pub const VMIG_TRACKER_NONE: u64 = 16;
+
+const _: () = {
+    use crate::dirty::{Kind, choice::NOTHING_BIT};
+    assert!(VMIG_TRACKER_KVM_LOG == Kind::KvmLog.bit() as u64 && VMIG_TRACKER_KVM_RING == Kind::KvmRing.bit() as u64);
+    assert!(VMIG_TRACKER_WRITE_PROTECT == Kind::WriteProtect.bit() as u64);
+    assert!(VMIG_TRACKER_CALLBACK == Kind::Callback.bit() as u64 && VMIG_TRACKER_NONE == NOTHING_BIT as u64);
+};
+
 /// Where the present (or last) migration stands. Amounts in bytes, rates in bytes per second, times in nanoseconds.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +137,11 @@ pub struct vmig_status {
     /// Until completion, at the present rates; UINT64_MAX while the guest dirties faster than the link sends, or
     /// nothing is known yet.
     pub eta: u64,
+    /// Percent of the time the source's vCPUs are made to stand still (option `auto-converge`).
+    pub throttle: u64,
+    /// Sum of VMIG_TRACKER_...: who finds the pages that are written, of the last migration from here. 0 until there is
+    /// one, and in a destination. vmig_get(m, "dirty-tracker-in-use") names RAM blocks, too.
+    pub trackers: u64,
 }
 
 // SAFETY: repr(C), size first, integers, no padding.
@@ -185,7 +208,7 @@ pub(super) fn error_json(error: &Error) -> serde_json::Value {
     json
 }
 
-fn status_of(now: &Snapshot) -> vmig_status {
+fn status_of(now: &Snapshot, trackers: u32) -> vmig_status {
     vmig_status {
         size: size_of::<vmig_status>(),
         state: now.state as u32,
@@ -208,6 +231,8 @@ fn status_of(now: &Snapshot) -> vmig_status {
         stop: now.stop,
         downtime: now.downtime,
         eta: now.eta,
+        throttle: now.throttle,
+        trackers: u64::from(trackers),
     }
 }
 
@@ -331,9 +356,10 @@ pub unsafe extern "C" fn vmig_wait(m: *mut vmig, timeout_ms: c_int) -> c_int {
 pub unsafe extern "C" fn vmig_get_status(m: *mut vmig, status: *mut vmig_status) -> c_int {
     enter("vmig_get_status", || {
         // SAFETY: the C contract of handles.
-        let now = unsafe { guest(m) }?.status().snapshot();
+        let machine = unsafe { guest(m) }?;
+        let now = status_of(&machine.status().snapshot(), machine.trackers().0);
         // SAFETY: the C contract: NULL or a sized struct that can be written.
-        unsafe { sized_fill(status, &status_of(&now)) }.map(|()| 0)
+        unsafe { sized_fill(status, &now) }.map(|()| 0)
     })
 }
 
@@ -418,10 +444,10 @@ pub unsafe extern "C" fn vmig_next_event(m: *mut vmig, status: *mut vmig_status)
         let machine = unsafe { guest(m) }?;
         // The struct is checked before news is taken out of the queue: a failed call changes nothing.
         // SAFETY: the C contract: NULL or a sized struct that can be written.
-        unsafe { sized_fill(status, &status_of(&machine.status().snapshot())) }?;
+        unsafe { sized_fill(status, &status_of(&machine.status().snapshot(), machine.trackers().0)) }?;
         let Some(news) = machine.status().next_news() else { return Ok(0) };
         // SAFETY: as above.
-        unsafe { sized_fill(status, &status_of(&news)) }.map(|()| 1)
+        unsafe { sized_fill(status, &status_of(&news, machine.trackers().0)) }.map(|()| 1)
     })
 }
 
@@ -440,14 +466,17 @@ pub unsafe extern "C" fn vmig_set(m: *mut vmig, option: *const c_char, value: *c
     })
 }
 
-/// The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens. NULL on failure
-/// (vmig_errmsg()). Free it with vmig_string_free(). \[any\]\[cb\]
+/// The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens, and of
+/// "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free(). \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get(m: *mut vmig, option: *const c_char) -> *mut c_char {
     enter_text("vmig_get", || {
         // SAFETY: the C contract of handles.
-        let machine = unsafe { guest(m) }?;
+        let face = unsafe { face(m) }?;
         // SAFETY: the C contract of strings.
-        machine.get(unsafe { string("option", option) }?).map(Some)
+        match unsafe { string("option", option) }? {
+            "qmp-address" => face.address().map(Some),
+            option => face.machine().get(option).map(Some),
+        }
     })
 }

@@ -10,8 +10,12 @@
 
 pub mod check;
 pub mod device;
+pub mod dispatch;
+pub mod gate;
 pub mod guest;
 pub mod migrate;
+pub mod observe;
+pub mod qmp;
 pub mod ram;
 pub mod run;
 pub mod section;
@@ -20,6 +24,7 @@ use std::ffi::{CStr, CString, c_char, c_int};
 
 use crate::error::{Error, Result, set_last};
 use crate::machine::Machine;
+use crate::qmp::Qmp;
 use crate::thread::fence;
 use guest::vmig;
 
@@ -31,8 +36,17 @@ const TEXT_MAX: usize = 64 << 10;
 /// # Safety
 /// `m` is NULL or came from `vmig_new` and was not freed yet.
 unsafe fn guest<'a>(m: *const vmig) -> Result<&'a Machine> {
-    // SAFETY: vmig_new made the pointer from a Box<Machine>, and the caller says that it still lives.
-    unsafe { m.cast::<Machine>().as_ref() }.ok_or_else(|| Error::invalid("the guest handle is NULL"))
+    // SAFETY: this function's contract.
+    unsafe { face(m) }.map(Qmp::machine)
+}
+
+/// The same with what speaks QMP for it.
+///
+/// # Safety
+/// As for [`guest`].
+unsafe fn face<'a>(m: *const vmig) -> Result<&'a Qmp> {
+    // SAFETY: vmig_new made the pointer from a Box<Qmp>, and the caller says that it still lives.
+    unsafe { m.cast::<Qmp>().as_ref() }.ok_or_else(|| Error::invalid("the guest handle is NULL"))
 }
 
 /// Runs the body of an entry point; failures become a negative errno and this thread's message.
@@ -63,14 +77,23 @@ fn enter_text(name: &str, f: impl FnOnce() -> Result<Option<String>>) -> *mut c_
 /// # Safety
 /// `text` is NULL or ends with NUL.
 unsafe fn string<'a>(what: &str, text: *const c_char) -> Result<&'a str> {
+    // SAFETY: this function's contract.
+    unsafe { long_string(what, text, TEXT_MAX) }
+}
+
+/// A string of the caller that may have `most` bytes.
+///
+/// # Safety
+/// As for [`string`].
+unsafe fn long_string<'a>(what: &str, text: *const c_char, most: usize) -> Result<&'a str> {
     if text.is_null() {
         return Err(Error::invalid(format!("{what} is NULL")));
     }
     // SAFETY: not NULL, and the caller says it ends with NUL.
     let text = unsafe { CStr::from_ptr(text) };
     match text.to_str() {
-        Ok(text) if text.len() <= TEXT_MAX => Ok(text),
-        Ok(_) => Err(Error::invalid(format!("{what} is longer than {TEXT_MAX} bytes"))),
+        Ok(text) if text.len() <= most => Ok(text),
+        Ok(_) => Err(Error::invalid(format!("{what} is longer than {most} bytes"))),
         Err(_) => Err(Error::invalid(format!("{what} is not UTF-8"))),
     }
 }

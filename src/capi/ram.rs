@@ -1,12 +1,15 @@
 //! Guest RAM is registered in blocks: contiguous pieces of this process's memory, known to both sides by name. Every
-//! write to it must be seen by the library: the vCPUs' by KVM's dirty log (vmig_use_kvm(), vmig_add_kvm_slot()) or, for
-//! an emulator, by vmig_dirty() on its store path; a device's by vmig_dirty().
+//! write to it must be seen by the library: the vCPUs' by KVM's dirty log or ring (vmig_use_kvm(), vmig_add_kvm_slot()),
+//! or by vmig_dirty() on an emulator's store path, or by the kernel's write protection, which needs nothing of the VMM;
+//! a device's by vmig_dirty() or a dirty source. Option `dirty-tracker` chooses; docs/dirty-tracking.md says what each
+//! sees.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
 
 use super::guest::vmig;
 use super::{enter, guest, string};
+use crate::dirty::callback::{Source, vmig_dirty_source};
 use crate::error::{Error, Result};
 use crate::machine::KvmSlot;
 use crate::ram::BlockSpec;
@@ -120,9 +123,39 @@ pub unsafe extern "C" fn vmig_dirty(m: *mut vmig, host: *const c_void, len: u64)
     }
 }
 
+/// Adds something else that knows which pages were written (a vhost-user device, VFIO, an emulator's own log): it is asked
+/// at every sync, and what it reports is sent as well. `opaque` is what its callbacks get, and its name for
+/// vmig_remove_dirty_source(). -EEXIST: there is one with this pointer; -EBUSY while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_add_dirty_source(
+    m: *mut vmig,
+    source: *const vmig_dirty_source,
+    opaque: *mut c_void,
+) -> c_int {
+    enter("vmig_add_dirty_source", || {
+        // SAFETY: the C contract of handles.
+        let machine = unsafe { guest(m) }?;
+        // SAFETY: the C contract: the callbacks accept opaque on any thread until destroy.
+        machine.add_dirty_source(unsafe { Source::new(source, opaque) }?)?;
+        Ok(0)
+    })
+}
+
+/// Forgets a dirty source; no callback of it comes after this returned. -ENOENT: there is none with this pointer; -EBUSY
+/// while a migration runs. \[bql\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_remove_dirty_source(m: *mut vmig, opaque: *mut c_void) -> c_int {
+    enter("vmig_remove_dirty_source", || {
+        // SAFETY: the C contract of handles.
+        drop(unsafe { guest(m) }?.remove_dirty_source(opaque)?);
+        Ok(0)
+    })
+}
+
 /// Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
 /// the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
-/// sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM. -EEXIST the second time; -ENOSYS on architectures
+/// sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are
+/// then used instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time; -ENOSYS on architectures
 /// that are not supported yet. \[bql\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_use_kvm(m: *mut vmig, vm_fd: c_int, vcpu_fds: *const c_int, vcpus: usize) -> c_int {
@@ -191,6 +224,19 @@ pub unsafe extern "C" fn vmig_add_kvm_slot(m: *mut vmig, slot: *const vmig_kvm_s
             len: slot.len,
             gpa: slot.gpa,
         })?;
+        Ok(0)
+    })
+}
+
+/// A vCPU left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: empties the dirty rings of all vCPUs, so that it can go on. Only for
+/// VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU: vmig_use_kvm() finds the rings and takes
+/// them over, and nobody else may then take from them. Call it for every such exit, whether a migration runs or not. Fast,
+/// and waits for nothing but other threads that do the same. -EINVAL: there are no rings. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_dirty_ring_full(m: *mut vmig) -> c_int {
+    enter("vmig_dirty_ring_full", || {
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.dirty_ring_full()?;
         Ok(0)
     })
 }

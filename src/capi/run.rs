@@ -46,7 +46,7 @@ pub unsafe extern "C" fn vmig_bql_held(m: *mut vmig) -> c_int {
 pub unsafe extern "C" fn vmig_bql_wait(m: *mut vmig, timeout_ms: c_int) -> c_int {
     enter("vmig_bql_wait", || {
         // SAFETY: the C contract of handles.
-        unsafe { guest(m) }?.vmm().bql().wait(time(timeout_ms)).map(c_int::from)
+        unsafe { guest(m) }?.bql_wait(time(timeout_ms)).map(c_int::from)
     })
 }
 
@@ -113,7 +113,7 @@ pub unsafe extern "C" fn vmig_get_bql_stats(m: *mut vmig, stats: *mut vmig_bql_s
 pub unsafe extern "C" fn vmig_stop(m: *mut vmig) -> c_int {
     enter("vmig_stop", || {
         // SAFETY: the C contract of handles.
-        unsafe { guest(m) }?.vmm().stop(StopReason::User).map(|_| 0)
+        unsafe { guest(m) }?.pause(true).map(|()| 0)
     })
 }
 
@@ -124,7 +124,7 @@ pub unsafe extern "C" fn vmig_stop(m: *mut vmig) -> c_int {
 pub unsafe extern "C" fn vmig_start(m: *mut vmig) -> c_int {
     enter("vmig_start", || {
         // SAFETY: the C contract of handles.
-        unsafe { guest(m) }?.vmm().start(StopReason::User).map(|_| 0)
+        unsafe { guest(m) }?.pause(false).map(|()| 0)
     })
 }
 

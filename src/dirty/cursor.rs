@@ -61,6 +61,7 @@ impl Cursor {
 
 #[cfg(test)]
 mod tests {
+    use super::super::choice::Choice;
     use super::super::hub::Hub;
     use super::*;
     use crate::bitmap::WORD_BITS;
@@ -100,7 +101,7 @@ mod tests {
     #[test]
     fn goes_round_all_blocks_and_never_mixes_two() {
         let (hub, ram) = (Hub::default(), ram(&[100, 70, 64]));
-        let set = hub.subscribe(&ram.list()).unwrap();
+        let set = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
         let mut cursor = Cursor::default();
         assert_eq!(take(&mut cursor, &set, 110), [(0, 0, 100)]);
         assert_eq!(take(&mut cursor, &set, 30), [(1, 0, 30)]);
@@ -125,7 +126,7 @@ mod tests {
     #[test]
     fn no_blocks_no_pages() {
         let (hub, ram) = (Hub::default(), Ram::default());
-        let set = hub.subscribe(&ram.list()).unwrap();
+        let set = hub.subscribe(&ram.list(), Choice::Auto).unwrap();
         assert!(take(&mut Cursor::default(), &set, 1).is_empty());
     }
 }

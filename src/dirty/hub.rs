@@ -1,10 +1,11 @@
 //! The one harvester of a guest: asks the trackers and gives what they found to every reader.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Tracker;
+use super::choice::{Choice, Plan};
 use super::set::DirtySet;
+use super::write_protect::WriteProtect;
 use crate::bitmap::Scan;
 use crate::error::{Error, Result};
 use crate::ram::{Block, PAGE, RamList};
@@ -17,14 +18,20 @@ const HARVEST: usize = 4096;
 #[derive(Default)]
 pub struct Hub {
     inner: Mutex<Inner>,
+    /// What tracked last, as bits and in words. Apart, because a callback that is asked for what was written may ask for
+    /// this.
+    last: Mutex<(u32, String)>,
 }
 
 #[derive(Default)]
 struct Inner {
+    /// What was registered.
     trackers: Vec<Arc<dyn Tracker>>,
     readers: Vec<Reader>,
-    /// The trackers run though nobody reads.
-    left_on: bool,
+    /// The trackers that run, and for what; also when everybody who read has left them on.
+    running: Option<Plan>,
+    /// Whether this kernel write-protects; asked once.
+    write_protect: Option<Result<Arc<WriteProtect>>>,
 }
 
 struct Reader {
@@ -54,59 +61,81 @@ impl Hub {
         Ok(())
     }
 
+    /// Forgets a tracker; refused while somebody reads.
+    pub fn remove_tracker(&self, tracker: &Arc<dyn Tracker>) -> Result<()> {
+        let mut inner = self.lock();
+        if !inner.readers.is_empty() {
+            return Err(Error::new(libc::EBUSY, "dirty tracking cannot be removed while a migration runs"));
+        }
+        inner.rest();
+        inner.trackers.retain(|t| !Arc::ptr_eq(t, tracker));
+        Ok(())
+    }
+
     /// Starts reading: every page of `list` is dirty at first. The first reader starts the trackers, for its blocks:
     /// later ones cannot have more.
-    pub fn subscribe(&self, list: &RamList) -> Result<Arc<DirtySet>> {
+    pub fn subscribe(&self, list: &RamList, choice: Choice) -> Result<Arc<DirtySet>> {
         let mut inner = self.lock();
-        check_covered(&inner.trackers, list)?;
-        if let Some(first) = inner.readers.first()
-            && let Some(block) = list.iter().find(|b| !first.list.iter().any(|other| Arc::ptr_eq(b, other)))
-        {
-            let text = format!("RAM block '{}' is not tracked by the migration that runs", block.name());
-            return Err(Error::new(libc::EBUSY, text));
-        }
-        let set = Arc::new(DirtySet::all(list, &inner.trackers)?);
-        if inner.readers.is_empty() {
+        if let Some(first) = inner.readers.first() {
+            if let Some(block) = list.iter().find(|b| !first.list.iter().any(|other| Arc::ptr_eq(b, other))) {
+                let text = format!("RAM block '{}' is not tracked by the migration that runs", block.name());
+                return Err(Error::new(libc::EBUSY, text));
+            }
+        } else {
             inner.rest();
-            for (i, tracker) in inner.trackers.iter().enumerate() {
-                if let Err(error) = tracker.start(list) {
-                    inner.trackers[..i].iter().for_each(|t| t.stop());
-                    return Err(error.context("switching dirty logging on"));
-                }
-            }
-            // A log may begin with every page set. Reading it now lets the first round clear it chunk by chunk;
-            // otherwise the second round would send everything again.
-            for tracker in &inner.trackers {
-                if let Err(error) = tracker.sync(&mut |_, _, _| ()) {
-                    inner.trackers.iter().for_each(|t| t.stop());
-                    return Err(error.context("reading the dirty log for the first time"));
-                }
-            }
+            *lock(&self.last) = inner.begin(list, choice)?;
         }
+        let trackers: Vec<_> = inner.running.iter().flat_map(Plan::trackers).cloned().collect();
+        let set = Arc::new(DirtySet::all(list, &trackers).inspect_err(|_| {
+            if inner.readers.is_empty() {
+                inner.rest();
+            }
+        })?);
         inner.readers.push(Reader { set: Arc::clone(&set), list: Arc::clone(list) });
         Ok(set)
     }
 
-    /// Ends reading, and leaves the trackers as they are, because to stop them takes long (KVM's log: up to 20 ms a GiB).
-    pub fn leave(&self, set: &Arc<DirtySet>) {
-        let mut inner = self.lock();
-        let before = inner.readers.len();
-        inner.readers.retain(|r| !Arc::ptr_eq(&r.set, set));
-        inner.left_on |= before > 0 && inner.readers.is_empty();
+    /// What tracks now or tracked last: a sum of [`Kind::bit`](super::Kind::bit) (or
+    /// [`NOTHING_BIT`](super::choice::NOTHING_BIT)), and in words. Empty: nothing ever did.
+    pub fn in_use(&self) -> (u32, String) {
+        lock(&self.last).clone()
     }
 
-    /// Stops trackers that were left running, unless somebody reads again: a guest runs on here, or nobody comes back.
+    /// Ends reading. The last reader stops the trackers.
+    pub fn unsubscribe(&self, set: &Arc<DirtySet>) {
+        self.leave(set);
+        self.rest();
+    }
+
+    /// Ends reading, and leaves the trackers as they are, because to stop them takes long (KVM's log: up to 20 ms a GiB).
+    pub fn leave(&self, set: &Arc<DirtySet>) {
+        self.lock().readers.retain(|r| !Arc::ptr_eq(&r.set, set));
+    }
+
+    /// Stops trackers that run though nobody reads: a guest runs on here, or nobody comes back.
     pub fn rest(&self) {
         self.lock().rest();
+    }
+
+    /// Stops all trackers: nobody reads any more, even who never said so.
+    pub fn end(&self) {
+        let mut inner = self.lock();
+        inner.readers.clear();
+        inner.rest();
     }
 
     /// Gives every reader what was written since the last call.
     pub fn sync(&self) -> Result<()> {
         let inner = self.lock();
-        for tracker in &inner.trackers {
-            tracker.sync(&mut |block, first, words| {
+        for tracker in inner.running.iter().flat_map(Plan::trackers) {
+            let done = tracker.sync(&mut |block, first, words| {
                 inner.readers.iter().for_each(|r| r.set.add(block, first, words));
-            })?;
+            });
+            if let Err(error) = done {
+                // What it took and could not tell is anybody's guess, so whoever goes on reading has everything to read.
+                inner.readers.iter().for_each(|r| r.set.add_all());
+                return Err(error);
+            }
         }
         inner.harvest_marks();
         Ok(())
@@ -135,9 +164,39 @@ impl Hub {
 
 impl Inner {
     fn rest(&mut self) {
-        if std::mem::take(&mut self.left_on) {
-            self.trackers.iter().for_each(|t| t.stop());
+        if self.readers.is_empty()
+            && let Some(plan) = self.running.take()
+        {
+            plan.trackers().for_each(|t| t.stop());
         }
+    }
+
+    /// Starts the trackers that `choice` takes for `list`; says which they are.
+    fn begin(&mut self, list: &RamList, choice: Choice) -> Result<(u32, String)> {
+        let Self { trackers, write_protect, .. } = self;
+        let probed = std::cell::RefCell::new(write_protect);
+        let plan = Plan::new(choice, trackers, list, &|| {
+            let mut probed = probed.borrow_mut();
+            let found = probed.get_or_insert_with(|| WriteProtect::new().map(Arc::new));
+            found.clone().map(|tracker| tracker as Arc<dyn Tracker>)
+        })?;
+        for (i, (tracker, blocks)) in plan.parts.iter().enumerate() {
+            if let Err(error) = tracker.start(blocks) {
+                plan.trackers().take(i).for_each(|t| t.stop());
+                return Err(error.context(format_args!("starting dirty tracker {}", tracker.name())));
+            }
+        }
+        // A log may begin with every page set. Reading it now lets the first round clear it chunk by chunk;
+        // otherwise the second round would send everything again.
+        for tracker in plan.trackers() {
+            if let Err(error) = tracker.sync(&mut |_, _, _| ()) {
+                plan.trackers().for_each(|t| t.stop());
+                return Err(error.context("reading the dirty log for the first time"));
+            }
+        }
+        let names = (plan.bits(), plan.describe());
+        self.running = Some(plan);
+        Ok(names)
     }
 
     /// Pages reported by `vmig_dirty`.
@@ -157,29 +216,4 @@ impl Inner {
             }
         }
     }
-}
-
-/// Refuses RAM whose writes nobody would see.
-fn check_covered(trackers: &[Arc<dyn Tracker>], list: &RamList) -> Result<()> {
-    for block in list.iter().filter(|b| b.is_sent() && !b.is_marked()) {
-        let mut ranges: Vec<Range<usize>> = trackers.iter().flat_map(|t| t.covers(block)).collect();
-        ranges.sort_by_key(|r| r.start);
-        let mut next = 0;
-        for range in ranges {
-            if range.start > next {
-                break;
-            }
-            next = next.max(range.end);
-        }
-        if next < block.pages() {
-            let offset = next as u64 * PAGE;
-            return Err(Error::invalid(format!(
-                "writes to RAM block '{}' from offset {offset:#x} on would not be seen: register its KVM slots with \
-                 vmig_add_kvm_slot, or set VMIG_RAM_MARKED and report every write with vmig_dirty",
-                block.name()
-            ))
-            .in_section("ram"));
-        }
-    }
-    Ok(())
 }

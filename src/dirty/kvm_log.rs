@@ -4,117 +4,48 @@
 //! they are cleared, and that happens chunk by chunk just before a chunk is read, so that no vCPU waits long. Logs that
 //! start all set make switching logging on cheap: nothing is protected until it is first cleared.
 //!
-//! Clearing costs the kernel 20 ns a page, also where there is none. So a chunk in which no page exists when it is first
-//! to be cleared is left as it is, *asleep*: who writes there makes a page, which the next read of the log finds.
+//! Clearing costs the kernel 20 ns a page, also where there is none: see [`nap`](super::nap).
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
-use super::{Found, Tracker};
-use crate::error::{Error, Result};
+use super::kvm_slots::{KvmTracker, Placed, Slots, Switch};
+use super::nap::{Naps, words_of};
+use super::{Found, Kind, Tracker};
+use crate::error::Result;
 use crate::ram::presence::Presence;
 use crate::ram::survey::Survey;
 use crate::ram::{Block, PAGE, RamList};
-use crate::sys::kvm::{CLEAR_MAX, DirtyLog, GROUP, LOG_DIRTY_PAGES, Slot, Vm};
-use crate::thread::lock;
+use crate::sys::kvm::{DirtyLog, Vm};
 
-/// Pages cleared by one call into the kernel.
-const CHUNK: usize = CLEAR_MAX as usize;
-/// Slots a guest may register.
-const SLOTS_MAX: usize = 4096;
-
-/// What became of a chunk since logging was switched on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Chunk {
-    /// It was never cleared.
-    Untouched,
-    /// It was not cleared, because no page of it existed.
-    Asleep,
-    /// It was cleared, or found to have a page since.
-    Awake,
-}
-
-/// Switches a slot's logging by the VMM's hook.
-pub type Switch = Box<dyn Fn(u32, bool) -> Result<()> + Send + Sync>;
-
-/// A memory slot that shows (a part of) a block.
+/// A slot with its log.
 #[derive(Debug)]
 struct Logged {
-    slot: Slot,
-    block: Arc<Block>,
-    /// The block's page that the slot starts at.
-    first: usize,
+    placed: Placed,
     /// With manual protection: what the last read found and nobody cleared since.
     log: DirtyLog,
     /// Logging is on: the block migrates page by page.
     on: bool,
     /// It was read well since logging was switched on.
     read: bool,
-    /// Tells which chunks may sleep; none if that cannot be found out.
-    presence: Option<Presence>,
-    chunks: Vec<Chunk>,
+    naps: Naps,
 }
 
-impl Logged {
-    fn pages(&self) -> usize {
-        usize::try_from(self.slot.len / PAGE).unwrap_or(usize::MAX)
-    }
-
-    /// Pages of the block.
-    fn range(&self) -> Range<usize> {
-        self.first..self.first + self.pages()
-    }
-
-    /// Whether no page of these exists, of the slot.
-    fn is_absent(&self, pages: &Range<usize>) -> bool {
-        let of_block = self.first + pages.start..self.first + pages.end;
-        self.presence.as_ref().is_some_and(|presence| presence.is_absent(of_block))
-    }
-
-    /// Pages of the slot that chunks have.
-    fn pages_of(&self, chunks: &Range<usize>) -> Range<usize> {
-        chunks.start * CHUNK..(chunks.end * CHUNK).min(self.pages())
-    }
-
-    fn words_of(&mut self, pages: &Range<usize>) -> &mut [u64] {
-        let group = usize::try_from(GROUP).unwrap_or(64);
-        &mut self.log.words_mut()[pages.start / group..pages.end.div_ceil(group)]
-    }
-
-    /// After the log was read: takes out what sleeps on, and wakes the others. All that a chunk's log says is then
-    /// found, because nothing of it was ever cleared.
-    fn wake(&mut self) {
-        let mut at = 0;
-        while let Some(first) = self.chunks[at..].iter().position(|c| *c == Chunk::Asleep).map(|n| at + n) {
-            let run = self.chunks[first..].iter().take_while(|c| **c == Chunk::Asleep).count();
-            at = first + run;
-            let together = self.pages_of(&(first..at));
-            if self.is_absent(&together) {
-                self.words_of(&together).fill(0);
-                continue;
-            }
-            for chunk in first..at {
-                let pages = self.pages_of(&(chunk..chunk + 1));
-                match self.is_absent(&pages) {
-                    true => self.words_of(&pages).fill(0),
-                    false => self.chunks[chunk] = Chunk::Awake,
-                }
-            }
-        }
+impl AsRef<Placed> for Logged {
+    fn as_ref(&self) -> &Placed {
+        &self.placed
     }
 }
 
 /// Tracks a guest by KVM's dirty log.
 pub struct KvmLog {
-    vm: Vm,
     manual: bool,
-    switch: Option<Switch>,
-    slots: Mutex<Vec<Logged>>,
+    slots: Slots<Logged>,
 }
 
 impl std::fmt::Debug for KvmLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "KvmLog({} slots, manual protection {})", self.lock().len(), self.manual)
+        write!(f, "KvmLog({} slots, manual protection {})", self.slots.lock().len(), self.manual)
     }
 }
 
@@ -122,104 +53,48 @@ impl KvmLog {
     /// A tracker for the VM. `switch` switches logging; without it the library sets the slot's flags itself.
     pub fn new(vm: Vm, switch: Option<Switch>) -> Result<Self> {
         let manual = vm.enable_manual_protect()?.manual;
-        Ok(Self { vm, manual, switch, slots: Mutex::default() })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Logged>> {
-        lock(&self.slots)
-    }
-
-    /// Registers a slot: `len` bytes of `block` from `offset` on, seen by the guest at `gpa`.
-    pub fn add_slot(
-        &self,
-        number: u32,
-        flags: u32,
-        block: &Arc<Block>,
-        offset: u64,
-        len: u64,
-        gpa: u64,
-    ) -> Result<()> {
-        let name = block.name();
-        let aligned = [offset, len, gpa].iter().all(|n| n % PAGE == 0);
-        let inside = offset.checked_add(len).is_some_and(|end| end <= block.len());
-        if !aligned || len == 0 || !inside || gpa.checked_add(len).is_none() {
-            return Err(Error::invalid(format!(
-                "KVM slot {number}: offset {offset:#x}, length {len:#x} and address {gpa:#x} must be page aligned and \
-                 lie within RAM block '{name}' of {:#x} bytes",
-                block.len()
-            )));
-        }
-        let mut slots = self.lock();
-        if slots.len() == SLOTS_MAX {
-            return Err(Error::new(libc::ENOSPC, format!("more than {SLOTS_MAX} KVM slots")));
-        }
-        if slots.iter().any(|s| s.slot.slot == number) {
-            return Err(Error::new(libc::EEXIST, format!("KVM slot {number} is registered already")));
-        }
-        let slot = Slot { slot: number, flags: flags & !LOG_DIRTY_PAGES, gpa, len, host: block.host_address(offset) };
-        let log = DirtyLog::new(len / PAGE)?;
-        let first = usize::try_from(offset / PAGE).map_err(|_| Error::no_memory("a dirty log", len))?;
-        let mut chunks = Vec::new();
-        let count = log.words().len().div_ceil(CHUNK / 64);
-        chunks.try_reserve_exact(count).map_err(|_| Error::no_memory("a dirty log", count as u64))?;
-        chunks.resize(count, Chunk::Untouched);
-        let block = Arc::clone(block);
-        slots.push(Logged { slot, block, first, log, on: false, read: false, presence: None, chunks });
-        Ok(())
-    }
-
-    /// Forgets a slot.
-    pub fn remove_slot(&self, number: u32) -> Result<()> {
-        let mut slots = self.lock();
-        match slots.iter().position(|s| s.slot.slot == number) {
-            Some(at) => {
-                slots.remove(at);
-                Ok(())
-            }
-            None => Err(Error::new(libc::ENOENT, format!("KVM slot {number} is not registered"))),
-        }
-    }
-
-    /// Forgets the slots of a block that goes away.
-    pub fn remove_block(&self, block: &Arc<Block>) {
-        self.lock().retain(|s| !Arc::ptr_eq(&s.block, block));
-    }
-
-    fn set_logging(&self, slot: &Slot, on: bool) -> Result<()> {
-        match &self.switch {
-            Some(switch) => switch(slot.slot, on),
-            None => self.vm.set_slot(&Slot { flags: slot.flags | if on { LOG_DIRTY_PAGES } else { 0 }, ..*slot }),
-        }
+        Ok(Self { manual, slots: Slots::new(vm, switch) })
     }
 }
 
-/// Says which RAM an error of a slot is about.
-fn named(error: Error, slot: &Logged) -> Error {
-    let range = slot.range();
-    let (from, to) = (range.start as u64 * PAGE, range.end as u64 * PAGE);
-    error
-        .context(format!("KVM slot {} (RAM block '{}', {from:#x} to {to:#x})", slot.slot.slot, slot.block.name()))
-        .in_section("ram")
+impl KvmTracker for KvmLog {
+    fn add_slot(&self, number: u32, flags: u32, block: &Arc<Block>, offset: u64, len: u64, gpa: u64) -> Result<()> {
+        let placed = Placed::new(number, flags, block, offset, len, gpa)?;
+        let log = DirtyLog::new(len / PAGE)?;
+        let naps = Naps::new(placed.first, placed.pages())?;
+        self.slots.add(Logged { placed, log, on: false, read: false, naps })
+    }
+
+    fn remove_slot(&self, number: u32) -> Result<()> {
+        self.slots.remove(number)
+    }
+
+    fn remove_block(&self, block: &Arc<Block>) {
+        self.slots.remove_block(block);
+    }
 }
 
 impl Tracker for KvmLog {
+    fn kind(&self) -> Kind {
+        Kind::KvmLog
+    }
+
     fn start(&self, list: &RamList) -> Result<()> {
         let survey = self.manual.then(Survey::new).and_then(Result::ok);
-        let mut slots = self.lock();
+        let mut slots = self.slots.lock();
         for index in 0..slots.len() {
             let logged = &mut slots[index];
             logged.read = false;
-            logged.on = list.iter().any(|block| Arc::ptr_eq(block, &logged.block));
+            logged.on = list.iter().any(|block| Arc::ptr_eq(block, &logged.placed.block));
             if !logged.on {
                 continue;
             }
-            logged.chunks.fill(Chunk::Untouched);
-            logged.presence = survey.as_ref().map(|survey| Presence::new(&logged.block, survey, None));
-            if let Err(error) = self.set_logging(&logged.slot, true) {
-                let error = named(error, logged);
+            logged.naps.begin(survey.as_ref().map(|survey| Presence::new(&logged.placed.block, survey, None)));
+            if let Err(error) = self.slots.set_logging(&logged.placed.slot, true) {
+                let error = logged.placed.named(error);
                 for logged in slots[..index].iter().filter(|logged| logged.on) {
                     // The error that matters is the first; what was switched on is harmless but slow.
-                    let _ = self.set_logging(&logged.slot, false);
+                    let _ = self.slots.set_logging(&logged.placed.slot, false);
                 }
                 return Err(error);
             }
@@ -228,27 +103,29 @@ impl Tracker for KvmLog {
     }
 
     fn stop(&self) {
-        for logged in self.lock().iter_mut().filter(|logged| logged.on) {
+        for logged in self.slots.lock().iter_mut().filter(|logged| logged.on) {
             logged.read = false;
             logged.on = false;
-            logged.presence = None;
+            logged.naps.end();
             // Setting a slot makes it, so one that the VMM deleted or changed meanwhile must be left alone. Whatever
             // fails here, the guest runs on.
-            if self.switch.is_some() || self.vm.get_dirty_log(logged.slot.slot, &mut logged.log).is_ok() {
-                let _ = self.set_logging(&logged.slot, false);
+            if self.slots.switch.is_some()
+                || self.slots.vm.get_dirty_log(logged.placed.slot.slot, &mut logged.log).is_ok()
+            {
+                let _ = self.slots.set_logging(&logged.placed.slot, false);
             }
         }
     }
 
     fn sync(&self, found: &mut Found<'_>) -> Result<()> {
-        for logged in self.lock().iter_mut().filter(|logged| logged.on) {
-            let number = logged.slot.slot;
+        for logged in self.slots.lock().iter_mut().filter(|logged| logged.on) {
+            let number = logged.placed.slot.slot;
             // What a read that fails leaves behind no reader has seen: nothing may be cleared by it.
             logged.read = false;
-            self.vm.get_dirty_log(number, &mut logged.log).map_err(|e| named(e, logged))?;
+            self.slots.vm.get_dirty_log(number, &mut logged.log).map_err(|e| logged.placed.named(e))?;
             logged.read = true;
-            logged.wake();
-            found(&logged.block, logged.first, logged.log.words());
+            logged.naps.wake(logged.log.words_mut());
+            found(&logged.placed.block, logged.placed.first, logged.log.words());
         }
         Ok(())
     }
@@ -257,18 +134,19 @@ impl Tracker for KvmLog {
         if !self.manual {
             return Ok(());
         }
-        for logged in self.lock().iter_mut().filter(|s| std::ptr::eq(&*s.block, block)) {
-            let slot = logged.range();
+        for logged in self.slots.lock().iter_mut().filter(|s| std::ptr::eq(&*s.placed.block, block)) {
+            let slot = logged.placed.range();
             let (start, end) = (pages.start.max(slot.start), pages.end.min(slot.end));
             if start < end {
-                clear_chunks(&self.vm, logged, start - slot.start..end - slot.start).map_err(|e| named(e, logged))?;
+                let cleared = clear_chunks(&self.slots.vm, logged, start - slot.start..end - slot.start);
+                cleared.map_err(|e| logged.placed.named(e))?;
             }
         }
         Ok(())
     }
 
     fn covers(&self, block: &Block) -> Vec<Range<usize>> {
-        self.lock().iter().filter(|s| std::ptr::eq(&*s.block, block)).map(Logged::range).collect()
+        self.slots.covers(block)
     }
 }
 
@@ -280,20 +158,17 @@ fn clear_chunks(vm: &Vm, logged: &mut Logged, pages: Range<usize>) -> Result<()>
     if !logged.read {
         return Ok(());
     }
-    for chunk in pages.start / CHUNK..pages.end.div_ceil(CHUNK) {
-        let pages = logged.pages_of(&(chunk..chunk + 1));
-        if logged.words_of(&pages).iter().all(|w| *w == 0) {
+    for chunk in Naps::chunks_of(&pages) {
+        let pages = logged.naps.pages_of(&(chunk..chunk + 1));
+        let words = words_of(logged.log.words_mut(), &pages);
+        if words.iter().all(|w| *w == 0) {
             continue;
         }
-        // Never later: pages of it may be elsewhere with what they had before.
-        if logged.chunks[chunk] == Chunk::Untouched && logged.is_absent(&pages) {
-            logged.chunks[chunk] = Chunk::Asleep;
-        } else {
-            logged.chunks[chunk] = Chunk::Awake;
-            let (slot, count) = (logged.slot.slot, u32::try_from(pages.len()).unwrap_or(u32::MAX));
-            vm.clear_dirty_log(slot, pages.start as u64, count, logged.words_of(&pages))?;
+        if !logged.naps.falls_asleep(chunk) {
+            let (slot, count) = (logged.placed.slot.slot, u32::try_from(pages.len()).unwrap_or(u32::MAX));
+            vm.clear_dirty_log(slot, pages.start as u64, count, words)?;
         }
-        logged.words_of(&pages).fill(0);
+        words.fill(0);
     }
     Ok(())
 }

@@ -4,11 +4,17 @@
 //! until the page arrived, so an attempt to a new destination starts with all pages. A write that nobody reports is
 //! silent loss, so RAM that no tracker covers is refused.
 
+pub mod callback;
+pub mod choice;
 pub mod cursor;
 pub mod hub;
 pub mod kvm_log;
+pub mod kvm_ring;
+pub mod kvm_slots;
+mod nap;
 pub mod sent;
 pub mod set;
+pub mod write_protect;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,11 +25,49 @@ use crate::ram::{Block, RamList};
 /// Takes what a tracker found: in `block`, from page `first` on, the pages whose bits are set.
 pub type Found<'a> = dyn FnMut(&Arc<Block>, usize, &[u64]) + 'a;
 
+/// Kinds of trackers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// KVM's dirty log.
+    KvmLog,
+    /// KVM's dirty ring.
+    KvmRing,
+    /// Write protection by the kernel, without KVM.
+    WriteProtect,
+    /// The VMM itself: marks and dirty sources.
+    Callback,
+}
+
+impl Kind {
+    /// Its name, as option `dirty-tracker` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KvmLog => "kvm-log",
+            Self::KvmRing => "kvm-ring",
+            Self::WriteProtect => "write-protect",
+            Self::Callback => "callback",
+        }
+    }
+
+    /// Its bit in a sum of kinds.
+    pub const fn bit(self) -> u32 {
+        1 << self as u32
+    }
+}
+
 /// Something that knows which pages the guest wrote.
 ///
 /// Calls come without the big lock, one at a time but for `clear`: that comes at any time, also beside a `sync`, and must
 /// not clear what no reader has been told of yet.
 pub trait Tracker: Send + Sync {
+    /// Which kind it is.
+    fn kind(&self) -> Kind;
+
+    /// Its name in the status.
+    fn name(&self) -> String {
+        self.kind().name().to_owned()
+    }
+
     /// Starts tracking the blocks of `list`. What was written before may or may not be reported.
     fn start(&self, list: &RamList) -> Result<()>;
 

@@ -65,7 +65,13 @@ impl DirtySet {
         self.add_to(block, |map| map.merge(first, log));
     }
 
-    /// The same by words of a bitmap of the block.
+    /// Every page is dirty again.
+    pub(super) fn add_all(&self) {
+        let added: usize = self.blocks.iter().map(|(block, map)| map.set_range(0, block.pages())).sum();
+        self.count.fetch_add(added, Ordering::AcqRel);
+    }
+
+    /// Adds pages of a block by words of a bitmap of it.
     pub fn add_words(&self, block: &Arc<Block>, words: &[(usize, u64)]) {
         self.add_to(block, |map| map.set_words(words));
     }

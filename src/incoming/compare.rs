@@ -33,7 +33,7 @@ pub(super) fn everything(theirs: &Hello, job: &Job, channel: &dyn Channel, hand:
     // A destination that would build itself has nothing to compare before it has.
     if !(theirs.check && theirs.config.is_some() && job.vmm.has_config()) {
         ram(theirs, &job.ram, hand, &mut found);
-        sections(theirs, &job.sections, &mut found);
+        sections(theirs, job, &mut found);
         cpu(theirs, job, &mut found);
     }
     found.into_iter().map(|e| e.on_side("destination").in_phase("hello")).collect()
@@ -126,10 +126,14 @@ fn ram(theirs: &Hello, ram: &RamList, hand: &Hand<'_>, found: &mut Vec<Error>) {
     }
 }
 
-fn sections(theirs: &Hello, entries: &[Entry], found: &mut Vec<Error>) {
-    let active = |e: &&Entry| e.section().is_some_and(|s| s.is_active());
-    let ours: HashMap<(&str, u32), &Entry> =
-        entries.iter().filter(active).map(|e| ((e.name.as_str(), e.instance), e)).collect();
+fn sections(theirs: &Hello, job: &Job, found: &mut Vec<Error>) {
+    let is_active = |e: &&Entry| e.section().is_some_and(|s| s.is_active());
+    let ask = || Ok(job.sections.iter().filter(is_active).collect::<Vec<_>>());
+    let active = match job.vmm.dispatch().run("the sections' is_active", ask) {
+        Ok(active) => active,
+        Err(error) => return found.push(error),
+    };
+    let ours: HashMap<(&str, u32), &Entry> = active.iter().map(|e| ((e.name.as_str(), e.instance), *e)).collect();
     let mut named = HashSet::new();
     for device in &theirs.sections {
         let (name, instance) = (device.name.name.as_str(), device.name.instance);

@@ -219,8 +219,9 @@ impl<'a> Hand<'a> {
             result = result.and(self.tell(replaced));
         }
         if self.inbox.has_placed() {
-            let _bql = self.job.vmm.bql().guard()?;
-            self.inbox.take_back();
+            let inbox = Arc::clone(&self.inbox);
+            result =
+                result.and(self.job.vmm.with_bql_or_later("what takes descriptors back", move || inbox.take_back()));
         }
         result
     }
@@ -231,7 +232,7 @@ impl Drop for Hand<'_> {
         if !self.kept
             && let Err(error) = self.undo()
         {
-            self.job.vmm.log().error(format_args!("after the guest did not arrive: {error}"));
+            self.job.vmm.log().to("incoming").error(format_args!("after the guest did not arrive: {error}"));
         }
     }
 }

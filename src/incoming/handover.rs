@@ -148,7 +148,7 @@ impl<'a> Handover<'a> {
             Action::Release(epoch) => {
                 let result = self.job.vmm.release(epoch).map_err(|e| e.in_phase("release"));
                 if let Err(error) = &result {
-                    self.job.vmm.log().error(format_args!("after the guest did not arrive: {error}"));
+                    self.job.vmm.log().to("incoming").error(format_args!("after the guest did not arrive: {error}"));
                 }
                 Some(self.result(result))
             }

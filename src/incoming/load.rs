@@ -14,9 +14,10 @@ use super::{Job, Peer, resume};
 use crate::error::{Error, Result};
 use crate::section::builtin;
 use crate::section::fds::Inbox;
-use crate::section::list::Bindings;
+use crate::section::list::{Bindings, Entry};
 use crate::section::{Apply, Part};
 use crate::status::Status;
+use crate::status::watch::phase;
 use crate::transport::stream::StreamInput;
 use crate::wire::command::{self, Command};
 use crate::wire::hello::Attempt;
@@ -117,7 +118,7 @@ impl<'a> Loader<'a> {
 
     /// Loads everything, up to PREPARE or to the last byte of the description. True: the guest ran at the source.
     pub(super) fn load(&mut self, input: &mut StreamInput) -> Result<bool> {
-        let result = self.prepare().and_then(|()| self.elements(input));
+        let result = phase(c"load", || self.prepare().and_then(|()| self.elements(input)));
         let result = result.map_err(|error| self.reason(error, input));
         let ok = result.is_ok();
         let cleaned = self.clean_up(ok);
@@ -155,25 +156,24 @@ impl<'a> Loader<'a> {
     }
 
     fn prepare(&mut self) -> Result<()> {
-        let _bql = self.job.vmm.bql().guard()?;
-        for (index, entry) in self.job.sections.iter().enumerate() {
-            if let Some(section) = entry.section() {
-                self.takes_part[index] = section.is_active();
-                self.set_up = index + 1;
-                section.load_setup().map_err(|e| e.in_section(&entry.name))?;
+        let job = self.job;
+        job.vmm.with_bql("the sections' load_setup", || {
+            for (index, entry) in job.sections.iter().enumerate() {
+                if let Some(section) = entry.section() {
+                    self.takes_part[index] = section.is_active();
+                    self.set_up = index + 1;
+                    section.load_setup().map_err(|e| e.in_section(&entry.name))?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn clean_up(&mut self, ok: bool) -> Result<()> {
-        let _bql = self.job.vmm.bql().guard()?;
-        for entry in &self.job.sections[..self.set_up] {
-            if let Some(section) = entry.section() {
-                section.load_cleanup(ok);
-            }
-        }
-        Ok(())
+        let (sections, set_up) = (Arc::clone(&self.job.sections), self.set_up);
+        self.job.vmm.with_bql_or_later("the sections' load_cleanup", move || {
+            sections[..set_up].iter().filter_map(Entry::section).for_each(|section| section.load_cleanup(ok));
+        })
     }
 
     fn elements(&mut self, input: &mut StreamInput) -> Result<()> {
@@ -412,6 +412,5 @@ fn last_words(input: &mut StreamInput) -> Option<Error> {
 }
 
 fn apply_locked(job: &Job, apply: Apply<'_>) -> Result<()> {
-    let _bql = job.vmm.bql().guard()?;
-    apply()
+    job.vmm.with_bql("the loading of a device", apply)
 }

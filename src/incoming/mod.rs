@@ -452,15 +452,17 @@ impl Memory {
         if hints.is_empty() {
             match Ahead::start(job, targets.values().map(|target| &target.block)) {
                 Ok(ahead) => self.ahead = Some(ahead),
-                Err(error) => {
-                    job.vmm.log().warning(format_args!("memory is not prepared ahead of the data: {error}"))
-                }
+                Err(error) => job
+                    .vmm
+                    .log()
+                    .to("incoming")
+                    .warning(format_args!("memory is not prepared ahead of the data: {error}")),
             }
             return;
         }
         self.targets = Some(Arc::clone(targets));
         if let Err(error) = target::populate(job, targets, hints, channels.clamp(1, THREADS_MAX)) {
-            job.vmm.log().warning(format_args!("memory is not prepared ahead of the data: {error}"));
+            job.vmm.log().to("incoming").warning(format_args!("memory is not prepared ahead of the data: {error}"));
         }
     }
 }

@@ -71,6 +71,11 @@ impl RamReceiver {
                     Some(lanes) => lanes.meet()?,
                     None => return Err(no_lanes(at)),
                 },
+                Record::Delta { .. } => {
+                    let text =
+                        format!("byte {at:#x}: XBZRLE pages are not supported; switch xbzrle off at the source");
+                    return Err(Error::invalid(text).at_byte(at));
+                }
                 Record::Setup { total } => self.setup(input, total, status)?,
                 Record::Zero { name, offset } => {
                     let (target, page) = self.page(at, name, offset)?;

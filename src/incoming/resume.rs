@@ -84,7 +84,7 @@ pub(super) fn rejoin<'a>(
             Err(error) => {
                 next.hang_up();
                 trouble = error.in_phase("reconnect");
-                job.vmm.log().warning(format_args!("while the source is waited for: {trouble}"));
+                job.vmm.log().to("incoming").warning(format_args!("while the source is waited for: {trouble}"));
             }
         }
     }

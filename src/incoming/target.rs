@@ -94,7 +94,10 @@ pub(super) fn discard(job: &Job, ram: &RamList, compared: bool) {
         let keep = !compared && survey.parts(block, None).iter().any(Part::is_shared);
         let fresh = freshen(block, &survey, Care { keep, ..Care::default() }, &|| Ok(()));
         if let Err(error) = fresh {
-            job.vmm.log().warning(format_args!("memory of RAM block '{}' was not given back: {error}", block.name()));
+            job.vmm
+                .log()
+                .to("incoming")
+                .warning(format_args!("memory of RAM block '{}' was not given back: {error}", block.name()));
         }
     }
 }

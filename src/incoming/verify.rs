@@ -136,7 +136,7 @@ impl Arrived {
             let number = u32::try_from(number).unwrap_or(u32::MAX);
             peer.reply(&Reply::Differs(number, granule as u64))?;
             expect(input, Command::PageHashes)?;
-            let pages = digest::read_pages(input, block.granule_pages(granule))?;
+            let pages = digest::read_granule(input, block.granule_pages(granule))?;
             let odd = || Error::new(libc::EPROTO, "the source's hashes of a granule and of its pages do not fit");
             return Err(block.first_page(granule, &pages).map_or_else(odd, |page| differs(&page)));
         }
@@ -177,10 +177,8 @@ impl Arrived {
             // An older source's body is shorter than ours would be.
             let Some(section) = entry.section().filter(|_| entry.version == *version) else { continue };
             let mut saved = Vec::new();
-            {
-                let _bql = job.vmm.bql().guard()?;
-                section.complete(&mut saved).map_err(|e| e.in_section(name))?;
-            }
+            job.vmm
+                .with_bql("saving a device again", || section.complete(&mut saved).map_err(|e| e.in_section(name)))?;
             if saved != *loaded {
                 let at = saved.iter().zip(loaded).take_while(|(a, b)| a == b).count();
                 let byte = |of: &[u8]| of.get(at).map_or("the end".to_owned(), |byte| format!("{byte:#04x}"));

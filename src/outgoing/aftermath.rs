@@ -79,7 +79,7 @@ impl<'a> Aftermath<'a> {
         if job.keeper.phase() != Phase::Owner
             && let Err(error) = job.vmm.stop(StopReason::NotOwner)
         {
-            job.vmm.log().error(format_args!("after the guest was let go: {error}"));
+            job.vmm.log().to("outgoing").error(format_args!("after the guest was let go: {error}"));
         }
         let why = why.unwrap_or_else(|| Error::new(libc::ECANCELED, "the migration was cancelled"));
         Self { job, link: None, deadline: None, retry: None, reconnect: None, why, trouble: None, dropped: false }

@@ -48,10 +48,7 @@ pub fn check(job: &Job) -> Result<Report> {
     let asked = migration.ask();
     channel.shutdown();
     let (answer, hello) = asked.map_err(|e| e.in_phase("hello").on_side("source"))?;
-    let devices = {
-        let _bql = job.vmm.bql().guard()?;
-        migration.sections.rehearse()?
-    };
+    let devices = job.vmm.with_bql("a rehearsal", || migration.sections.rehearse())?;
     let [stop, start] = job.vmm.took();
     match answer {
         Answer::Checked(differences, compare) => {

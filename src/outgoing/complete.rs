@@ -8,11 +8,13 @@
 
 use std::time::{Duration, Instant};
 
+use super::handover::Course;
 use super::replies::{Replies, Verdict};
 use super::{Migration, Outcome, hand};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::pacing::downtime::{Downtime, Parts};
+use crate::status::watch::phase;
 use crate::status::{State, store_time};
 use crate::switchover::Phase;
 use crate::sys::clock::monotonic_ns;
@@ -40,6 +42,13 @@ impl Lap {
     }
 }
 
+/// Device state, and how long it took to save it.
+#[derive(Debug)]
+pub(super) struct Saved {
+    pub(super) bodies: Bodies,
+    pub(super) took: Duration,
+}
+
 impl Migration<'_> {
     /// Stops the guest and hands it over.
     pub(super) fn complete(&mut self, stopped: &mut bool) -> Result<Outcome> {
@@ -47,17 +56,33 @@ impl Migration<'_> {
         let mut took = Downtime { expected, ..Downtime::default() };
         self.sections.about_to_switch();
         let wait = self.job.options.on(Opt::PauseBeforeSwitchover);
-        if !wait {
-            self.job.status.advance(State::Device)?;
-        }
-        let stop = self.job.vmm.stop(StopReason::Migration).map_err(|e| e.in_phase("stop"))?;
-        *stopped = true;
-        took.actual.stop = Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
-        store_time(&self.job.status.counters.stop, took.actual.stop);
-        let result = match self.votes {
-            true => self.switch_over(&mut took.actual, wait),
-            false => self.stopped(&mut took.actual, wait),
-        };
+        let job = self.job;
+        let mut course = Course::new(&mut took.actual);
+        let mut next = Ok(());
+        // From the stop to the last device in one go: a VMM whose one thread does this between other work must not make
+        // the guest stand still in between.
+        let stop = job.vmm.dispatch().run("the stop hook", || {
+            let stop = phase(c"stop", || job.vmm.stop(StopReason::Migration))?;
+            *stopped = true;
+            course.took.stop = Duration::from_nanos(stop.hook_ns + stop.handlers_ns);
+            course.restart_lap();
+            if !wait {
+                // A cancel that came while the guest was being stopped is noticed here.
+                next = job.status.advance(State::Device);
+            }
+            match (wait || next.is_err(), self.votes) {
+                (true, _) => (),
+                (false, true) => self.up_to_devices(&mut course),
+                (false, false) => self.saved = Some(self.save_devices()),
+            }
+            Ok(stop)
+        });
+        let stop = stop.map_err(|e| e.in_phase("stop"))?;
+        store_time(&job.status.counters.stop, course.took.stop);
+        let result = next.and_then(|()| match self.votes {
+            true => self.switch_over(course, wait),
+            false => self.stopped(course.took, wait),
+        });
         // A paused guest was not stopped by us.
         if stop.changed {
             took.total = Duration::from_nanos(monotonic_ns().saturating_sub(stop.began.monotonic_ns));
@@ -80,10 +105,10 @@ impl Migration<'_> {
             self.job.status.await_go_on()?;
         }
         let mut lap = Lap::new();
-        let mut bodies = self.save_devices().map_err(|e| e.in_phase("save"))?;
+        let Saved { mut bodies, took: saving } = self.saved_devices()?;
         let description = self.sections.description(&self.job.options.machine());
         stream::put_end_of_stream(&mut bodies.bytes, &description)?;
-        took.devices = lap.time();
+        took.devices = saving + lap.time();
         let (rest, _) = bodies.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
         self.send_rest(&rest, took, &mut lap).map_err(|e| e.in_phase("complete"))?;
         // As late as it can still be undone: a write that is not seen here is one the destination never gets.
@@ -93,23 +118,36 @@ impl Migration<'_> {
         self.hand_over(took, &mut lap)
     }
 
+    /// What was saved when the guest was stopped, or is saved now.
+    pub(super) fn saved_devices(&mut self) -> Result<Saved> {
+        let saved = self.saved.take().unwrap_or_else(|| self.save_devices());
+        saved.map_err(|e| e.in_phase("save"))
+    }
+
     /// END bodies and device bodies, into one buffer. The big lock covers just this.
-    pub(super) fn save_devices(&mut self) -> Result<Bodies> {
+    pub(super) fn save_devices(&mut self) -> Result<Saved> {
+        phase(c"save", || self.save_devices_now())
+    }
+
+    fn save_devices_now(&mut self) -> Result<Saved> {
+        let mut lap = Lap::new();
         let mut bodies = Bodies::default();
         let clock_ns = self.job.vmm.clock_ns();
-        {
-            let _bql = self.job.vmm.bql().guard()?;
-            self.sections.complete(&mut bodies, clock_ns)?;
-        }
+        let sections = &mut self.sections;
+        self.job.vmm.with_bql("the saving of devices", || sections.complete(&mut bodies, clock_ns))?;
         // A pause that came during the switchover travels too; from here on there is none.
         let reasons = self.job.vmm.seal()?;
         self.sections.global_state(&mut bodies, reasons.without(StopReason::Migration).is_empty())?;
         bodies.begin();
-        Ok(bodies)
+        Ok(Saved { bodies, took: lap.time() })
     }
 
     /// The last pages, then the devices.
     pub(super) fn send_rest(&mut self, devices: &Bodies, took: &mut Parts, lap: &mut Lap) -> Result<()> {
+        phase(c"last-pages", || self.send_rest_now(devices, took, lap))
+    }
+
+    fn send_rest_now(&mut self, devices: &Bodies, took: &mut Parts, lap: &mut Lap) -> Result<()> {
         self.job.status.check()?;
         self.toll.lift();
         self.sync()?;

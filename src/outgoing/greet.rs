@@ -146,7 +146,11 @@ impl Migration<'_> {
         let kvm = self.job.kvm.as_ref()?;
         let stopped = !self.job.vmm.reasons().is_empty();
         let facts = kvm.facts(stopped).or_else(|_| kvm.facts(false));
-        facts.inspect_err(|error| self.job.vmm.log().warning(format_args!("CPUs are not compared: {error}"))).ok()
+        facts
+            .inspect_err(|error| {
+                self.job.vmm.log().to("outgoing").warning(format_args!("CPUs are not compared: {error}"))
+            })
+            .ok()
     }
 
     /// Features the destination must have.

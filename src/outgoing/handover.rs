@@ -24,9 +24,11 @@ pub(super) struct Rest {
 }
 
 /// How far a switchover is.
-struct Course<'a> {
-    took: &'a mut Parts,
+pub(super) struct Course<'a> {
+    pub(super) took: &'a mut Parts,
     lap: Lap,
+    /// What is to be done next.
+    actions: VecDeque<Action>,
     /// When `switchover-timeout` is over; none: it starts with the next wait.
     deadline: Option<Instant>,
     /// PREPARE was written whole: the destination understands words now.
@@ -34,7 +36,17 @@ struct Course<'a> {
     why: Option<Error>,
 }
 
-impl Course<'_> {
+impl<'a> Course<'a> {
+    /// At the stop.
+    pub(super) fn new(took: &'a mut Parts) -> Self {
+        Self { took, lap: Lap::new(), actions: VecDeque::new(), deadline: None, prepared: false, why: None }
+    }
+
+    /// The guest stands still: what takes time now belongs to the switchover.
+    pub(super) fn restart_lap(&mut self) {
+        self.lap = Lap::new();
+    }
+
     fn failed(&mut self, error: Error) {
         self.why.get_or_insert(error);
     }
@@ -59,22 +71,43 @@ pub(super) fn message_of(said: &reply::Reply) -> Option<Message> {
 }
 
 impl Migration<'_> {
-    /// Moves the ownership of a guest that is stopped. With `wait` the user is asked first.
-    pub(super) fn switch_over(&mut self, took: &mut Parts, wait: bool) -> Result<Outcome> {
-        let mut course = Course { took, lap: Lap::new(), deadline: None, prepared: false, why: None };
+    /// What calls the VMM back while the guest is about to leave, up to the state of its devices.
+    pub(super) fn up_to_devices(&mut self, course: &mut Course<'_>) {
         self.job.keeper.drive();
-        let mut event = Event::Begin { wait };
+        course.actions = self.job.keeper.step(Event::Begin { wait: false }).into();
+        while let Some(action) = course.actions.front().copied() {
+            if needs_no_connection(action) {
+                return;
+            }
+            if let Action::Send(Message::Prepare { .. }) = action {
+                self.saved = Some(self.save_devices());
+                return;
+            }
+            course.actions.pop_front();
+            if let Some(event) = self.carry_out(action, course) {
+                course.actions = self.job.keeper.step(event).into();
+            }
+        }
+    }
+
+    /// Moves the ownership of a guest that is stopped. With `wait` the user is asked first; without, this goes on behind
+    /// [`up_to_devices`](Self::up_to_devices).
+    pub(super) fn switch_over(&mut self, mut course: Course<'_>, wait: bool) -> Result<Outcome> {
+        self.job.keeper.drive();
+        if wait {
+            course.actions = self.job.keeper.step(Event::Begin { wait }).into();
+        }
         loop {
-            let mut actions = VecDeque::from(self.job.keeper.step(event));
             let mut next = None;
-            while let Some(action) = actions.pop_front() {
+            while let Some(action) = course.actions.pop_front() {
                 if needs_no_connection(action) {
-                    actions.push_front(action);
-                    return Ok(Outcome::Switched(Rest { actions, why: course.why }));
+                    course.actions.push_front(action);
+                    return Ok(Outcome::Switched(Rest { actions: course.actions, why: course.why }));
                 }
                 next = self.carry_out(action, &mut course);
             }
-            event = next.unwrap_or_else(|| self.await_event(&mut course));
+            let event = next.unwrap_or_else(|| self.await_event(&mut course));
+            course.actions = self.job.keeper.step(event).into();
         }
     }
 
@@ -123,7 +156,7 @@ impl Migration<'_> {
 
     /// Devices and the last pages, then PREPARE.
     fn send_all(&mut self, epoch: u64, course: &mut Course<'_>) -> Result<()> {
-        let mut devices = self.save_devices().map_err(|e| e.in_phase("save"))?;
+        let mut devices = self.saved_devices()?.bodies;
         if self.verify.is_none() {
             stream::put_command(&mut devices.bytes, Command::Prepare(epoch));
         }

@@ -16,6 +16,7 @@ mod resume;
 pub mod route;
 mod sender;
 mod sections;
+mod slow;
 mod stretch;
 mod toll;
 mod total;
@@ -25,15 +26,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::dirty::choice::Choice;
 use crate::dirty::hub::Hub;
 use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::kvm::Kvm;
 use crate::options::{Opt, Options};
 use crate::pacing::{self, Convergence, Rate};
-use crate::ram::presence::Hint;
+use crate::ram::presence::{Hint, Presence};
 use crate::ram::{Block, PAGE, RamList};
 use crate::section::list::Entry;
+use crate::status::watch::phase;
 use crate::status::{State, Status, store_time};
 use crate::switchover::Phase;
 use crate::switchover::keeper::Keeper;
@@ -48,6 +51,7 @@ use crate::wire::command::Command;
 use crate::wire::frame::Bodies;
 use crate::wire::stream;
 pub use check::{Report, check};
+use complete::Saved;
 use farewell::Farewell;
 use hand::HandOver;
 use handover::Rest;
@@ -56,6 +60,7 @@ use resume::Resuming;
 use route::Route;
 use sections::SectionSaver;
 use sender::{FindZeros, RamSender};
+use slow::Slow;
 use toll::Toll;
 use total::TotalTime;
 use verify::Verify;
@@ -133,7 +138,7 @@ fn settle(job: &Job, result: Result<Outcome>, stopped: bool) {
     job.vmm.unseal();
     let give_away = || {
         if let Err(error) = job.vmm.stop(StopReason::NotOwner) {
-            job.vmm.log().error(format_args!("after the guest left: {error}"));
+            job.vmm.log().to("outgoing").error(format_args!("after the guest left: {error}"));
         }
     };
     match result {
@@ -180,11 +185,14 @@ fn new_sender(job: &Job) -> RamSender {
 }
 
 /// Lets the guest run on here. Should that fail it is left as paused by the user, so that vmig_start can try again.
-fn resume(vmm: &Vmm) -> Result<()> {
-    vmm.start(StopReason::Migration).map(drop).or_else(|error| {
-        vmm.stop(StopReason::User)?;
-        vmm.start(StopReason::Migration)?;
-        Err(error)
+fn resume(vmm: &Arc<Vmm>) -> Result<()> {
+    let guest = Arc::clone(vmm);
+    vmm.dispatch().run_or_leave("the start hook", move || {
+        guest.start(StopReason::Migration).map(drop).or_else(|error| {
+            guest.stop(StopReason::User)?;
+            guest.start(StopReason::Migration)?;
+            Err(error)
+        })
     })
 }
 
@@ -224,6 +232,8 @@ struct Migration<'a> {
     sender: RamSender,
     /// Where blocks had pages when they were first looked at.
     existing: Vec<(Arc<Block>, Hint)>,
+    /// Where each block that travels has pages.
+    presence: Arc<[Presence]>,
     hand: HandOver,
     rate: Rate,
     toll: Arc<Toll>,
@@ -242,6 +252,9 @@ struct Migration<'a> {
     round_trip: Duration,
     /// Bytes that were left when the guest was last thought of being stopped.
     left: u64,
+    slow: Slow,
+    /// Device state that was saved when the guest was stopped, and how long that took.
+    saved: Option<Result<Saved>>,
 }
 
 impl<'a> Migration<'a> {
@@ -262,6 +275,7 @@ impl<'a> Migration<'a> {
             set: None,
             sender: new_sender(job),
             existing: Vec::new(),
+            presence: Arc::default(),
             hand: HandOver::nothing(job),
             rate: Rate::new(Duration::ZERO),
             toll: Toll::new(job),
@@ -276,43 +290,54 @@ impl<'a> Migration<'a> {
             sync_took: Duration::ZERO,
             round_trip: Duration::ZERO,
             left: 0,
+            slow: Slow::default(),
+            saved: None,
         }
     }
 
     fn phases(&mut self, stopped: &mut bool) -> Result<Outcome> {
-        self.prepare().map_err(|e| e.in_phase("prepare"))?;
-        let lost = self.unless_lost(|migration| migration.greet().map_err(|e| e.in_phase("hello")))?;
-        self.subscribe().map_err(|e| e.in_phase("setup"))?;
-        let lost = match lost {
-            None => self.unless_lost(|migration| migration.open_stream().map_err(|e| e.in_phase("setup")))?,
-            lost => lost,
-        };
+        phase(c"prepare", || self.prepare()).map_err(|e| e.in_phase("prepare"))?;
+        let lost =
+            phase(c"hello", || self.unless_lost(|migration| migration.greet().map_err(|e| e.in_phase("hello"))))?;
+        let lost = phase(c"setup", || self.set_up(lost))?;
         match lost {
             Some(why) => self.reconnect(why)?,
             None => self.job.status.advance(State::Active)?,
         }
         self.job.status.counters.iteration.store(1, Ordering::Relaxed);
+        self.job.status.tell_first_pass();
         store_time(&self.job.status.counters.setup, self.begun.elapsed());
         self.publish();
         self.over_connections(stopped)
     }
 
+    /// Once only the dirty log; the stream unless the connection is `lost` already. Why it is lost now, if it is.
+    fn set_up(&mut self, lost: Option<Error>) -> Result<Option<Error>> {
+        self.subscribe().map_err(|e| e.in_phase("setup"))?;
+        match lost {
+            None => self.unless_lost(|migration| migration.open_stream().map_err(|e| e.in_phase("setup"))),
+            lost => Ok(lost),
+        }
+    }
+
     /// Everything behind the setup, as far as this connection goes.
     fn proceed(&mut self, stopped: &mut bool) -> Result<Outcome> {
-        self.iterate().and_then(|()| self.total.is_kept(self.job)).map_err(|e| e.in_phase("iterate"))?;
-        self.complete(stopped)
+        phase(c"iterate", || self.iterate())
+            .and_then(|()| self.total.is_kept(self.job))
+            .map_err(|e| e.in_phase("iterate"))?;
+        phase(c"complete", || self.complete(stopped))
     }
 
     /// Sections may refuse before anything is sent.
     fn prepare(&mut self) -> Result<()> {
-        let _bql = self.job.vmm.bql().guard()?;
-        self.sections.prepare()
+        self.job.vmm.with_bql("the sections' prepare", || self.sections.prepare())
     }
 
     /// Dirty logging on.
     fn subscribe(&mut self) -> Result<()> {
         self.rehearse_verify()?;
-        let set = self.job.dirty.subscribe(self.hand.rest())?;
+        self.presence = stretch::presence(self.hand.rest()).into();
+        let set = self.job.dirty.subscribe(self.hand.rest(), Choice::of(&self.job.options))?;
         self.set = Some(Arc::clone(&set));
         let total: u64 = set.blocks().map(|b| b.len()).sum();
         self.job.status.counters.total.store(total, Ordering::Relaxed);
@@ -322,20 +347,30 @@ impl<'a> Migration<'a> {
     /// START of RAM and of every iterative section: what every connection begins with.
     fn open_stream(&mut self) -> Result<()> {
         let Some(set) = self.set.clone() else { return Err(Error::invalid("no RAM was set up")) };
-        self.sender.setup(&set, &self.existing, &mut self.out)?;
+        self.sender.setup(&set, Arc::clone(&self.presence), &self.existing, &mut self.out)?;
         let mut bodies = Bodies::default();
-        {
-            let _bql = self.job.vmm.bql().guard()?;
-            self.sections.setup(&mut bodies)?;
-        }
+        self.job.vmm.with_bql("the sections' setup", || self.sections.setup(&mut bodies))?;
         hand::pass_device_fds(&mut self.out, &self.sections.take_fds())?;
         self.write_bodies(&bodies)?;
         self.last_sync = Instant::now();
         Ok(())
     }
 
+    /// Nobody tracks writes: all that is done while the guest runs is to find out that the destination answers.
+    fn await_switchover(&mut self) -> Result<()> {
+        while !self.may_switch_over()? {
+            self.job.status.check()?;
+            io::sleep(&*self.job.wake, NAP)?;
+        }
+        self.left = self.pending()?;
+        self.job.status.check()
+    }
+
     /// Rounds over what is dirty, until what is left may be sent with the guest stopped.
     fn iterate(&mut self) -> Result<()> {
+        if Choice::of(&self.job.options) == Choice::Nothing {
+            return self.await_switchover();
+        }
         let live = &self.job.live;
         let mut policy = Convergence::new(live.get(Opt::ConvergenceRounds), live.time(Opt::ConvergenceTime));
         let mut near = false;
@@ -346,7 +381,8 @@ impl<'a> Migration<'a> {
                 self.send_part()?;
             }
             // A round is over when everything that was dirty at the last sync was sent; sections may go on for ever.
-            let sections_left = if sections_done { 0 } else { self.sections.pending_estimate()?.total() };
+            let left = |sections: &SectionSaver<'_>| sections.pending_estimate().map(|left| left.total());
+            let sections_left = if sections_done { 0 } else { self.ask_sections("pending_estimate", left)? };
             if self.dirty_pages() > 0 || sections_left > self.threshold() {
                 continue;
             }
@@ -402,9 +438,21 @@ impl<'a> Migration<'a> {
     fn iterate_sections(&mut self) -> Result<bool> {
         let budget = pacing::at_once(self.toll.limit(), SECTION_SLICE);
         let mut bodies = Bodies::default();
-        let done = self.sections.iterate(&mut bodies, budget)?;
+        let done = self.ask_sections("iterate", |sections| sections.iterate(&mut bodies, budget))?;
         self.write_bodies(&bodies)?;
         Ok(done)
+    }
+
+    /// Calls sections back while the guest runs, if there are any that want that.
+    fn ask_sections<T: Send>(
+        &self,
+        what: &str,
+        ask: impl FnOnce(&SectionSaver<'_>) -> Result<T> + Send,
+    ) -> Result<T> {
+        match self.sections.are_iterative() {
+            true => self.job.vmm.dispatch().run(&format!("the sections' {what}"), || ask(&self.sections)),
+            false => ask(&self.sections),
+        }
     }
 
     /// One PART of RAM: until the slice or the dirty pages are used up.
@@ -444,6 +492,7 @@ impl<'a> Migration<'a> {
         let age = self.last_sync.elapsed();
         self.last_sync = Instant::now();
         let dirty = self.dirty_pages() as u64 * PAGE;
+        self.slow_down(dirty)?;
         let counters = &self.job.status.counters;
         counters.dirty_rate.store(pacing::per_second(dirty, age), Ordering::Relaxed);
         counters.iteration.fetch_add(1, Ordering::Relaxed);
@@ -542,6 +591,7 @@ impl<'a> Migration<'a> {
                 Ok(outcome)
             }
         };
+        self.speed_up();
         self.sender.close();
         self.channel.shutdown();
         if let Some(replies) = self.replies.take() {
@@ -557,9 +607,10 @@ impl<'a> Migration<'a> {
         if let Some(set) = self.set.take() {
             self.job.dirty.leave(&set);
         }
-        match self.job.vmm.bql().guard() {
-            Ok(_bql) => self.sections.cleanup(),
-            Err(error) => self.job.vmm.log().error(format_args!("cleaning up after a migration: {error}")),
+        if let Some(cleanup) = self.sections.cleanup()
+            && let Err(error) = self.job.vmm.with_bql_or_later("the sections' cleanup", cleanup)
+        {
+            self.job.vmm.log().to("outgoing").error(format_args!("cleaning up after a migration: {error}"));
         }
         result
     }

@@ -13,7 +13,8 @@ use crate::status::store_time;
 impl Migration<'_> {
     /// Bytes left, RAM and sections, just after a sync.
     pub(super) fn pending(&self) -> Result<u64> {
-        Ok((self.dirty_pages() as u64 * PAGE).saturating_add(self.sections.pending_exact()?.total()))
+        let sections = self.ask_sections("pending_exact", |sections| sections.pending_exact())?;
+        Ok((self.dirty_pages() as u64 * PAGE).saturating_add(sections.total()))
     }
 
     pub(super) fn threshold(&self) -> u64 {
@@ -58,10 +59,11 @@ impl Migration<'_> {
         let left = self.dirty_pages() as u64 * PAGE;
         counters.remaining.store(left, Ordering::Relaxed);
         let (on_lanes, normal, zero) = self.sender.counts();
-        let before = self.resuming.before;
-        counters.transferred.store(before.0 + self.out.written() + on_lanes, Ordering::Relaxed);
-        counters.normal_pages.store(before.1 + normal, Ordering::Relaxed);
-        counters.zero_pages.store(before.2 + zero, Ordering::Relaxed);
+        let before = &self.resuming.before;
+        counters.transferred.store(before.bytes + self.out.written() + on_lanes, Ordering::Relaxed);
+        counters.channel_bytes.store(before.on_lanes + on_lanes, Ordering::Relaxed);
+        counters.normal_pages.store(before.normal + normal, Ordering::Relaxed);
+        counters.zero_pages.store(before.zero + zero, Ordering::Relaxed);
         counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);
         if let Some(parts) = self.known().predict(left) {
             store_time(&counters.expected_downtime, parts.total());

@@ -45,13 +45,23 @@ pub(super) struct Resuming {
     attempt: u32,
     /// When this connection was made.
     pub(super) linked: Instant,
-    /// What earlier connections carried: bytes, pages sent whole, pages sent as zero.
-    pub(super) before: (u64, u64, u64),
+    pub(super) before: Before,
+}
+
+/// What earlier connections carried.
+#[derive(Debug, Default)]
+pub(super) struct Before {
+    /// Bytes, and those of them that went over channels.
+    pub(super) bytes: u64,
+    pub(super) on_lanes: u64,
+    /// Pages sent whole, and as zero.
+    pub(super) normal: u64,
+    pub(super) zero: u64,
 }
 
 impl Resuming {
     pub(super) fn new(on: bool) -> Self {
-        Self { on, agreed: false, attempt: 0, linked: Instant::now(), before: (0, 0, 0) }
+        Self { on, agreed: false, attempt: 0, linked: Instant::now(), before: Before::default() }
     }
 
     /// Whether the option asks for it.
@@ -207,6 +217,8 @@ impl Migration<'_> {
     /// Ends everything that used the connection. A destination that failed says so meanwhile: its reason.
     fn unlink(&mut self) -> Option<Error> {
         self.may_speak = false;
+        // Devices are saved anew for another connection.
+        self.saved = None;
         // It hears that nothing more comes, and has the time to say why it hung up.
         self.channel.close_write();
         let words = self.replies.as_ref().and_then(|replies| replies.reason(LAST_WORDS));
@@ -220,7 +232,10 @@ impl Migration<'_> {
             replies.join();
         }
         let before = &mut self.resuming.before;
-        *before = (before.0 + self.out.written() + on_lanes, before.1 + normal, before.2 + zero);
+        before.bytes += self.out.written() + on_lanes;
+        before.on_lanes += on_lanes;
+        before.normal += normal;
+        before.zero += zero;
         (self.accounted, self.charged) = (0, 0);
         if let Some(set) = &self.set {
             self.sender.put_back(set);
@@ -282,12 +297,14 @@ impl Migration<'_> {
         let channel = self.job.route.target().connect(&self.job.wake, limit.min(TRY))?;
         self.out = StreamOutput::new(Arc::clone(&channel), self.job.options.time(Opt::StallTimeout));
         self.channel = channel;
-        {
-            let _bql = self.job.vmm.bql().guard()?;
-            self.sections.cleanup();
-            self.sections = SectionSaver::new(&self.job.sections, false);
-            self.sections.prepare()?;
+        if let Some(cleanup) = self.sections.cleanup() {
+            self.job.vmm.with_bql("the sections' cleanup", || {
+                cleanup();
+                Ok(())
+            })?;
         }
+        self.sections = SectionSaver::new(&self.job.sections, false);
+        self.prepare()?;
         self.greet()?;
         self.open_stream()?;
         self.resuming.linked = Instant::now();

@@ -36,7 +36,7 @@ pub struct Rehearsal {
 /// The sections of one migration, in walking order.
 #[derive(Debug)]
 pub(super) struct SectionSaver<'a> {
-    entries: &'a [Entry],
+    entries: &'a Arc<[Entry]>,
     /// Which of them take part: asked once, so that a section does not leave in the middle.
     takes_part: Vec<bool>,
     /// How many `setup` calls were tried: those are the ones to clean up.
@@ -53,7 +53,7 @@ fn name_of(entry: &Entry) -> SectionName {
 }
 
 impl<'a> SectionSaver<'a> {
-    pub(super) fn new(entries: &'a [Entry], describe: bool) -> Self {
+    pub(super) fn new(entries: &'a Arc<[Entry]>, describe: bool) -> Self {
         Self {
             entries,
             takes_part: vec![false; entries.len()],
@@ -206,6 +206,11 @@ impl<'a> SectionSaver<'a> {
         Ok(sum)
     }
 
+    /// Whether any section must be asked while the guest runs.
+    pub(super) fn are_iterative(&self) -> bool {
+        self.active().any(|(_, section)| section.is_iterative())
+    }
+
     /// The guest is about to be stopped.
     pub(super) fn about_to_switch(&self) {
         self.active().for_each(|(_, section)| section.about_to_switch());
@@ -271,16 +276,14 @@ impl<'a> SectionSaver<'a> {
         json.to_string().into_bytes()
     }
 
-    /// Undoes every setup that was tried, once. \[bql\]
-    pub(super) fn cleanup(&mut self) {
+    /// What undoes every setup that was tried, once; none: there was no setup. \[bql\]
+    pub(super) fn cleanup(&mut self) -> Option<impl FnOnce() + Send + use<>> {
         let tried = std::mem::take(&mut self.set_up);
-        for (entry, takes_part) in self.entries.iter().zip(&self.takes_part).take(tried) {
-            if let Some(section) = entry.section()
-                && *takes_part
-                && section.is_iterative()
-            {
-                section.cleanup();
-            }
-        }
+        let (entries, takes_part) = (Arc::clone(self.entries), self.takes_part.clone());
+        (tried > 0).then_some(move || {
+            let sections = entries.iter().zip(takes_part).take(tried).filter(|(_, takes_part)| *takes_part);
+            let sections = sections.filter_map(|(entry, _)| entry.section()).filter(|section| section.is_iterative());
+            sections.for_each(|section| section.cleanup());
+        })
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::dirty::sent::Sent;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
-use crate::ram::presence::Hint;
+use crate::ram::presence::{Hint, Presence};
 use crate::ram::{Block, PAGE};
 use crate::sys::io::{IOV_MAX, Piece};
 use crate::transport::stream::StreamOutput;
@@ -167,15 +167,16 @@ impl RamSender {
         self.stretches.new_round();
     }
 
-    /// The START section. The first meeting comes before any page. `existing`: see [`Stretches::look_for_absent`].
+    /// The START section. The first meeting comes before any page. `presence`, `existing`: see [`Stretches::look_for_absent`].
     pub(super) fn setup(
         &mut self,
         set: &DirtySet,
+        presence: Arc<[Presence]>,
         existing: &[(Arc<Block>, Hint)],
         out: &mut StreamOutput,
     ) -> Result<()> {
         if self.find_zeros != FindZeros::Nobody {
-            self.stretches.look_for_absent(set, existing);
+            self.stretches.look_for_absent(set, presence, existing);
         }
         let mut bytes = Vec::new();
         let name = SectionName { name: ram::NAME.to_owned(), instance: 0, version: ram::VERSION };

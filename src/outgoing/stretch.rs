@@ -5,9 +5,9 @@ use std::sync::Arc;
 use crate::dirty::cursor::Cursor;
 use crate::dirty::set::DirtySet;
 use crate::error::Result;
-use crate::ram::Block;
 use crate::ram::presence::{GRANULE, Hint, Presence};
 use crate::ram::survey::Survey;
+use crate::ram::{Block, RamList};
 
 /// Pages taken at once while the kernel is asked which of them exist: as many as KVM's dirty log is cleared for at once.
 pub(super) const TAKEN_MAX: usize = 4096;
@@ -23,12 +23,20 @@ pub(super) struct Stretch {
     pub(super) absent: bool,
 }
 
+/// Tells which pages exist of each block that travels; nothing where that cannot be found out. To be made before writes are
+/// tracked: what kind of memory a block lies in is found slowly once it is registered with a userfaultfd.
+pub(super) fn presence(list: &RamList) -> Vec<Presence> {
+    let sent = list.iter().filter(|b| b.is_sent());
+    let survey = Survey::new().ok();
+    survey.map_or_else(Vec::new, |survey| sent.map(|block| Presence::new(block, &survey, None)).collect())
+}
+
 /// The dirty pages of a round, in order.
 #[derive(Debug, Default)]
 pub(super) struct Stretches {
     cursor: Cursor,
     /// In the first round: which pages of each block exist at all. Later everything that is dirty does.
-    presence: Vec<Presence>,
+    presence: Arc<[Presence]>,
     /// Of each block, granules (2 MiB) all of whose pages existed once: they are not asked for again.
     full: Vec<Vec<bool>>,
     /// Of the cursor's runs: the one at hand, how far it is given, and which of its pages are absent.
@@ -42,9 +50,16 @@ pub(super) struct Stretches {
 impl Stretches {
     /// From here on absent pages are told apart, until the round is over. `existing`: where blocks were seen to have
     /// pages before; what is gone since reads as zero.
-    pub(super) fn look_for_absent(&mut self, set: &DirtySet, existing: &[(Arc<Block>, Hint)]) {
-        let Ok(survey) = Survey::new() else { return };
-        self.presence = set.blocks().map(|block| Presence::new(block, &survey, None)).collect();
+    pub(super) fn look_for_absent(
+        &mut self,
+        set: &DirtySet,
+        presence: Arc<[Presence]>,
+        existing: &[(Arc<Block>, Hint)],
+    ) {
+        if presence.len() != set.len() {
+            return;
+        }
+        self.presence = presence;
         let full = |block: &Arc<Block>| {
             let hint = existing.iter().find(|(seen, _)| Arc::ptr_eq(seen, block)).map(|(_, hint)| hint);
             hint.map_or_else(Vec::new, |hint| hint.full().collect())
@@ -57,7 +72,7 @@ impl Stretches {
         if self.owed == 0 {
             *self = Self::default();
         }
-        self.presence = Vec::new();
+        self.presence = Arc::default();
     }
 
     /// Pages taken and not given yet.

@@ -148,7 +148,7 @@ impl Migration<'_> {
         };
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::PageHashes);
-        digest::put_pages(&mut bytes, &block.pages_of(granule))?;
+        digest::put_granule(&mut bytes, &block.pages_of(granule))?;
         self.out.write(&bytes)
     }
 

@@ -10,7 +10,8 @@ use std::sync::OnceLock;
 
 use super::{Block, PAGE, index};
 use crate::error::Result;
-use crate::sys::memory::{self, FaultProbe, Mapping};
+use crate::sys::memory::{self, Mapping};
+use crate::sys::userfaultfd::FaultProbe;
 
 /// What lies behind a part of a block.
 #[derive(Debug)]

@@ -7,10 +7,9 @@ use std::sync::Arc;
 use super::cdevice::*;
 use super::check::{DEPTH_MAX, FIELDS_MAX, NAME_MAX};
 use super::device::Device;
-use super::errno::returned;
 use super::list::{Content, Entry};
 use super::table::{Checked, Count, Field, Hooks, Kind, Table};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, returned};
 use crate::sys::sized::sized_copy;
 
 /// Rows read in search of a table's end before it is taken for missing.

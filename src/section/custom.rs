@@ -9,12 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::check::{self, BODY_MAX};
-use super::errno::returned;
 use super::list::{Content, Entry};
 use super::ops::*;
 use super::stream::{Reader, Writer};
 use super::{Apply, Part, Pending, Section};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, returned};
 use crate::sys::sized::sized_copy;
 use crate::thread::lock;
 use crate::wire::input::Input;

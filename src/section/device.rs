@@ -23,6 +23,12 @@ pub struct Device {
 #[derive(Clone, Copy, Debug)]
 struct Base(*mut u8);
 
+impl Base {
+    fn at(self) -> *mut u8 {
+        self.0
+    }
+}
+
 // SAFETY: the address is only followed with the big lock held, which `Device::new` made its caller promise to honour.
 unsafe impl Send for Base {}
 // SAFETY: as above; without the lock the address is only compared.
@@ -119,10 +125,10 @@ impl Section for Device {
                 .in_section(&self.table.name));
         }
         let staged = parse_with_fds(&self.table, version, input, Some(fds))?;
-        let (base, fds) = (self.base.0, Arc::clone(fds));
+        let (base, fds) = (self.base, Arc::clone(fds));
         // SAFETY: the caller of `new` vouched for the memory, and what `parse` returns runs with the big lock held;
         // nothing is unregistered while a migration runs.
-        Ok(Box::new(move || unsafe { staged.apply_placing(base, &fds) }))
+        Ok(Box::new(move || unsafe { staged.apply_placing(base.at(), &fds) }))
     }
 
     fn describe(&self, body: &[u8]) -> serde_json::Value {

@@ -8,7 +8,6 @@ pub mod convert;
 pub mod custom;
 pub mod device;
 pub mod fds;
-mod errno;
 pub mod list;
 mod memory;
 pub mod ops;
@@ -71,7 +70,7 @@ pub enum Part {
 }
 
 /// What applies a parsed body to the device. Runs once, with the big lock held.
-pub type Apply<'a> = Box<dyn FnOnce() -> Result<()> + 'a>;
+pub type Apply<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
 
 /// State that travels in the stream under a name.
 ///

@@ -20,13 +20,16 @@ pub struct Counters {
     pub dirty_rate: AtomicU64,
     pub bandwidth: AtomicU64,
     pub expected_downtime: AtomicU64,
+    pub precopy: AtomicU64,
+    pub channel_bytes: AtomicU64,
     pub setup: AtomicU64,
     pub stop: AtomicU64,
     pub downtime: AtomicU64,
+    pub throttle: AtomicU64,
 }
 
 impl Counters {
-    fn all(&self) -> [&AtomicU64; 12] {
+    fn all(&self) -> [&AtomicU64; 15] {
         [
             &self.total,
             &self.remaining,
@@ -37,9 +40,12 @@ impl Counters {
             &self.dirty_rate,
             &self.bandwidth,
             &self.expected_downtime,
+            &self.precopy,
+            &self.channel_bytes,
             &self.setup,
             &self.stop,
             &self.downtime,
+            &self.throttle,
         ]
     }
 
@@ -59,6 +65,11 @@ impl Counters {
             total: get(&self.total),
             remaining,
             transferred: get(&self.transferred),
+            precopy: match state {
+                State::Active => get(&self.transferred),
+                _ => get(&self.precopy),
+            },
+            channel_bytes: get(&self.channel_bytes),
             normal_pages: get(&self.normal_pages),
             zero_pages: get(&self.zero_pages),
             dirty_rate: dirty,
@@ -68,6 +79,7 @@ impl Counters {
             expected_downtime: get(&self.expected_downtime),
             stop: get(&self.stop),
             downtime: get(&self.downtime),
+            throttle: get(&self.throttle),
             eta: eta(state, remaining, bandwidth, dirty),
         }
     }
@@ -93,6 +105,10 @@ pub struct Snapshot {
     pub remaining: u64,
     /// Bytes on the wire.
     pub transferred: u64,
+    /// Those of them that went while the guest ran.
+    pub precopy: u64,
+    /// Those of them that went over connections of their own.
+    pub channel_bytes: u64,
     /// Pages sent whole.
     pub normal_pages: u64,
     /// Pages sent as zero.
@@ -111,6 +127,8 @@ pub struct Snapshot {
     pub stop: u64,
     /// Nanoseconds the guest was stopped by the migration.
     pub downtime: u64,
+    /// Percent of the time the vCPUs are made to stand still.
+    pub throttle: u64,
     /// Nanoseconds until completion at the present rates; `u64::MAX` while unknown.
     pub eta: u64,
 }

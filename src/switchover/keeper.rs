@@ -179,6 +179,23 @@ impl Keeper {
     /// Leaves the operator's word and waits until it was obeyed, or why it was not. `EINVAL`: there is nothing to decide.
     /// The waits of the driver have their own limits.
     pub fn resolve(&self, word: Resolution) -> Result<()> {
+        self.ask(word)?;
+        let mut shared = lock(&self.shared);
+        loop {
+            if let Some(result) = shared.obeyed.take() {
+                return result;
+            }
+            shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// What became of the word, if it was obeyed or not; for who left it by [`ask`](Self::ask).
+    pub fn take_answer(&self) -> Option<Result<()>> {
+        lock(&self.shared).obeyed.take()
+    }
+
+    /// Leaves the operator's word. `EINVAL`: there is nothing to decide.
+    pub fn ask(&self, word: Resolution) -> Result<()> {
         let mut shared = lock(&self.shared);
         if shared.driver == Some(current_token()) {
             return Err(Error::new(libc::EDEADLK, "cannot resolve from a callback of the switchover itself"));
@@ -192,12 +209,7 @@ impl Keeper {
         shared.word = Some(word);
         shared.obeyed = None;
         self.bell.set();
-        loop {
-            if let Some(result) = shared.obeyed.take() {
-                return result;
-            }
-            shared = self.changed.wait(shared).unwrap_or_else(PoisonError::into_inner);
-        }
+        Ok(())
     }
 
     /// The operator's word, if there is a new one. The driver's only.

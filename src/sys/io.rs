@@ -316,6 +316,46 @@ pub fn wait_any(fds: &[BorrowedFd<'_>], wake: BorrowedFd<'_>, deadline: Option<I
     }
 }
 
+/// A descriptor that is waited for beside many others.
+#[derive(Clone, Copy, Debug)]
+pub struct Watch<'a> {
+    /// Which.
+    pub fd: BorrowedFd<'a>,
+    /// Until it can be read (or accepted from).
+    pub read: bool,
+    /// Until it can be written.
+    pub write: bool,
+}
+
+impl<'a> Watch<'a> {
+    /// Until it can be read.
+    pub fn reading(fd: BorrowedFd<'a>) -> Self {
+        Self { fd, read: true, write: false }
+    }
+}
+
+/// Waits until one of them is ready or broken, or for `limit`; of each whether it can be read, and written. One that is
+/// waited for in neither way is not looked at.
+pub fn wait_each(watches: &[Watch<'_>], limit: Option<Duration>) -> Result<Vec<(bool, bool)>> {
+    let entry = |watch: &Watch<'_>| libc::pollfd {
+        fd: if watch.read || watch.write { watch.fd.as_raw_fd() } else { -1 },
+        events: if watch.read { libc::POLLIN } else { 0 } | if watch.write { libc::POLLOUT } else { 0 },
+        revents: 0,
+    };
+    let mut polled: Vec<libc::pollfd> = watches.iter().map(entry).collect();
+    // SAFETY: polled is a live vector of as many entries as it says.
+    let n = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, limit.map_or(-1, millis_up)) };
+    if n < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+        return Err(Error::last_os("poll"));
+    }
+    let broken = |p: &libc::pollfd| p.revents & !(libc::POLLIN | libc::POLLOUT) != 0;
+    let ready = |(p, watch): (&libc::pollfd, &Watch<'_>)| {
+        let is = |wanted: bool, bit| n > 0 && wanted && (p.revents & bit != 0 || broken(p));
+        (is(watch.read, libc::POLLIN), is(watch.write, libc::POLLOUT))
+    };
+    Ok(polled.iter().zip(watches).map(ready).collect())
+}
+
 /// Whether something waits to be read or accepted.
 pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };

@@ -40,6 +40,8 @@ const ENABLE_CAP: libc::c_ulong = iow::<kvm_enable_cap>(0xa3);
 /// Declared `_IOWR` by the kernel although nothing is written back.
 const CLEAR_DIRTY_LOG: libc::c_ulong = iow::<kvm_clear_dirty_log>(0xc0) | (2 << 30);
 
+const RESET_DIRTY_RINGS: libc::c_ulong = io(0xc7);
+
 /// Flag of a memory slot: keep a dirty log.
 pub const LOG_DIRTY_PAGES: u32 = KVM_MEM_LOG_DIRTY_PAGES;
 
@@ -220,6 +222,12 @@ impl Vm {
                 format!("KVM_CLEAR_DIRTY_LOG slot {slot} pages {first}+{pages}: {}", strerror(errno)),
             ),
         })
+    }
+
+    /// Protects the pages of all ring entries that were taken, and gives the entries back to KVM.
+    pub fn reset_dirty_rings(&self) -> Result<()> {
+        let done = self.ioctl(RESET_DIRTY_RINGS, 0).map(drop);
+        done.map_err(|errno| Error::new(errno, format!("KVM_RESET_DIRTY_RINGS: {}", strerror(errno))))
     }
 
     /// `ESTALE` unless the slot has exactly `pages` pages; costs one ioctl and changes nothing.

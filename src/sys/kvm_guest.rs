@@ -119,8 +119,14 @@ pub fn kvm() -> Option<Kvm> {
 
 impl Guest {
     pub fn new(shape: Shape) -> Option<Self> {
+        Self::prepared(shape, |_| ())
+    }
+
+    /// A guest to whose VM something is done before it has a vCPU.
+    pub fn prepared(shape: Shape, prepare: impl FnOnce(&VmFd)) -> Option<Self> {
         let kvm = kvm()?;
         let vm = kvm.create_vm().unwrap();
+        prepare(&vm);
         if shape.irqchip {
             vm.create_irq_chip().unwrap();
             vm.create_pit2(kvm_pit_config::default()).unwrap();

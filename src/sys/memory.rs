@@ -236,79 +236,96 @@ pub unsafe fn advise(start: u64, len: u64, advice: Advice) -> io::Result<()> {
     }
 }
 
-/// Tells whether a mapping is registered with some userfaultfd, in constant time and without changing anything.
-///
-/// `UFFDIO_COPY` is refused with `ENOENT` where no userfaultfd is registered; elsewhere it gets as far as reading its
-/// source, a page of ours that cannot be read.
+/// A page of our own that nobody else knows.
 #[derive(Debug)]
-pub struct FaultProbe {
-    uffd: OwnedFd,
-    source: *mut libc::c_void,
+pub struct OwnPage {
+    at: *mut libc::c_void,
+    accessible: bool,
 }
 
-// SAFETY: the pointer is only an address of an inaccessible page that this owns; ioctl(2) is thread-safe.
-unsafe impl Send for FaultProbe {}
-// SAFETY: as above.
-unsafe impl Sync for FaultProbe {}
+// SAFETY: the pointer is only an address of a page that this owns and nobody refers to.
+unsafe impl Send for OwnPage {}
+// SAFETY: as above; it is written by volatile accesses alone.
+unsafe impl Sync for OwnPage {}
 
-const PROBE_BYTES: usize = 4096;
-const UFFD_USER_MODE_ONLY: i32 = 1;
+impl OwnPage {
+    const BYTES: usize = 4096;
 
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioCopy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copy: i64,
-}
-
-impl FaultProbe {
-    /// Fails where the kernel gives us no userfaultfd.
-    pub fn new() -> Result<Self> {
-        // SAFETY: userfaultfd takes no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
-        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(|| Error::last_os("userfaultfd"))?;
-        // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
-        let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut api = UffdioApi { api: 0xAA, features: 0, ioctls: 0 };
-        // SAFETY: UFFDIO_API reads and fills one struct uffdio_api, which `api` is.
-        if unsafe { libc::ioctl(uffd.as_raw_fd(), libc::_IOWR::<UffdioApi>(0xAA, 0x3F), &raw mut api) } < 0 {
-            return Err(Error::last_os("UFFDIO_API"));
-        }
+    /// A new one, which can be read and written or not at all.
+    pub fn new(accessible: bool) -> Result<Self> {
+        let protection = if accessible { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new mapping at a place the kernel chooses changes nothing that exists.
-        let source = unsafe { libc::mmap(ptr::null_mut(), PROBE_BYTES, libc::PROT_NONE, flags, -1, 0) };
-        if source == libc::MAP_FAILED {
-            return Err(Error::last_os("mmap"));
-        }
-        Ok(Self { uffd, source })
+        let at = unsafe { libc::mmap(ptr::null_mut(), Self::BYTES, protection, flags, -1, 0) };
+        if at == libc::MAP_FAILED { Err(Error::last_os("mmap")) } else { Ok(Self { at, accessible }) }
     }
 
-    /// Whether the mapping that begins at `address` is registered, in whatever mode.
-    pub fn is_registered(&self, address: u64) -> bool {
-        let source = self.source.expose_provenance() as u64;
-        let mut copy = UffdioCopy { dst: address, src: source, len: PROBE_BYTES as u64, mode: 0, copy: 0 };
-        // SAFETY: UFFDIO_COPY reads and fills one struct uffdio_copy; it can write no guest byte, for its source is
-        // inaccessible.
-        let done = unsafe { libc::ioctl(self.uffd.as_raw_fd(), libc::_IOWR::<UffdioCopy>(0xAA, 3), &raw mut copy) };
-        // Anything but the one clear answer counts as registered.
-        done >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENOENT)
+    /// Where it is.
+    pub fn range(&self) -> Range<u64> {
+        let start = self.at.expose_provenance() as u64;
+        start..start + Self::BYTES as u64
+    }
+
+    /// Writes to it.
+    pub fn write(&self) {
+        assert!(self.accessible, "the page cannot be written");
+        // SAFETY: the page is ours, mapped and writable; it has no reference.
+        unsafe { self.at.cast::<u8>().write_volatile(1) };
     }
 }
 
-impl Drop for FaultProbe {
+impl Drop for OwnPage {
     fn drop(&mut self) {
         // SAFETY: the page is ours and nobody else knows it.
-        unsafe { libc::munmap(self.source, PROBE_BYTES) };
+        unsafe { libc::munmap(self.at, Self::BYTES) };
     }
+}
+
+/// Whether every byte of `range` is mapped just now: msync(2) says so in the time of its mappings, and with these flags
+/// does nothing else.
+pub fn is_mapped(range: &Range<u64>) -> bool {
+    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+    let start = ptr::with_exposed_provenance_mut(usize::try_from(range.start).unwrap_or(usize::MAX));
+    // SAFETY: MS_ASYNC neither reads nor writes the memory; the kernel checks the range.
+    unsafe { libc::msync(start, len, libc::MS_ASYNC) == 0 }
+}
+
+/// Size of the pages that the kernel maps at `address`; None: nothing is mapped there, or it does not say.
+pub fn page_size_at(address: u64) -> Option<u64> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Query {
+        size: u64,
+        flags: u64,
+        address: u64,
+        range: [u64; 2],
+        vma_flags: u64,
+        page_size: u64,
+        offset: u64,
+        inode: u64,
+        device: [u32; 2],
+        name_sizes: [u32; 2],
+        names: [u64; 2],
+    }
+    let mut query = Query { size: size_of::<Query>() as u64, address, ..Query::default() };
+    if let Ok(maps) = File::open("/proc/self/maps") {
+        // SAFETY: PROCMAP_QUERY (Linux 6.11) reads and fills one struct procmap_query, which `query` is; without flags it
+        // only looks, and without sizes of names it writes nowhere else.
+        if unsafe { libc::ioctl(maps.as_raw_fd(), libc::_IOWR::<Query>(u32::from(b'f'), 17), &raw mut query) } >= 0 {
+            return Some(query.page_size);
+        }
+    }
+    // As slow as `vm_flags`, on older kernels only.
+    let mut here = false;
+    for line in read_text("/proc/self/smaps").ok()?.lines() {
+        if let Some(size) = line.strip_prefix("KernelPageSize:").filter(|_| here) {
+            return size.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024);
+        }
+        if let Some(mapping) = line.split(' ').next().filter(|w| !w.ends_with(':')).and(Mapping::parse(line)) {
+            here = mapping.range.contains(&address);
+        }
+    }
+    None
 }
 
 #[cfg(test)]

@@ -2,16 +2,20 @@
 
 pub mod clock;
 pub mod eventfd;
+pub mod futex;
 pub mod fdpass;
 pub mod io;
 pub mod kvm;
+pub mod kvm_ring;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm_x86;
 pub mod memory;
 pub mod pagemap;
 pub mod random;
+pub mod signal;
 pub mod sized;
 pub mod thread_sys;
+pub mod userfaultfd;
 
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) mod kvm_guest;

@@ -15,9 +15,15 @@ const SPAN: u64 = 256 << 20;
 /// Answers of one question.
 const REGIONS: usize = 256;
 
+const WRITTEN: u64 = 1 << 1;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const ZERO_PAGE: u64 = 1 << 5;
+
+/// Protect what matches, in the same step.
+const WP_MATCHING: u64 = 1 << 0;
+/// Fail where protection is not possible.
+const CHECK_WPASYNC: u64 = 1 << 1;
 
 #[repr(C)]
 #[derive(Default)]
@@ -76,7 +82,55 @@ pub struct Pagemap {
     way: Way,
 }
 
+/// How written pages of guarded memory (`userfaultfd::Guarded`) are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Protect what is found, in the same step.
+    pub protect: bool,
+    /// A page that is in no table was written, too. With `protect` the tables get a mark for it. Otherwise such a page, and
+    /// the shared zero page that stands for one, was not written.
+    pub absent: bool,
+}
+
 impl Pagemap {
+    /// Calls `f` with each address range of `range` that was written since it was protected, ascending. `step`: bytes asked
+    /// for at once, whole pages of the mapping. On failure ranges may have been protected that `f` was not told of. `EPERM`:
+    /// what is mapped there is not guarded.
+    pub fn each_written(
+        &self,
+        range: &Range<u64>,
+        step: u64,
+        look: Look,
+        f: &mut dyn FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        let mut regions = [Region::default(); REGIONS];
+        let mut at = range.start;
+        while at < range.end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                flags: CHECK_WPASYNC | if look.protect { WP_MATCHING } else { 0 },
+                start: at,
+                end: range.end.min(at.saturating_add(step)),
+                vec: regions.as_mut_ptr().expose_provenance() as u64,
+                vec_len: REGIONS as u64,
+                category_mask: WRITTEN,
+                return_mask: WRITTEN,
+                ..ScanArg::default()
+            };
+            if !look.absent {
+                (arg.category_inverted, arg.category_anyof_mask) = (ZERO_PAGE, PRESENT | SWAPPED);
+                arg.category_mask |= ZERO_PAGE;
+            }
+            let found = self.scan(&mut arg)?;
+            regions.iter().take(found).for_each(|region| f(region.start..region.end));
+            if arg.walk_end <= at {
+                return Err(io::Error::other(format!("PAGEMAP_SCAN does not get beyond {at:#x}")));
+            }
+            at = arg.walk_end;
+        }
+        Ok(())
+    }
+
     /// The best way this kernel has.
     pub fn open() -> Result<Self> {
         Self::open_with(Way::Scan).or_else(|_| Self::open_with(Way::Entries))
@@ -153,7 +207,8 @@ impl Pagemap {
     fn scan(&self, arg: &mut ScanArg) -> io::Result<usize> {
         let request = libc::_IOWR::<ScanArg>(u32::from(b'f'), 16);
         // SAFETY: PAGEMAP_SCAN reads and fills one struct pm_scan_arg, which `arg` is; its vector is null with length
-        // zero or a live array of the length it names. Without flags it only looks.
+        // zero or a live array of the length it names. It only looks, or protects asynchronously what is guarded for that,
+        // which no program can see.
         let found = unsafe { libc::ioctl(self.file.as_raw_fd(), request, std::ptr::from_mut(arg)) };
         usize::try_from(found).map_err(|_| io::Error::last_os_error())
     }

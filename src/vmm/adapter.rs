@@ -8,12 +8,16 @@ use std::sync::{Arc, Mutex};
 
 use crate::bql::{Bql, RawLock};
 use crate::error::{Error, Result, strerror};
+use crate::sys::clock::monotonic_ns;
 use crate::sys::sized::{SizedStruct, sized_copy};
+use crate::sys::thread_sys;
 use crate::thread::lock;
 
+use super::dispatch::Dispatch;
+use super::gate::Gate;
 use super::handlers::{Moment, Phase, RunHandler};
 use super::log::{Level, Log};
-use super::ops::{vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
+use super::ops::{vmig_log_record, vmig_moment, vmig_ops, vmig_phase, vmig_run_fn};
 use super::run::{Hooks, Reasons, ReplacedRam, Vmm};
 
 /// What a callback's return value means: 0 or more is success, the rest a negative errno.
@@ -29,7 +33,7 @@ pub fn check_return(who: &str, value: c_int) -> Result<c_int> {
 
 /// A pointer of the VMM that only travels: we hand it back to the VMM's own functions and never look inside.
 #[derive(Clone, Copy, Debug)]
-struct Opaque(*mut c_void);
+pub(super) struct Opaque(pub(super) *mut c_void);
 
 // SAFETY: never dereferenced here; the C contract of each callback says on which threads it is called.
 unsafe impl Send for Opaque {}
@@ -41,6 +45,7 @@ unsafe impl Sync for Opaque {}
 struct CVm {
     ops: vmig_ops,
     vm: Opaque,
+    gate: Option<Arc<Gate>>,
     /// Set once the guest is made: before that the pointer is still the caller's.
     ours: AtomicBool,
 }
@@ -60,6 +65,27 @@ impl CVm {
     }
 }
 
+impl CVm {
+    /// Gives a line to the hook that knows most of it.
+    fn log(&self, line: &Line) {
+        if let Some(hook) = self.ops.log_record {
+            let record = vmig_log_record {
+                size: vmig_log_record::REQUIRED,
+                level: line.level as u32,
+                thread: line.thread,
+                monotonic_ns: line.monotonic_ns,
+                target: line.target.as_ptr(),
+                text: line.text.as_ptr(),
+            };
+            // SAFETY: the VMM's own function and pointer; the record and its texts live until the call returns.
+            unsafe { hook(self.vm.0, &raw const record) };
+        } else if let Some(hook) = self.ops.log {
+            // SAFETY: as above.
+            unsafe { hook(self.vm.0, line.level as c_int, line.text.as_ptr()) };
+        }
+    }
+}
+
 impl Drop for CVm {
     fn drop(&mut self) {
         if let (true, Some(destroy)) = (*self.ours.get_mut(), self.ops.destroy) {
@@ -73,17 +99,41 @@ struct CHooks(Arc<CVm>);
 
 impl Hooks for CHooks {
     fn stop(&self) -> Result<()> {
-        let hook = self.0.ops.stop.ok_or_else(|| missing("stop"))?;
+        if let Some(gate) = &self.0.gate {
+            gate.close()?;
+        }
+        let Some(hook) = self.0.ops.stop else { return Ok(()) };
         // SAFETY: the VMM's own function and pointer, called as the header promises.
         let value = unsafe { hook(self.0.vm.0) };
-        check_return("the stop hook", value).map(|_| ())
+        let stopped = check_return("the stop hook", value).map(|_| ());
+        // The guest must still run then.
+        stopped.inspect_err(|_| self.0.gate.iter().for_each(|gate| gate.open()))
     }
 
     fn start(&self) -> Result<()> {
-        let hook = self.0.ops.start.ok_or_else(|| missing("start"))?;
-        // SAFETY: the VMM's own function and pointer, called as the header promises.
-        let value = unsafe { hook(self.0.vm.0) };
-        check_return("the start hook", value).map(|_| ())
+        if let Some(hook) = self.0.ops.start {
+            // SAFETY: the VMM's own function and pointer, called as the header promises.
+            let value = unsafe { hook(self.0.vm.0) };
+            check_return("the start hook", value)?;
+        }
+        self.0.gate.iter().for_each(|gate| gate.open());
+        Ok(())
+    }
+
+    fn throttle(&self, percent: u32) -> Result<()> {
+        match (self.0.ops.throttle, &self.0.gate) {
+            (Some(hook), _) => {
+                // SAFETY: the VMM's own function and pointer, called as the header promises.
+                let value = unsafe { hook(self.0.vm.0, percent) };
+                check_return(&format!("the throttle hook ({percent} percent)"), value).map(|_| ())
+            }
+            (None, Some(gate)) => gate.throttle(percent),
+            (None, None) => Err(Error::new(libc::ENOTSUP, "the VMM has neither a throttle hook nor a gate")),
+        }
+    }
+
+    fn has_throttle(&self) -> bool {
+        self.0.ops.throttle.is_some() || self.0.gate.is_some()
     }
 
     fn announce(&self) {
@@ -171,6 +221,28 @@ impl RawLock for CLock {
     }
 }
 
+/// A line of log with what is known of it when it is written: the VMM may take it later, on its own thread.
+struct Line {
+    level: Level,
+    thread: u32,
+    monotonic_ns: u64,
+    target: CString,
+    text: CString,
+}
+
+impl Line {
+    fn new(level: Level, target: &str, text: &str) -> Self {
+        Self {
+            level,
+            thread: u32::try_from(thread_sys::tid()).unwrap_or(0),
+            monotonic_ns: monotonic_ns(),
+            // Lines have no control characters, so no NUL either.
+            target: CString::new(target).unwrap_or_default(),
+            text: CString::new(text).unwrap_or_default(),
+        }
+    }
+}
+
 fn missing(hook: &str) -> Error {
     Error::invalid(format!("vmig_ops.{hook} is NULL, but required"))
 }
@@ -186,21 +258,24 @@ impl Vmm {
     pub unsafe fn from_c(ops: *const vmig_ops, vm: *mut c_void, reasons: Reasons) -> Result<Self> {
         // SAFETY: this function's contract covers the callee's.
         let ops = unsafe { sized_copy(ops)? };
+        // SAFETY: the C contract: the gate is null or came from vmig_gate_new, which made it from this.
+        let gate = unsafe { ops.gate.cast::<Arc<Gate>>().as_ref() }.map(Arc::clone);
         for (name, given) in [("stop", ops.stop.is_some()), ("start", ops.start.is_some())] {
-            if !given {
+            if !given && gate.is_none() {
                 return Err(missing(name));
             }
         }
-        let shared = Arc::new(CVm { ops, vm: Opaque(vm), ours: AtomicBool::new(false) });
+        let shared = Arc::new(CVm { ops, vm: Opaque(vm), gate, ours: AtomicBool::new(false) });
         let bql = match (ops.lock, ops.unlock) {
             (Some(lock), Some(unlock)) => Bql::external(Box::new(CLock { vm: Arc::clone(&shared), lock, unlock })),
             (None, None) if ops.held.is_none() => Bql::new(),
             (None, None) => return Err(Error::invalid("vmig_ops.held is given, but lock and unlock are NULL")),
             _ => return Err(Error::invalid("vmig_ops.lock and vmig_ops.unlock are given together or not at all")),
         };
-        let log = Arc::new(Log::new(c_sink(&shared)));
+        let dispatch = Arc::new(Dispatch::new(bql.home()));
+        let log = Arc::new(Log::new(c_sink(&shared, &dispatch)));
         shared.ours.store(true, Ordering::Relaxed);
-        Ok(Self::new(Box::new(CHooks(shared)), Arc::new(bql), log, reasons))
+        Ok(Self::with_dispatch(Box::new(CHooks(shared)), Arc::new(bql), log, reasons, dispatch))
     }
 
     /// Adds a C run-state handler and returns its id. \[bql\]
@@ -226,14 +301,21 @@ impl Vmm {
     }
 }
 
-fn c_sink(shared: &Arc<CVm>) -> Option<super::log::Sink> {
-    let hook = shared.ops.log?;
-    let vm = Arc::clone(shared);
-    Some(Box::new(move |level: Level, line: &str| {
-        // Lines have no control characters, so no NUL either.
-        let line = CString::new(line).unwrap_or_default();
-        // SAFETY: the VMM's own function and pointer; the line lives until the call returns.
-        unsafe { hook(vm.vm.0, level as c_int, line.as_ptr()) };
+fn c_sink(shared: &Arc<CVm>, dispatch: &Arc<Dispatch>) -> Option<super::log::Sink> {
+    if shared.ops.log.is_none() && shared.ops.log_record.is_none() {
+        return None;
+    }
+    let (vm, dispatch) = (Arc::clone(shared), Arc::clone(dispatch));
+    Some(Box::new(move |level: Level, target: &'static str, line: &str| {
+        let line = Line::new(level, target, line);
+        let vm = Arc::clone(&vm);
+        dispatch.line(move |lost| {
+            if lost > 0 {
+                let text = format!("{lost} lines of log were lost here: vmig_dispatch() was not called");
+                vm.log(&Line::new(Level::Warning, "dispatch", &text));
+            }
+            vm.log(&line);
+        });
     }))
 }
 

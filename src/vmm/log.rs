@@ -26,6 +26,11 @@ pub enum Level {
 }
 
 impl Level {
+    /// The level of an index into its names, as option `log-level` has it.
+    pub fn of(index: u64) -> Option<Self> {
+        [Self::Error, Self::Warning, Self::Info, Self::Debug].into_iter().nth(usize::try_from(index).ok()?)
+    }
+
     /// The word on stderr.
     pub fn name(self) -> &'static str {
         match self {
@@ -37,8 +42,9 @@ impl Level {
     }
 }
 
-/// Takes finished lines: no control characters, no line end. Any thread; the big lock may be held.
-pub type Sink = Box<dyn Fn(Level, &str) + Send + Sync>;
+/// Takes finished lines, with their level and target: no control characters, no line end. Any thread; the big lock may
+/// be held.
+pub type Sink = Box<dyn Fn(Level, &'static str, &str) + Send + Sync>;
 
 /// The log of one guest.
 pub struct Log {
@@ -62,8 +68,13 @@ impl Log {
         level as u32 <= self.most.load(Ordering::Relaxed)
     }
 
+    /// The log for lines of one part of the library.
+    pub fn to(&self, target: &'static str) -> Target<'_> {
+        Target { log: self, target }
+    }
+
     /// Writes one line. Never fails: a log that is gone is no reason to stop a migration.
-    pub fn write(&self, level: Level, text: impl Display) {
+    fn write(&self, level: Level, target: &'static str, text: impl Display) {
         if !self.wants(level) {
             return;
         }
@@ -71,36 +82,45 @@ impl Log {
         match &self.sink {
             Some(sink) => {
                 let _ = fence("the log hook", || {
-                    sink(level, &line);
+                    sink(level, target, &line);
                     Ok(())
                 });
             }
             None => {
                 // One write per line, so that lines of several threads and processes do not mix.
-                let whole = format!("vmig: {}: {line}\n", level.name());
+                let whole = format!("vmig: {}: {target}: {line}\n", level.name());
                 let _ = std::io::stderr().write_all(whole.as_bytes());
             }
         }
     }
+}
 
+/// See [`Log::to`].
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    log: &'a Log,
+    target: &'static str,
+}
+
+impl Target<'_> {
     /// Writes a line at `Error`.
     pub fn error(&self, text: impl Display) {
-        self.write(Level::Error, text);
+        self.log.write(Level::Error, self.target, text);
     }
 
     /// Writes a line at `Warning`.
     pub fn warning(&self, text: impl Display) {
-        self.write(Level::Warning, text);
+        self.log.write(Level::Warning, self.target, text);
     }
 
     /// Writes a line at `Info`.
     pub fn info(&self, text: impl Display) {
-        self.write(Level::Info, text);
+        self.log.write(Level::Info, self.target, text);
     }
 
     /// Writes a line at `Debug`.
     pub fn debug(&self, text: impl Display) {
-        self.write(Level::Debug, text);
+        self.log.write(Level::Debug, self.target, text);
     }
 }
 
@@ -173,17 +193,17 @@ mod tests {
     fn levels_filter_and_a_panicking_sink_is_survived() {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let into = Arc::clone(&seen);
-        let log = Log::new(Some(Box::new(move |level, text: &str| {
-            into.lock().unwrap().push((level, text.to_owned()));
+        let log = Log::new(Some(Box::new(move |level, target, text: &str| {
+            into.lock().unwrap().push((level, target, text.to_owned()));
             assert_ne!(text, "boom");
         })));
-        log.debug("no");
+        log.to("a").debug("no");
         log.set_level(Level::Debug);
-        log.debug("yes");
+        log.to("a").debug("yes");
         log.set_level(Level::Error);
-        log.warning("no");
-        log.error("boom");
-        let expected = [(Level::Debug, "yes".to_owned()), (Level::Error, "boom".to_owned())];
+        log.to("b").warning("no");
+        log.to("b").error("boom");
+        let expected = [(Level::Debug, "a", "yes".to_owned()), (Level::Error, "b", "boom".to_owned())];
         assert_eq!(*seen.lock().unwrap_or_else(|e| e.into_inner()), expected);
     }
 }

@@ -6,6 +6,12 @@ use std::ffi::{c_char, c_int, c_void};
 
 use crate::sys::sized::SizedStruct;
 
+/// A gate that vCPU threads go through. Opaque; see vmig_gate_new().
+#[derive(Debug)]
+pub struct vmig_gate {
+    _private: [u8; 0],
+}
+
 /// What the library asks of the VMM.
 ///
 /// Start it with VMIG_SIZED(vmig_ops); a hook that is NULL is not given. The struct is copied. Every hook gets the
@@ -17,12 +23,12 @@ pub struct vmig_ops {
     /// sizeof(vmig_ops) of the caller. 0 or less than the first two hooks is -EINVAL; more than the library knows is
     /// -E2BIG unless the rest is zero.
     pub size: usize,
-    /// Required. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
+    /// Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
     /// guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a migration
     /// thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or vmig_start()
     /// (-EDEADLK), nor wait for a thread that does.
     pub stop: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
-    /// Required. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`.
+    /// Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`.
     pub start: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
     /// The VMM's own big lock; give `lock` and `unlock` or neither, then the library brings one. Wait until this
     /// thread has it. Any thread. Must not call the library.
@@ -88,12 +94,51 @@ pub struct vmig_ops {
     /// migration fails afterwards: the next source's configuration comes to a VMM that has it. `blob` is the library's,
     /// valid during the call, and comes from the network: believe nothing in it.
     pub config: Option<unsafe extern "C" fn(vm: *mut c_void, blob: *const c_void, len: usize) -> c_int>,
+    /// The gate the vCPU threads go through. Optional: the library then closes it to stop the guest, and afterwards calls
+    /// `stop`, if given, for devices that run by themselves; to start, it calls `start`, if given, and opens the gate. It
+    /// keeps the gate, so that the handle may be freed before the guest.
+    pub gate: *mut vmig_gate,
+    /// Have the guest's vCPUs stand still for `percent` (0 to 99) of the time, so that it dirties less memory than the link
+    /// can send; 0: no longer. Optional: without it the gate does it, and without either option `auto-converge` is refused.
+    /// Called on a migration thread.
+    pub throttle: Option<unsafe extern "C" fn(vm: *mut c_void, percent: u32) -> c_int>,
+    /// Take one line of log with all that is known of it; comes instead of `log`. Optional. The record and what it leads to
+    /// are valid during the call. Threads and rules as for `log`.
+    pub log_record: Option<unsafe extern "C" fn(vm: *mut c_void, record: *const vmig_log_record)>,
 }
 
+// SAFETY: its only pointer to data, the gate, is followed once, when the struct is copied, and never afterwards.
+unsafe impl Send for vmig_ops {}
+// SAFETY: as above.
+unsafe impl Sync for vmig_ops {}
 // SAFETY: repr(C), starts with its size, only pointer-sized members, and a null function pointer is None.
 unsafe impl SizedStruct for vmig_ops {
     const NAME: &'static str = "vmig_ops";
     const REQUIRED: usize = std::mem::offset_of!(vmig_ops, lock);
+}
+
+/// A line of log.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_log_record {
+    /// sizeof(vmig_log_record) of the library: do not read members beyond it.
+    pub size: usize,
+    /// One of VMIG_LOG_*.
+    pub level: u32,
+    /// Kernel id of the thread.
+    pub thread: u32,
+    /// CLOCK_MONOTONIC of this host, in nanoseconds.
+    pub monotonic_ns: u64,
+    /// The part of the library that speaks: "outgoing", "incoming", "machine", "trace"; expect others.
+    pub target: *const c_char,
+    /// The line: no line end, no control characters, at most 1024 bytes.
+    pub text: *const c_char,
+}
+
+// SAFETY: repr(C), size first, integers and pointers without padding where both have 8 bytes; the library is 64-bit only.
+unsafe impl SizedStruct for vmig_log_record {
+    const NAME: &'static str = "vmig_log_record";
+    const REQUIRED: usize = size_of::<vmig_log_record>();
 }
 
 /// Level of a log line: something failed.

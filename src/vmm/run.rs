@@ -11,9 +11,11 @@ use std::time::Duration;
 
 use crate::bql::Bql;
 use crate::error::{Error, Result};
+use crate::status::feed::{Feed, News};
 use crate::sys::clock::monotonic_ns;
 use crate::thread::{current_token, fence, lock};
 
+use super::dispatch::Dispatch;
 use super::handlers::{Moment, Registry, RunHandler, Walk};
 use super::log::Log;
 
@@ -49,6 +51,14 @@ pub trait Hooks: Send + Sync {
     /// A source sent this configuration: everything it needs is to be registered now.
     fn config(&self, _blob: &[u8]) -> Result<()> {
         Ok(())
+    }
+    /// Has the vCPUs stand still for so many percent of the time.
+    fn throttle(&self, _percent: u32) -> Result<()> {
+        Err(Error::new(libc::ENOTSUP, "the VMM has no throttle hook"))
+    }
+    /// Whether `throttle` can work.
+    fn has_throttle(&self) -> bool {
+        false
     }
     /// Whether `config` does anything.
     fn has_config(&self) -> bool {
@@ -189,6 +199,9 @@ pub struct Vmm {
     clock: Mutex<Clock>,
     bql: Arc<Bql>,
     log: Arc<Log>,
+    feed: Arc<Feed>,
+    /// Where callbacks run.
+    dispatch: Arc<Dispatch>,
     hooks: Box<dyn Hooks>,
 }
 
@@ -197,6 +210,18 @@ impl Vmm {
     ///
     /// Without reasons it may also be that the VMM did not start it yet: the first `start` calls the hook.
     pub fn new(hooks: Box<dyn Hooks>, bql: Arc<Bql>, log: Arc<Log>, reasons: Reasons) -> Self {
+        let dispatch = Arc::new(Dispatch::new(bql.home()));
+        Self::with_dispatch(hooks, bql, log, reasons, dispatch)
+    }
+
+    /// The same with a queue that was made before, for the big lock's thread.
+    pub fn with_dispatch(
+        hooks: Box<dyn Hooks>,
+        bql: Arc<Bql>,
+        log: Arc<Log>,
+        reasons: Reasons,
+        dispatch: Arc<Dispatch>,
+    ) -> Self {
         let clock = Clock { base_ns: 0, since_ns: reasons.is_empty().then(monotonic_ns) };
         Self {
             handlers: Registry::default(),
@@ -209,8 +234,23 @@ impl Vmm {
             clock: Mutex::new(clock),
             bql,
             log,
+            feed: Arc::default(),
+            dispatch,
             hooks,
         }
+    }
+
+    /// Where callbacks run.
+    pub fn dispatch(&self) -> &Arc<Dispatch> {
+        &self.dispatch
+    }
+
+    /// Runs `f`, which calls devices back, with the big lock, where the VMM may be called back. \[free\]
+    pub fn with_bql<T: Send>(&self, what: &str, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        self.dispatch.run(what, || {
+            let _bql = self.bql.guard()?;
+            f()
+        })
     }
 
     /// The big lock.
@@ -221,6 +261,21 @@ impl Vmm {
     /// The log.
     pub fn log(&self) -> &Arc<Log> {
         &self.log
+    }
+
+    /// What happens to the guest, for whoever watches all of it.
+    pub fn feed(&self) -> &Arc<Feed> {
+        &self.feed
+    }
+
+    /// The same for what must happen: if nobody dispatches it in time, it runs when somebody does. \[free\]
+    pub fn with_bql_or_later(self: &Arc<Self>, what: &str, f: impl FnOnce() + Send + 'static) -> Result<()> {
+        let bql = Arc::clone(&self.bql);
+        self.dispatch.run_or_leave(what, move || {
+            let _bql = bql.guard()?;
+            f();
+            Ok(())
+        })
     }
 
     /// Why the guest is stopped. \[any\]
@@ -239,14 +294,25 @@ impl Vmm {
     /// start again after a failed handler, it stays stopped for the reason `Error` and the text says so. `EDEADLK`
     /// from inside a hook or handler, or with the big lock held.
     pub fn stop(&self, reason: StopReason) -> Result<RunReport> {
-        let _run = self.enter("stop")?;
-        self.check_unsealed(reason)?;
-        let before = self.reasons();
-        if before.is_empty() {
-            return self.halt(reason);
+        self.where_it_may("the stop hook", || {
+            let _run = self.enter("stop")?;
+            self.check_unsealed(reason)?;
+            let before = self.reasons();
+            if before.is_empty() {
+                return self.dispatch.here().map(|_inside| self.halt(reason)).transpose();
+            }
+            self.set(before.with(reason));
+            Ok(Some(RunReport::default()))
+        })
+    }
+
+    /// Does what may have to call the VMM back: here, or (none: it has to, and this is not the thread for it) there. What
+    /// calls nobody must not depend on whether somebody dispatches: the guest may not be ours any more.
+    fn where_it_may(&self, what: &str, change: impl Fn() -> Result<Option<RunReport>> + Sync) -> Result<RunReport> {
+        match change()? {
+            Some(report) => Ok(report),
+            None => self.dispatch.run(what, || change().map(Option::unwrap_or_default)),
         }
-        self.set(before.with(reason));
-        Ok(RunReport::default())
     }
 
     /// Takes a reason away, and starts the guest if it was the last. A reason that is not there is fine. \[free\]
@@ -254,19 +320,21 @@ impl Vmm {
     /// Start handlers, then the hook. On failure the guest is stopped for the same reasons as before, and the handlers
     /// know. `EPERM` for the user while the guest is not ours. `EDEADLK` as for `stop`.
     pub fn start(&self, reason: StopReason) -> Result<RunReport> {
-        let _run = self.enter("start")?;
-        self.check_unsealed(reason)?;
-        let before = self.reasons();
-        if before.contains(StopReason::NotOwner) && reason == StopReason::User {
-            return Err(Error::new(libc::EPERM, "cannot start: this host does not own the guest"));
-        }
-        let after = before.without(reason);
-        let first = self.fresh.load(Ordering::Relaxed) && reason == StopReason::User;
-        if after.is_empty() && (!before.is_empty() || first) {
-            return self.resume();
-        }
-        self.set(after);
-        Ok(RunReport::default())
+        self.where_it_may("the start hook", || {
+            let _run = self.enter("start")?;
+            self.check_unsealed(reason)?;
+            let before = self.reasons();
+            if before.contains(StopReason::NotOwner) && reason == StopReason::User {
+                return Err(Error::new(libc::EPERM, "cannot start: this host does not own the guest"));
+            }
+            let after = before.without(reason);
+            let first = self.fresh.load(Ordering::Relaxed) && reason == StopReason::User;
+            if after.is_empty() && (!before.is_empty() || first) {
+                return self.dispatch.here().map(|_inside| self.resume()).transpose();
+            }
+            self.set(after);
+            Ok(Some(RunReport::default()))
+        })
     }
 
     /// The reasons as they will travel: until [`unseal`](Self::unseal) the user cannot pause or resume (`EBUSY`). \[free\]
@@ -350,56 +418,77 @@ impl Vmm {
 
     /// Calls the announce hook, if any. A hook that panics is logged: the guest runs here all the same. \[free\]
     pub fn announce(&self) {
-        let told = fence("the announce hook", || {
+        let told = self.call("the announce hook", || {
             self.hooks.announce();
             Ok(())
         });
         if let Err(error) = told {
-            self.log.error(error);
+            self.log.to("vmm").error(error);
         }
     }
 
     /// Calls the release hook, if any. \[free\]
     pub fn release(&self, epoch: u64) -> Result<()> {
-        fence("the release hook", || self.hooks.release(epoch))
+        self.call("the release hook", || self.hooks.release(epoch))
     }
 
     /// Calls the reacquire hook, if any. \[free\]
     pub fn reacquire(&self, epoch: u64) -> Result<()> {
-        fence("the reacquire hook", || self.hooks.reacquire(epoch))
+        self.call("the reacquire hook", || self.hooks.reacquire(epoch))
     }
 
     /// Calls the fence hook; without one nothing is certain. \[free\]
     pub fn fence(&self, epoch: u64) -> Result<()> {
-        fence("the fence hook", || self.hooks.fence(epoch))
+        self.call("the fence hook", || self.hooks.fence(epoch))
     }
 
     /// The guest that arrived is ours from here on, and runs if it is to; else it is paused by the user. On failure it
     /// did not run an instruction, and is not ours. \[free\]
     pub fn take_over(&self, run: bool) -> Result<RunReport> {
-        let _run = self.enter("take over")?;
-        match run {
-            true => self.resume(),
-            false => {
-                self.set(StopReason::User.into());
-                Ok(RunReport::default())
+        self.where_it_may("the start hook", || {
+            let _run = self.enter("take over")?;
+            if run {
+                return self.dispatch.here().map(|_inside| self.resume()).transpose();
             }
-        }
+            self.set(StopReason::User.into());
+            Ok(Some(RunReport::default()))
+        })
     }
 
     /// Switches KVM's dirty log of a slot by the VMM's hook. \[free\]
     pub fn log_dirty(&self, slot: u32, on: bool) -> Result<()> {
-        fence("the log_dirty hook", || self.hooks.log_dirty(slot, on))
+        self.call("the log_dirty hook", || self.hooks.log_dirty(slot, on))
+    }
+
+    /// Switches it off, now or when the VMM may be called back: nobody waits for it, and what fails only costs time.
+    pub fn end_log_dirty(self: &Arc<Self>, slot: u32) {
+        let vmm = Arc::clone(self);
+        self.dispatch.post("the log_dirty hook", move || drop(vmm.hooks.log_dirty(slot, false)));
     }
 
     /// Tells the VMM that a RAM block shows other memory. \[free\]
     pub fn ram_replaced(&self, ram: &ReplacedRam<'_>) -> Result<()> {
-        fence("the ram_replaced hook", || self.hooks.ram_replaced(ram))
+        self.call("the ram_replaced hook", || self.hooks.ram_replaced(ram))
     }
 
     /// Lets the VMM build what a source's configuration asks for.
     pub fn config(&self, blob: &[u8]) -> Result<()> {
-        fence("the config hook", || self.hooks.config(blob))
+        self.call("the config hook", || self.hooks.config(blob))
+    }
+
+    /// Has the vCPUs stand still for so many percent of the time; 0: no longer. \[free\]
+    pub fn throttle(&self, percent: u32) -> Result<()> {
+        self.call("the throttle hook", || self.hooks.throttle(percent))
+    }
+
+    /// Whether that can work.
+    pub fn has_throttle(&self) -> bool {
+        self.hooks.has_throttle()
+    }
+
+    /// Calls a hook where the VMM may be called back.
+    fn call(&self, what: &str, hook: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        self.dispatch.run(what, || fence(what, hook))
     }
 
     /// Whether the VMM gave a config hook.
@@ -418,7 +507,10 @@ impl Vmm {
             let text = format!("cannot {what} the guest from inside a stop or start hook or a run-state handler");
             return Err(Error::new(libc::EDEADLK, text));
         }
-        self.bql.require_free(what)?;
+        // With one thread there is no lock, and others come here only for what calls nobody.
+        if !self.dispatch.home().is_manual() {
+            self.bql.require_free(what)?;
+        }
         let guard = lock(&self.run);
         self.runner.store(me, Ordering::Relaxed);
         Ok(Running { vmm: self, _guard: guard })
@@ -444,6 +536,7 @@ impl Vmm {
         let ended_ns = monotonic_ns();
         let (hook_ns, handlers_ns) = (since(began.monotonic_ns, at.monotonic_ns), since(at.monotonic_ns, ended_ns));
         self.took[0].store(hook_ns + handlers_ns, Ordering::Relaxed);
+        self.feed.push(News::Stop);
         Ok(RunReport { changed: true, began, at, hook_ns, handlers_ns, ended_ns })
     }
 
@@ -453,6 +546,7 @@ impl Vmm {
             Ok(_) => error,
             Err(second) => {
                 self.set(StopReason::Error.into());
+                self.feed.push(News::Stop);
                 let why = second.text();
                 error.context(format_args!("the guest stays stopped (reason: error), because {why}; at first"))
             }
@@ -461,7 +555,9 @@ impl Vmm {
 
     /// Stopped -> running.
     fn resume(&self) -> Result<RunReport> {
-        self.bring_up(&mut self.handlers.walk(&self.bql, true))
+        let report = self.bring_up(&mut self.handlers.walk(&self.bql, true))?;
+        self.feed.push(News::Resume);
+        Ok(report)
     }
 
     /// Start handlers and hook. On failure everything is stopped again and the reasons are as before.
@@ -494,7 +590,7 @@ impl Vmm {
             Err(error) => failures.push(error),
         }
         for error in failures {
-            self.log.error(format_args!("while the guest was stopped again: {error}"));
+            self.log.to("vmm").error(format_args!("while the guest was stopped again: {error}"));
         }
     }
 

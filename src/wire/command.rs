@@ -1,11 +1,19 @@
 //! Commands: what a source tells a destination between sections.
 
-use super::input::Input;
+use super::input::{Input, Slice};
 use super::output::Put;
 use crate::error::{Error, Result};
 
 const OPEN_RETURN_PATH: u16 = 1;
 const PING: u16 = 2;
+const ADVISE: u16 = 3;
+const LISTEN: u16 = 4;
+const RUN: u16 = 5;
+const DISCARD: u16 = 6;
+const PACKAGE: u16 = 7;
+const COLO: u16 = 8;
+const RESUME: u16 = 9;
+const ASK_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 /// Ours, between two vmigs only: be64 length and a JSON error follow.
 const ERROR: u16 = 0x5600;
@@ -52,21 +60,97 @@ pub enum Command {
     SyncPoint(u64),
 }
 
+/// A command of QEMU's postcopy, which a destination of ours refuses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Postcopy {
+    /// The guest may be started before all pages came: page sizes of host and target.
+    Advise(Option<(u64, u64)>),
+    /// Be ready to answer for pages that are missing.
+    Listen,
+    /// Start the guest.
+    Run,
+    /// These pages of the block come again: offset and length in bytes.
+    Discard(String, Vec<(u64, u64)>),
+    /// So many bytes of the stream follow in one piece.
+    Package(u32),
+    /// The source goes on after a lost connection.
+    Resume,
+    /// Which pages of this block are there?
+    AskBitmap(String),
+    /// Checkpoints follow.
+    Colo,
+}
+
+/// A command, whether a destination of ours takes it or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Any {
+    /// It does.
+    Taken(Command),
+    /// It does not.
+    Postcopy(Postcopy),
+}
+
 /// Names of QEMU's other commands, for the error that refuses them.
 fn name(number: u16) -> &'static str {
     match number {
-        3..=6 | 9 | 10 => "a postcopy command",
-        7 => "PACKAGED (postcopy)",
-        8 => "ENABLE_COLO",
+        ADVISE..=DISCARD | RESUME | ASK_BITMAP => "a postcopy command",
+        PACKAGE => "PACKAGED (postcopy)",
+        COLO => "ENABLE_COLO",
         _ => "unknown",
     }
 }
 
-/// Reads a command after its type byte.
+/// Reads any command after its type byte.
+pub fn read_any(input: &mut dyn Input) -> Result<Any> {
+    let at = input.position();
+    let (number, len) = (input.u16()?, input.u16()?);
+    if !(ADVISE..=ASK_BITMAP).contains(&number) {
+        return taken(input, at, number, len).map(Any::Taken);
+    }
+    let payload = input.blob("a command", len.into(), len.into())?;
+    let mut payload = Slice::new(&payload);
+    let command = postcopy(&mut payload, number);
+    match command.ok().filter(|_| payload.rest().is_empty()) {
+        Some(command) => Ok(Any::Postcopy(command)),
+        None => {
+            let text = format!("byte {at:#x}: command {number:#x} ({}) makes no sense", name(number));
+            Err(Error::invalid(text).at_byte(at))
+        }
+    }
+}
+
+fn postcopy(payload: &mut Slice<'_>, number: u16) -> Result<Postcopy> {
+    Ok(match number {
+        ADVISE if payload.rest().is_empty() => Postcopy::Advise(None),
+        ADVISE => Postcopy::Advise(Some((payload.u64()?, payload.u64()?))),
+        LISTEN => Postcopy::Listen,
+        RUN => Postcopy::Run,
+        DISCARD => {
+            let (version, block, end) = (payload.u8()?, payload.counted_string()?, payload.u8()?);
+            if (version, end) != (0, 0) {
+                return Err(Error::invalid("unknown form"));
+            }
+            let mut ranges = Vec::new();
+            while !payload.rest().is_empty() {
+                ranges.push((payload.u64()?, payload.u64()?));
+            }
+            Postcopy::Discard(block, ranges)
+        }
+        PACKAGE => Postcopy::Package(payload.u32()?),
+        COLO => Postcopy::Colo,
+        RESUME => Postcopy::Resume,
+        _ => Postcopy::AskBitmap(payload.counted_string()?),
+    })
+}
+
+/// Reads a command that a destination of ours can take, after its type byte.
 pub fn read(input: &mut dyn Input) -> Result<Command> {
     let at = input.position();
-    let number = input.u16()?;
-    let len = input.u16()?;
+    let (number, len) = (input.u16()?, input.u16()?);
+    taken(input, at, number, len)
+}
+
+fn taken(input: &mut dyn Input, at: u64, number: u16, len: u16) -> Result<Command> {
     let want = match number {
         OPEN_RETURN_PATH | SWITCHOVER_START | ERROR | HASH | HASHES | PAGE_HASHES => 0,
         PING | FDS => 4,
@@ -183,7 +267,6 @@ pub fn put(out: &mut Vec<u8>, command: Command) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::input::Slice;
     use super::*;
 
     #[test]
@@ -206,6 +289,38 @@ mod tests {
             out.u16(0);
             assert_eq!(read(&mut Slice::new(&out)).unwrap_err().errno(), libc::EINVAL, "{number}");
         }
+    }
+
+    #[test]
+    fn commands_of_postcopy_are_read_where_they_are_wanted() {
+        let cases = [
+            (&b"\0\x03\0\0"[..], Postcopy::Advise(None)),
+            (b"\0\x03\0\x10\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x10\0", Postcopy::Advise(Some((4096, 4096)))),
+            (b"\0\x04\0\0", Postcopy::Listen),
+            (b"\0\x05\0\0", Postcopy::Run),
+            (
+                b"\0\x06\0\x14\0\x01a\0\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\x10\0",
+                Postcopy::Discard("a".into(), vec![(0x2000, 0x1000)]),
+            ),
+            (b"\0\x07\0\x04\0\0\0\x09", Postcopy::Package(9)),
+            (b"\0\x08\0\0", Postcopy::Colo),
+            (b"\0\x09\0\0", Postcopy::Resume),
+            (b"\0\x0a\0\x02\x01b", Postcopy::AskBitmap("b".into())),
+        ];
+        for (bytes, command) in cases {
+            assert_eq!(read_any(&mut Slice::new(bytes)).unwrap(), Any::Postcopy(command.clone()));
+            assert!(read(&mut Slice::new(bytes)).is_err(), "{command:?} is not for our destination");
+            for len in 0..bytes.len() {
+                assert!(read_any(&mut Slice::new(&bytes[..len])).is_err(), "{command:?} cut at {len}");
+            }
+            let mut long = bytes.to_vec();
+            long[3] += 1;
+            long.push(0);
+            assert!(read_any(&mut Slice::new(&long)).is_err(), "{command:?} with a byte too many");
+        }
+        let mut ping = Vec::new();
+        put(&mut ping, Command::Ping(3));
+        assert_eq!(read_any(&mut Slice::new(&ping)).unwrap(), Any::Taken(Command::Ping(3)));
     }
 
     #[test]

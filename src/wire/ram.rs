@@ -57,6 +57,15 @@ pub enum Record {
         /// Offset in the block.
         offset: u64,
     },
+    /// What changed in a page since it was last sent; so many bytes follow. QEMU's XBZRLE.
+    Delta {
+        /// Block.
+        name: Option<String>,
+        /// Offset in the block.
+        offset: u64,
+        /// Bytes that follow.
+        len: u16,
+    },
     /// A point at which all channels meet.
     Flush,
     /// End of the body.
@@ -95,7 +104,13 @@ pub fn read(input: &mut dyn Input) -> Result<Record> {
         PAGE_DATA => Ok(Record::Page { name: name(input)?, offset }),
         MEM_SIZE => Ok(Record::Setup { total: offset }),
         EOS => Ok(Record::End),
-        XBZRLE => Err(wrong(at, "XBZRLE pages are not supported; switch xbzrle off at the source".to_owned())),
+        XBZRLE => {
+            let name = name(input)?;
+            match (input.u8()?, input.u16()?) {
+                (1, len) if u64::from(len) <= PAGE => Ok(Record::Delta { name, offset, len }),
+                (kind, len) => Err(wrong(at, format!("a page as a delta of kind {kind} and {len} bytes"))),
+            }
+        }
         MULTIFD_FLUSH => Ok(Record::Flush),
         _ => Err(wrong(at, format!("unknown combination of flags {flags:#x}"))),
     }
@@ -110,20 +125,52 @@ pub fn read_blocks(input: &mut dyn Input, total: u64) -> Result<Vec<(String, u64
     let mut blocks = Vec::new();
     let mut left = total;
     while left > 0 {
-        let at = input.position();
         if blocks.len() == BLOCKS_MAX {
-            return Err(wrong(at, format!("more than {BLOCKS_MAX} RAM blocks")));
+            return Err(wrong(input.position(), format!("more than {BLOCKS_MAX} RAM blocks")));
         }
-        let name = input.counted_string()?;
-        let len = input.u64()?;
-        if len == 0 || len % PAGE != 0 || len > left {
-            let text = format!("RAM block '{}' has {len} bytes, of {left} that are left", name.escape_default());
-            return Err(wrong(at, text));
-        }
+        let (name, len) = read_block(input, left)?;
         left -= len;
         blocks.push((name, len));
     }
     Ok(blocks)
+}
+
+/// Reads one of them, of which `left` bytes are left to announce, up to what capabilities add to it.
+pub fn read_block(input: &mut dyn Input, left: u64) -> Result<(String, u64)> {
+    let at = input.position();
+    let name = input.counted_string()?;
+    let len = input.u64()?;
+    if len == 0 || len % PAGE != 0 || len > left {
+        let text = format!("RAM block '{}' has {len} bytes, of {left} that are left", name.escape_default());
+        return Err(wrong(at, text));
+    }
+    Ok((name, len))
+}
+
+/// Where a block's pages are in a file with `mapped-ram`: both places count from the file's first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// Where the bitmap of pages with content is.
+    pub bitmap_at: u64,
+    /// Bytes of it.
+    pub bitmap_len: u64,
+    /// Where page 0 is; behind the block's last page the stream goes on.
+    pub pages_at: u64,
+}
+
+/// Reads what `mapped-ram` adds to a block of `len` bytes.
+pub fn read_mapped(input: &mut dyn Input, len: u64) -> Result<Mapped> {
+    let at = input.position();
+    let (version, page, bitmap_at, pages_at) = (input.u32()?, input.u64()?, input.u64()?, input.u64()?);
+    if version != 1 || page != PAGE {
+        return Err(wrong(at, format!("mapped-ram of version {version} with pages of {page} bytes")));
+    }
+    let bitmap_len = len.div_ceil(64 * PAGE) * 8;
+    let end = bitmap_at.checked_add(bitmap_len);
+    if bitmap_at < input.position() || end.is_none_or(|end| end > pages_at) || pages_at.checked_add(len).is_none() {
+        return Err(wrong(at, format!("mapped-ram has its bitmap at {bitmap_at:#x} and its pages at {pages_at:#x}")));
+    }
+    Ok(Mapped { bitmap_at, bitmap_len, pages_at })
 }
 
 /// Writes the setup record.
@@ -226,6 +273,39 @@ mod tests {
     fn a_page_is_not_filled_with_anything_but_zero() {
         let error = read(&mut Slice::new(&[0, 0, 0, 0, 0, 0, 0, 0x22, 7])).unwrap_err();
         assert_eq!(error.to_string(), "section 'ram': byte 0x0: a page filled with 0x07 instead of zeros");
+    }
+
+    #[test]
+    fn a_delta_says_how_long_it_is() {
+        let read = |kind: u8, len: [u8; 2]| {
+            read(&mut Slice::new(&[&[0, 0, 0, 0, 0, 0, 0x70, 0x60, kind], &len[..]].concat()))
+        };
+        assert_eq!(read(1, [0, 4]).unwrap(), Record::Delta { name: None, offset: 0x7000, len: 4 });
+        for (kind, len) in [(0, [0, 4]), (2, [0, 4]), (1, [0x10, 1])] {
+            assert!(read(kind, len).is_err(), "{kind} {len:?}");
+        }
+    }
+
+    #[test]
+    fn places_in_a_file_go_forward_only() {
+        let mapped = |version: u32, page: u64, bitmap: u64, pages: u64| {
+            let mut out = Vec::new();
+            out.u32(version);
+            [page, bitmap, pages].iter().for_each(|n| out.u64(*n));
+            read_mapped(&mut Slice::new(&out), 0x80_000)
+        };
+        let good = Mapped { bitmap_at: 0x81, bitmap_len: 16, pages_at: 0x100_000 };
+        assert_eq!(mapped(1, PAGE, 0x81, 0x100_000).unwrap(), good);
+        for (version, page, bitmap, pages) in [
+            (2, PAGE, 0x81, 0x100_000),
+            (1, 0, 0x81, 0x100_000),
+            (1, PAGE, 0, 0x100_000),
+            (1, PAGE, 0x100_000, 0x100_000),
+            (1, PAGE, u64::MAX, 0x100_000),
+            (1, PAGE, 0x81, u64::MAX),
+        ] {
+            assert!(mapped(version, page, bitmap, pages).is_err(), "{version} {page} {bitmap:#x} {pages:#x}");
+        }
     }
 
     #[test]

@@ -12,6 +12,11 @@ pub const VERSION: u32 = 3;
 /// Longest description a peer may send.
 pub const DESCRIPTION_MAX: u64 = 64 << 20;
 
+/// Capability: blocks that both sides share are listed, with their addresses, and do not travel.
+pub const IGNORE_SHARED: &str = "x-ignore-shared";
+/// Capability: pages have fixed places in the file.
+pub const MAPPED_RAM: &str = "mapped-ram";
+
 const EOF: u8 = 0x00;
 const START: u8 = 0x01;
 const PART: u8 = 0x02;
@@ -36,7 +41,7 @@ pub struct SectionName {
 
 /// What comes next in a stream; a section's body follows its element.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Element {
+pub enum Element<C = Command> {
     /// First body of an iterative section.
     Start(u32, SectionName),
     /// A body while the guest runs.
@@ -46,7 +51,7 @@ pub enum Element {
     /// A whole device.
     Full(u32, SectionName),
     /// A command.
-    Command(Command),
+    Command(C),
     /// No more sections.
     Eof,
 }
@@ -79,10 +84,34 @@ pub fn read_header(input: &mut dyn Input) -> Result<()> {
     Ok(())
 }
 
+/// A part of the configuration section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// The source's pages have 2^n bytes.
+    PageBits(u32),
+    /// Capabilities that both sides must have alike.
+    Capabilities(Vec<String>),
+    /// The VM's uuid.
+    Uuid([u8; 16]),
+}
+
 /// Reads the configuration section and compares it with what this side is.
 ///
 /// As QEMU does, a sent name that is a prefix of ours is taken for ours.
 pub fn read_configuration(input: &mut dyn Input, machine: &str) -> Result<()> {
+    let name = read_machine(input)?;
+    if !machine.starts_with(&name) {
+        return Err(Error::invalid("the machine type differs; set option 'machine' to the same name on both sides")
+            .expected_got(format!("'{machine}'"), format!("'{}'", name.escape_default())));
+    }
+    while let Some((at, name, setting)) = read_setting(input)? {
+        check_setting(&setting).map_err(|text| wrong_setting(at, &name, text))?;
+    }
+    Ok(())
+}
+
+/// Reads the start of the configuration section: the machine's name. Settings follow, to be read one by one.
+pub fn read_machine(input: &mut dyn Input) -> Result<String> {
     const NAME_MAX: u64 = 255;
     let at = input.position();
     let kind = input.u8()?;
@@ -93,54 +122,68 @@ pub fn read_configuration(input: &mut dyn Input, machine: &str) -> Result<()> {
     }
     let len = u64::from(input.u32()?);
     let name = input.blob("the machine name", len, NAME_MAX)?;
-    let name = String::from_utf8_lossy(&name);
-    if !machine.starts_with(&*name) {
-        return Err(Error::invalid("the machine type differs; set option 'machine' to the same name on both sides")
-            .expected_got(format!("'{machine}'"), format!("'{}'", name.escape_default())));
-    }
-    while input.peek(1)?[0] == SUBSECTION {
-        read_configuration_part(input)?;
-    }
-    Ok(())
+    Ok(String::from_utf8_lossy(&name).into_owned())
 }
 
-fn read_configuration_part(input: &mut dyn Input) -> Result<()> {
+/// Reads the next setting with its place and name, if there is one more.
+pub fn read_setting(input: &mut dyn Input) -> Result<Option<(u64, String, Setting)>> {
     const CAPABILITIES_MAX: u32 = 64;
+    if input.peek(1)?[0] != SUBSECTION {
+        return Ok(None);
+    }
     let at = input.position();
     input.u8()?;
     let name = input.counted_string()?;
     let version = input.u32()?;
-    let wrong =
-        |text: String| Err(Error::invalid(format!("byte {at:#x}: {text}")).at_byte(at).in_section(name.clone()));
     if version != 1 {
-        return wrong(format!("unsupported version {version} of the configuration"));
+        return Err(wrong_setting(at, &name, format!("unsupported version {version} of the configuration")));
     }
-    match name.as_str() {
-        "configuration/target-page-bits" => match input.u32()? {
-            12 => Ok(()),
-            bits => wrong(format!("the source's pages have 2^{bits} bytes, ours 2^12")),
-        },
+    let setting = match name.as_str() {
+        "configuration/target-page-bits" => Setting::PageBits(input.u32()?),
         "configuration/capabilities" => {
             let count = input.u32()?;
             if count > CAPABILITIES_MAX {
-                return wrong(format!("{count} capabilities, more than the limit of {CAPABILITIES_MAX}"));
+                let text = format!("{count} capabilities, more than the limit of {CAPABILITIES_MAX}");
+                return Err(wrong_setting(at, &name, text));
             }
-            for _ in 0..count {
-                let capability = input.counted_string()?;
-                if matches!(capability.as_str(), "x-ignore-shared" | "mapped-ram") {
-                    return wrong(format!("capability {capability} is on at the source, but not supported here"));
-                }
-            }
-            Ok(())
+            Setting::Capabilities((0..count).map(|_| input.counted_string()).collect::<Result<_>>()?)
         }
+        "configuration/uuid" => {
+            let mut uuid = [0; 16];
+            input.read(&mut uuid)?;
+            Setting::Uuid(uuid)
+        }
+        _ => return Err(wrong_setting(at, &name, "unknown part of the configuration".to_owned())),
+    };
+    Ok(Some((at, name, setting)))
+}
+
+fn wrong_setting(at: u64, name: &str, text: String) -> Error {
+    Error::invalid(format!("byte {at:#x}: {text}")).at_byte(at).in_section(name)
+}
+
+/// Whether a destination of ours can take it; if not, why.
+fn check_setting(setting: &Setting) -> std::result::Result<(), String> {
+    match setting {
         // This side has no uuid to compare with; QEMU only warns in that case.
-        "configuration/uuid" => input.read(&mut [0; 16]),
-        _ => wrong("unknown part of the configuration".to_owned()),
+        Setting::PageBits(12) | Setting::Uuid(_) => Ok(()),
+        Setting::PageBits(bits) => Err(format!("the source's pages have 2^{bits} bytes, ours 2^12")),
+        Setting::Capabilities(names) => {
+            match names.iter().find(|name| [IGNORE_SHARED, MAPPED_RAM].contains(&name.as_str())) {
+                None => Ok(()),
+                Some(name) => Err(format!("capability {name} is on at the source, but not supported here")),
+            }
+        }
     }
 }
 
 /// Reads the next element.
 pub fn read_element(input: &mut dyn Input) -> Result<Element> {
+    read_element_with(input, super::command::read)
+}
+
+/// Reads the next element, with a reader of commands.
+pub fn read_element_with<C>(input: &mut dyn Input, command: fn(&mut dyn Input) -> Result<C>) -> Result<Element<C>> {
     let at = input.position();
     Ok(match input.u8()? {
         EOF => Element::Eof,
@@ -148,13 +191,25 @@ pub fn read_element(input: &mut dyn Input) -> Result<Element> {
         PART => Element::Part(input.u32()?),
         END => Element::End(input.u32()?),
         FULL => Element::Full(input.u32()?, read_name(input)?),
-        COMMAND => Element::Command(super::command::read(input)?),
+        COMMAND => Element::Command(command(input)?),
         kind => return Err(Error::invalid(format!("byte {at:#x}: unknown section type {kind:#04x}")).at_byte(at)),
     })
 }
 
 fn read_name(input: &mut dyn Input) -> Result<SectionName> {
     Ok(SectionName { name: input.counted_string()?, instance: input.u32()?, version: input.u32()? })
+}
+
+/// Reads the head of a part of a device's body: its name and version.
+pub fn read_subsection(input: &mut dyn Input) -> Result<(String, u32)> {
+    let at = input.position();
+    let kind = input.u8()?;
+    if kind != SUBSECTION {
+        return Err(Error::invalid(format!("byte {at:#x}: a part of the device is missing"))
+            .at_byte(at)
+            .expected_got(format!("{SUBSECTION:#04x}"), format!("{kind:#04x}")));
+    }
+    Ok((input.counted_string()?, input.u32()?))
 }
 
 /// Reads a section's footer: a body that was read too short or too long is noticed here.

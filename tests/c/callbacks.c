@@ -428,7 +428,7 @@ static void case_events(void)
 {
     static const uint32_t source[] = { VMIG_STATE_SETUP, VMIG_STATE_ACTIVE, VMIG_STATE_DEVICE, VMIG_STATE_COMPLETED, 0 };
     static const uint32_t destination[] = { VMIG_STATE_SETUP, VMIG_STATE_ACTIVE, VMIG_STATE_COMPLETED, 0 };
-    static const uint32_t failed[] = { VMIG_STATE_SETUP, VMIG_STATE_ACTIVE, VMIG_STATE_DEVICE, VMIG_STATE_FAILED, 0 };
+    static const uint32_t failed[] = { VMIG_STATE_SETUP, VMIG_STATE_ACTIVE, VMIG_STATE_FAILED, 0 };
     static const uint32_t cancelled[] = { VMIG_STATE_SETUP, VMIG_STATE_CANCELLING, VMIG_STATE_CANCELLED, 0 };
 
     make_pair();

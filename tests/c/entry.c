@@ -268,6 +268,53 @@ static void ram(void)
     CHECK(vmig_bql_unlock(m) == 0, "unlock");
 }
 
+static int destroyed;
+static int no_pages(void *p, const vmig_dirty_bitmap *b) { return p && b ? 0 : -EINVAL; }
+static void count_destroyed(void *p) { (void)p, destroyed++; }
+static int source_of(void *p) { return vmig_add_dirty_source(m, p, &destroyed); }
+static int source_once(void *p)
+{
+    int err = source_of(p);
+
+    return err < 0 ? err : vmig_remove_dirty_source(m, &destroyed);
+}
+
+static void sources(void)
+{
+    vmig_dirty_source source = VMIG_SIZED(vmig_dirty_source);
+
+    CASE(vmig_add_dirty_source), CASE(vmig_remove_dirty_source), CASE(vmig_dirty_ring_full);
+    source.name = "device", source.sync = no_pages, source.destroy = count_destroyed;
+    REFUSES(EPERM, "big lock", source_of(&source));
+    REFUSES(EPERM, "big lock", vmig_remove_dirty_source(m, &source));
+    CHECK(vmig_bql_lock(m) == 0, "lock");
+    REFUSES(EINVAL, "handle", vmig_add_dirty_source(NULL, &source, NULL));
+    REFUSES(EINVAL, "handle", vmig_remove_dirty_source(NULL, NULL));
+    REFUSES(EINVAL, "NULL", source_of(NULL));
+    sizes("vmig_dirty_source", source_once, &source, sizeof source, offsetof(vmig_dirty_source, clear), false);
+    destroyed = 0;
+    source.name = NULL;
+    REFUSES(EINVAL, "name is NULL", source_of(&source));
+    source.name = bad_utf8;
+    REFUSES(EINVAL, "printable", source_of(&source));
+    source.name = "";
+    REFUSES(EINVAL, "printable", source_of(&source));
+    source.name = "device", source.flags = 2;
+    REFUSES(EINVAL, "unknown bits", source_of(&source));
+    source.flags = 0, source.sync = NULL;
+    REFUSES(EINVAL, "no sync", source_of(&source));
+    source.sync = no_pages;
+    CHECK(source_of(&source) == 0, "a good one");
+    REFUSES(EEXIST, "opaque", source_of(&source));
+    REFUSES(ENOENT, "opaque", vmig_remove_dirty_source(m, &source));
+    CHECK(destroyed == 0, "not before it is removed");
+    CHECK(vmig_remove_dirty_source(m, &destroyed) == 0 && destroyed == 1, "once");
+    REFUSES(ENOENT, "opaque", vmig_remove_dirty_source(m, &destroyed));
+    REFUSES(EINVAL, "handle", vmig_dirty_ring_full(NULL));
+    REFUSES(EINVAL, "no dirty rings", vmig_dirty_ring_full(m));
+    CHECK(vmig_bql_unlock(m) == 0, "unlock");
+}
+
 /* ---- 4. devices -------------------------------------------------------------------------------------------------- */
 
 static uint32_t word;
@@ -369,6 +416,8 @@ static void migrating(void)
 {
     vmig_status s = VMIG_SIZED(vmig_status);
     vmig_downtime d = VMIG_SIZED(vmig_downtime);
+    vmig_gate_config gate = VMIG_SIZED(vmig_gate_config);
+    vmig_gate *made;
 
     CASE(vmig_outgoing), CASE(vmig_incoming), CASE(vmig_cancel), CASE(vmig_continue), CASE(vmig_resolve), CASE(vmig_wait);
     STRINGS("uri", outgoing);
@@ -416,6 +465,26 @@ static void migrating(void)
     REFUSES_TEXT("handle", vmig_get_error(NULL));
     CHECK(vmig_get_error(m) == NULL, "there was no error yet");
     CHECK(strcmp(vmig_state_name(4711), "unknown") == 0 && strcmp(vmig_state_name(UINT32_MAX), "unknown") == 0, "state");
+    CASE(vmig_dispatch), CASE(vmig_dispatch_fd);
+    REFUSES(EINVAL, "handle", vmig_dispatch(NULL));
+    REFUSES(EINVAL, "not manual", vmig_dispatch(m));
+    REFUSES(EINVAL, "handle", vmig_dispatch_fd(NULL));
+    REFUSES(EINVAL, "not manual", vmig_dispatch_fd(m));
+    CASE(vmig_gate_new), CASE(vmig_gate_free), CASE(vmig_gate_enter), CASE(vmig_gate_exit), CASE(vmig_gate_close);
+    CASE(vmig_gate_open), CASE(vmig_gate_throttle), CASE(vmig_gate_end);
+    vmig_gate_free(NULL);
+    REFUSES(EINVAL, "out is NULL", vmig_gate_new(&gate, NULL));
+    REFUSES(EINVAL, "1 to 4096", vmig_gate_new(&gate, &made));
+    gate.vcpus = 1, gate.flags = 2;
+    REFUSES(EINVAL, "flags 0x2", vmig_gate_new(&gate, &made));
+    gate.flags = 0, gate.signal = 4711;
+    REFUSES(EINVAL, "signal 4711", vmig_gate_new(&gate, &made));
+    REFUSES(EINVAL, "gate handle", vmig_gate_enter(NULL, 0, NULL));
+    REFUSES(EINVAL, "gate handle", vmig_gate_exit(NULL, 0));
+    REFUSES(EINVAL, "gate handle", vmig_gate_close(NULL));
+    REFUSES(EINVAL, "gate handle", vmig_gate_open(NULL));
+    REFUSES(EINVAL, "gate handle", vmig_gate_throttle(NULL, 1));
+    REFUSES(EINVAL, "gate handle", vmig_gate_end(NULL));
     CASE(vmig_set), CASE(vmig_get);
     STRINGS("option", set_name);
     STRINGS("value", set_value);
@@ -443,6 +512,22 @@ static int section_of(void *p)
     else
         CHECK(vmig_remove_device(m, &word) == -ENOENT && gone == before, "not added, not destroyed");
     return result == 0 ? 0 : vmig_add_section(m, "new", 1, p, &word, count_gone);
+}
+
+static char *metrics_of(const char *labels) { return vmig_metrics(m, labels); }
+
+static void observing(void)
+{
+    char *text;
+
+    CASE(vmig_metrics);
+    CHECK(!vmig_metrics(NULL, NULL) && strstr(vmig_errmsg(), "handle"), "no guest");
+    CHECK(!metrics_of("vm=web1") && strstr(vmig_errmsg(), "labels are name="), "%s", vmig_errmsg());
+    CHECK(!metrics_of(very_long_text) && strstr(vmig_errmsg(), "longer"), "%s", vmig_errmsg());
+    CHECK(!metrics_of("\xff") && strstr(vmig_errmsg(), "UTF-8"), "%s", vmig_errmsg());
+    text = metrics_of("");
+    CHECK(text && strstr(text, "\nvmig_migration_remaining_bytes 0\n"), "metrics without labels");
+    vmig_string_free(text);
 }
 
 static const vmig_section_ops *good_section;
@@ -489,9 +574,69 @@ static void sections(void)
     CHECK(vmig_get_u64(NULL) == 0 && vmig_reader_left(NULL) == 0, "no reader");
 }
 
+/* ---- QMP --------------------------------------------------------------------------------------------------------- */
+
+static char *ask(const char *request) { return vmig_qmp(m, request); }
+static int serve(const char *uri) { return vmig_qmp_listen(m, uri); }
+static unsigned replied;
+
+/* What a reply refuses can only be tried inside a command. */
+static int reply_wrongly(void *opaque, const char *arguments, vmig_reply *reply)
+{
+    (void)opaque, (void)arguments;
+    CHECK(vmig_reply_json(reply, "{\"a\": 1}") == 0, "an answer");
+    REFUSES(EINVAL, "json is NULL", vmig_reply_json(reply, NULL));
+    REFUSES(EINVAL, "json is not UTF-8", vmig_reply_json(reply, bad_utf8));
+    REFUSES(EINVAL, "not JSON", vmig_reply_json(reply, "{"));
+    REFUSES(EINVAL, "text is NULL", vmig_reply_error(reply, NULL));
+    REFUSES(EINVAL, "reply is NULL", vmig_reply_json(NULL, "{}"));
+    REFUSES(EINVAL, "reply is NULL", vmig_reply_error(NULL, "x"));
+    replied++;
+    return 0;
+}
+
+static int add_named(const char *name) { return vmig_qmp_add(m, name, reply_wrongly, NULL, count_gone); }
+
+static void qmp(void)
+{
+    char *answer, *huge = malloc((256 << 10) + 2);
+
+    CASE(vmig_qmp), CASE(vmig_qmp_listen), CASE(vmig_qmp_add), CASE(vmig_reply_json), CASE(vmig_reply_error);
+    REFUSES_TEXT("handle", vmig_qmp(NULL, "{}"));
+    REFUSES_TEXT("request is NULL", ask(NULL));
+    REFUSES_TEXT("request is not UTF-8", ask(bad_utf8));
+    memset(huge, 'x', (256 << 10) + 1), huge[(256 << 10) + 1] = 0;
+    REFUSES_TEXT("request is longer than 262144 bytes", ask(huge));
+    free(huge);
+    vmig_bql_lock(m);
+    REFUSES_TEXT("big lock", ask("{\"execute\": \"query-status\"}"));
+    vmig_bql_unlock(m);
+    REFUSES(EINVAL, "handle", vmig_qmp_listen(NULL, "tcp::0"));
+    STRINGS("uri", serve);
+    REFUSES(EINVAL, "fd:1", serve("fd:1x"));
+    REFUSES(EINVAL, "unix:PATH or tcp:HOST:PORT", serve("fd:1"));
+    REFUSES(ENOENT, "listening", serve("unix:/no/such/directory/socket"));
+    REFUSES_TEXT("no QMP server", vmig_get(m, "qmp-address"));
+    gone = 0;
+    REFUSES(EINVAL, "handle", vmig_qmp_add(NULL, "x", reply_wrongly, NULL, count_gone));
+    REFUSES(EINVAL, "no callback", vmig_qmp_add(m, "x", NULL, NULL, count_gone));
+    STRINGS("name", add_named);
+    REFUSES(EINVAL, "letters", add_named(""));
+    REFUSES(EINVAL, "letters", add_named("a b"));
+    REFUSES(EINVAL, "letters", add_named(long_text));
+    REFUSES(EEXIST, "'migrate'", add_named("migrate"));
+    CHECK(add_named("reply-wrongly") == 0, "a command");
+    REFUSES(EEXIST, "'reply-wrongly'", add_named("reply-wrongly"));
+    CHECK(gone == 0, "destroy is not called by a call that failed");
+    answer = ask("{\"execute\": \"reply-wrongly\"}");
+    CHECK(answer && replied == 1 && strcmp(answer, "{\"return\":{\"a\":1}}") == 0, "%s", answer);
+    vmig_string_free(answer);
+}
+
 int main(void)
 {
-    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, devices, migrating, sections };
+    static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, sources, devices, migrating, observing,
+                                              sections, qmp };
     char *text = malloc(1000), *very = malloc(70000);
     uint64_t before;
 
@@ -505,7 +650,9 @@ int main(void)
         chapters[i]();
         CHECK(fingerprint() == before, "chapter %u: a failed call changed something", i + 1);
     }
+    gone = 0;
     guest_free(&g);
+    CHECK(gone == 1, "destroy of a QMP command comes once, by vmig_free");
     unguard(edge - 2 * PAGE, 2 * PAGE), unguard(page, PAGE);
     free(text), free(very);
     return 0;

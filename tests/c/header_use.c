@@ -124,7 +124,7 @@ int UNIT(void)
     const vmig_field *f = fields;
     size_t i;
 
-    CHECK(ops.size == sizeof(ops) && !ops.stop && !ops.destroy);
+    CHECK(ops.size == sizeof(ops) && !ops.stop && !ops.destroy && !ops.gate && VMIG_GATE_INSTALL == 1);
     CHECK(device.size == sizeof(device) && !device.name && !device.fields && !device.priority);
     for (i = 0; i < ROWS(checks); i++)
         CHECK(checks[i] == 0);

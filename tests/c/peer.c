@@ -8,6 +8,8 @@
  *   dirty=PAGES  the guest writes to so many pages, over and over; without it, it only counts
  *   pause=1      the source is paused before it leaves; pause=late: while its device is saved
  *   device=1     a device with a bit of everything
+ *   records=1    log lines are printed, with level and target
+ *   labels=TEXT  metrics with these labels are printed at the end
  *
  * Any other name is an option of the library. Prints one fact to a line: listening, state, reasons, pages, clock, error,
  * guest. Exit status 1: a call failed before anything could migrate. */
@@ -42,10 +44,10 @@ struct device {
 };
 
 struct machine {
-    const char *block, *load, *save;
+    const char *block, *load, *save, *labels;
     uint8_t *ram;
     uint64_t bytes, dirty;
-    bool arriving, arrived, pause, pause_late, has_device;
+    bool arriving, arrived, pause, pause_late, has_device, records;
     int fill;
     vmig *m;
     struct device device;
@@ -160,6 +162,13 @@ static int start(void *opaque)
     return 0;
 }
 
+static void print_record(void *opaque, const vmig_log_record *record)
+{
+    (void)opaque;
+    printf("record %u %s %s%s\n", record->level, record->target, record->text,
+           record->size >= sizeof *record && record->thread && record->monotonic_ns ? "" : " (incomplete)");
+}
+
 /* ---- the device ---------------------------------------------------------------------------------------------- */
 
 static int extra_needed(void *opaque)
@@ -220,7 +229,7 @@ static int make(struct machine *vm)
     vmig_ram ram = VMIG_SIZED(vmig_ram);
     int err;
 
-    ops.stop = stop, ops.start = start;
+    ops.stop = stop, ops.start = start, ops.log_record = vm->records ? print_record : NULL;
     ram.name = vm->block, ram.host = vm->ram, ram.len = vm->bytes, ram.flags = VMIG_RAM_MARKED;
     if ((err = vmig_new(&ops, vm, &vm->m)) < 0)
         return err;
@@ -263,6 +272,11 @@ static int report(struct machine *vm)
         printf("error %s\n", error);
     vmig_string_free(error);
     printf("guest %s\n", guest_runs(vm) ? "runs" : "stands");
+    if (vm->labels) {
+        char *metrics = vmig_metrics(vm->m, vm->labels);
+        printf("%s", metrics ? metrics : vmig_errmsg());
+        vmig_string_free(metrics);
+    }
     return err;
 }
 
@@ -302,6 +316,10 @@ static bool own_setting(struct machine *vm, const char *name, const char *value)
         *(strcmp(value, "late") == 0 ? &vm->pause_late : &vm->pause) = true;
     else if (strcmp(name, "device") == 0)
         vm->has_device = true;
+    else if (strcmp(name, "records") == 0)
+        vm->records = true;
+    else if (strcmp(name, "labels") == 0)
+        vm->labels = value;
     else
         return false;
     return true;

@@ -83,6 +83,8 @@ static inline bool common_command(vmig *m, const char *verb, char *rest)
         answer_status(m);
     else if (strcmp(verb, "error") == 0)
         answer_text(vmig_get_error(m));
+    else if (strcmp(verb, "qmp") == 0 && rest)
+        answer_text(vmig_qmp(m, rest));
     else if (strcmp(verb, "set") == 0 && rest)
         set_option(m, rest);
     else

@@ -1,6 +1,6 @@
 /* A KVM VMM whose RAM is shown through slots in awkward ways, and which can change them behind the library's back.
  *                                                                                       SPDX: MIT OR Apache-2.0
- *   slots [hook] [incoming]    "hook": switch logging by the hook log_dirty, else the library does it
+ *   slots [hook] [incoming] [ring=ENTRIES]    "hook": switch logging by the hook log_dirty, else the library does it
  *
  * The guest runs in ring 3 and increments words all over its RAM. Commands: see program.h and own_command(). Exit status
  * 77: there is no usable KVM here. */
@@ -36,7 +36,8 @@ struct machine {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     bool go, parked, quit, hook;
-    _Atomic uint64_t batches, switched;
+    uint64_t ring;
+    _Atomic uint64_t batches, switched, full;
 };
 
 /* rdi: base, rsi: pages of the main view, r9: base of the alias, r10: pages there; rax: random; rbx, r8: constants. */
@@ -138,6 +139,9 @@ static void *vcpu_thread(void *opaque)
             park_or_go(vm);
         } else if (vm->run->exit_reason == KVM_EXIT_IO) {
             vm->batches++;
+        } else if (vm->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL) {
+            vm->full++;
+            need(vmig_dirty_ring_full(vm->m), "vmig_dirty_ring_full");
         } else if (vm->run->exit_reason == KVM_EXIT_MMIO) {
             emulate_write(vm);
         } else {
@@ -213,6 +217,17 @@ static void boot(struct machine *vm)
         die("booting");
 }
 
+/* Before any vCPU. */
+static void enable_ring(struct machine *vm)
+{
+    struct kvm_enable_cap cap = { .cap = KVM_CAP_DIRTY_LOG_RING, .args = { vm->ring * sizeof(struct kvm_dirty_gfn) } };
+
+    if (vm->ring && ioctl(vm->vm, KVM_ENABLE_CAP, &cap) < 0) {
+        perror("KVM_CAP_DIRTY_LOG_RING");
+        exit(77);
+    }
+}
+
 static void make_vm(struct machine *vm)
 {
     unsigned long tss = 0xfffbd000;
@@ -223,8 +238,10 @@ static void make_vm(struct machine *vm)
         perror("/dev/kvm");
         exit(77);
     }
-    if ((vm->vm = ioctl(vm->kvm, KVM_CREATE_VM, 0ul)) < 0 || ioctl(vm->vm, KVM_SET_TSS_ADDR, tss) < 0 ||
-        (vm->vcpu = ioctl(vm->vm, KVM_CREATE_VCPU, 0ul)) < 0 ||
+    if ((vm->vm = ioctl(vm->kvm, KVM_CREATE_VM, 0ul)) < 0 || ioctl(vm->vm, KVM_SET_TSS_ADDR, tss) < 0)
+        die("making a VM");
+    enable_ring(vm);
+    if ((vm->vcpu = ioctl(vm->vm, KVM_CREATE_VCPU, 0ul)) < 0 ||
         (size = ioctl(vm->kvm, KVM_GET_VCPU_MMAP_SIZE, 0ul)) < 0)
         die("making a VM");
     vm->run = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu, 0);
@@ -404,6 +421,10 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         printf("batches %" PRIu64 "\n", vm->batches);
     } else if (strcmp(verb, "switched") == 0) {
         printf("switched %" PRIu64 "\n", vm->switched);
+    } else if (strcmp(verb, "full") == 0) {
+        printf("full %" PRIu64 "\n", vm->full);
+    } else if (strcmp(verb, "tracker") == 0) {
+        answer_text(vmig_get(vm->m, "dirty-tracker-in-use"));
     } else if (strcmp(verb, "logging") == 0) {
         answer_logging(vm);
     } else if (strcmp(verb, "present") == 0) {
@@ -431,7 +452,10 @@ int main(int argc, char **argv)
     bool arrives = false;
 
     for (int i = 1; i < argc; i++)
-        *(strcmp(argv[i], "hook") == 0 ? &vm.hook : &arrives) = true;
+        if (strncmp(argv[i], "ring=", 5) == 0)
+            vm.ring = strtoull(argv[i] + 5, NULL, 10);
+        else
+            *(strcmp(argv[i], "hook") == 0 ? &vm.hook : &arrives) = true;
     setvbuf(stdout, NULL, _IOLBF, 0);
     sigaction(SIGUSR1, &kick, NULL);
     make_vm(&vm);

@@ -113,15 +113,18 @@ static bool is_right(const struct machine *vm, uint64_t page)
 static uint64_t wrong_in_tables(const struct machine *vm, int pagemap, uint64_t first)
 {
     static uint64_t entries[CHUNK];
-    const uint64_t at = (uintptr_t)vm->ram / PAGE + first, there = UINT64_C(3) << 62;
+    const uint64_t at = (uintptr_t)vm->ram / PAGE + first, there = UINT64_C(3) << 62, protected = 1ull << 57;
 
     if (pread(pagemap, entries, sizeof entries, (off_t)(at * 8)) != (ssize_t)sizeof entries) {
         perror("/proc/self/pagemap");
         exit(1);
     }
-    for (uint64_t n = 0; n < CHUNK; n++)
-        if (entries[n] & there ? !is_right(vm, first + n) : is_used(vm, first + n))
+    for (uint64_t n = 0; n < CHUNK; n++) {
+        /* Write protection marks pages that are in no table: such an entry is no page, unless it stands for one in use. */
+        bool mark = (entries[n] & (there | protected)) == (1ull << 62 | protected) && !is_used(vm, first + n);
+        if (entries[n] & there && !mark ? !is_right(vm, first + n) : is_used(vm, first + n))
             return first + n;
+    }
     return RAM_PAGES;
 }
 

@@ -136,6 +136,11 @@ impl Qemu {
         result.unwrap_or_else(|e| panic!("QMP {command}: {e}\n{}", self.words()))
     }
 
+    /// A file of its directory.
+    pub fn path(&self, name: &str) -> String {
+        self.dir.join(name).to_str().unwrap().to_owned()
+    }
+
     /// What it wrote to its stderr.
     pub fn words(&self) -> String {
         std::fs::read_to_string(self.dir.join("stderr")).unwrap_or_default()

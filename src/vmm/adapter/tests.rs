@@ -96,6 +96,9 @@ fn full() -> vmig_ops {
         reacquire: None,
         fence: None,
         config: None,
+        gate: std::ptr::null_mut(),
+        throttle: None,
+        log_record: None,
     }
 }
 
@@ -138,7 +141,7 @@ fn every_hook_arrives_and_destroy_comes_once_and_last() {
     bql.lock().unwrap();
     assert!(bql.held() && machine.held.load(Ordering::SeqCst));
     bql.unlock().unwrap();
-    log.error("tail\nof it");
+    log.to("test").error("tail\nof it");
     drop(bql);
     assert_eq!(machine.take(), ["destroy handler", "log 1 tail\\nof it"]);
     drop(log);

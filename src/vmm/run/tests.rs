@@ -73,7 +73,7 @@ fn rig(reasons: Reasons) -> (Arc<World>, Arc<Vmm>) {
     let world = Arc::new(World { running: AtomicBool::new(reasons.is_empty()), ..World::default() });
     let hooks = Box::new(Guest(Arc::clone(&world)));
     // The tests provoke failures by the hundred; what is logged of them is not looked at.
-    let log = Log::new(Some(Box::new(|_, _| ())));
+    let log = Log::new(Some(Box::new(|_, _, _| ())));
     let vmm = Vmm::new(hooks, Arc::clone(&world.bql), Arc::new(log), reasons);
     for (name, priority) in [("c", 7), ("a", 1), ("b", 1)] {
         vmm.add_handler(name, priority, handler(&world, name)).unwrap();

@@ -1,0 +1,72 @@
+//! What else writes guest memory, or knows who did: dirty sources, and the dirty rings of vCPUs.
+
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+
+use super::Machine;
+use crate::dirty::Tracker;
+use crate::dirty::callback::{Caller, Source};
+use crate::error::{Error, Result};
+use crate::thread::lock;
+use crate::vmm::dispatch::Dispatch;
+
+/// Dirty sources a guest may have at once.
+const SOURCES_MAX: usize = 1024;
+
+impl Caller for Dispatch {
+    fn call(&self, what: &str, call: &mut (dyn FnMut() -> c_int + Send)) -> Result<c_int> {
+        self.run(what, || Ok(call()))
+    }
+
+    fn post(&self, what: &str, call: Box<dyn FnOnce() + Send>) {
+        self.post(what, call);
+    }
+}
+
+impl Machine {
+    /// A vCPU stands at a full dirty ring. \[any\]
+    pub fn dirty_ring_full(&self) -> Result<()> {
+        let ring = self.ring.get().ok_or_else(|| {
+            Error::invalid(
+                "no dirty rings are known: vmig_use_kvm comes first, and KVM_CAP_DIRTY_LOG_RING before that",
+            )
+        })?;
+        ring.ring_full()
+    }
+
+    /// Adds something else that knows of writes. \[bql\]
+    pub fn add_dirty_source(&self, source: Source) -> Result<()> {
+        self.check_registering("add a dirty source")?;
+        let mut sources = lock(&self.sources);
+        if sources.len() == SOURCES_MAX {
+            return Err(Error::new(libc::ENOSPC, format!("a guest has at most {SOURCES_MAX} dirty sources")));
+        }
+        if sources.iter().any(|other| other.has_pointer_of(&source)) {
+            let text = format!("dirty source '{}': one with the same opaque pointer was added", source.given_name());
+            return Err(Error::new(libc::EEXIST, text));
+        }
+        let source = Arc::new(source);
+        self.dirty.add_tracker(Arc::<Source>::clone(&source))?;
+        source.adopt(Arc::<Dispatch>::clone(self.vmm.dispatch()));
+        sources.push(source);
+        Ok(())
+    }
+
+    /// Forgets a dirty source by its pointer; returns it, so that its last callback runs without any lock of ours but the
+    /// big one. \[bql\]
+    pub fn remove_dirty_source(&self, opaque: *mut c_void) -> Result<Arc<Source>> {
+        self.check_removing("remove a dirty source")?;
+        let mut sources = lock(&self.sources);
+        let Some(at) = sources.iter().position(|source| source.is_of(opaque)) else {
+            return Err(Error::new(libc::ENOENT, "no dirty source with this opaque pointer was added"));
+        };
+        let tracker: Arc<dyn Tracker> = Arc::<Source>::clone(&sources[at]);
+        self.dirty.remove_tracker(&tracker)?;
+        Ok(sources.swap_remove(at))
+    }
+
+    /// What finds the pages that are written, of the present or last migration from here: bits, and words.
+    pub fn trackers(&self) -> (u32, String) {
+        self.dirty.in_use()
+    }
+}

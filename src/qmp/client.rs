@@ -1,0 +1,280 @@
+//! One connected client: what it sent and was not looked at, what it asked and was not answered, what it is to be told.
+//! Each of these has a limit; a client that does not read its answers is not read either.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use serde_json::json;
+
+use super::Face;
+use super::about;
+use super::fds::wants_fd;
+use super::frame::{Frame, Framer};
+use super::request::{self, Refusal, Request, answer, complaint};
+use crate::sys::fdpass;
+use crate::sys::io::{self, FdKind, Piece};
+
+/// Requests of one client that wait for their answer.
+const REQUESTS_MAX: usize = 8;
+/// Bytes of such requests, and of answers that were not read, beyond which no more are taken.
+const BYTES_MAX: usize = 256 << 10;
+/// Bytes that a client may leave unread: one that does is told no events, but disconnected.
+const UNREAD_MAX: usize = 1 << 20;
+/// Descriptors kept that came along and that no command took yet; the oldest are closed.
+const FDS_MAX: usize = 16;
+/// Bytes read at once.
+const READ_BYTES: usize = 8 << 10;
+
+/// What is to be done for a client, in order.
+#[derive(Debug)]
+pub struct Job {
+    /// Which client.
+    pub client: u64,
+    /// Bytes it takes until it is done.
+    pub bytes: usize,
+    /// What.
+    pub task: Task,
+}
+
+/// See [`Job`].
+#[derive(Debug)]
+pub enum Task {
+    /// Carry a request out, with the descriptor that came with it.
+    Run(Vec<u8>, Option<OwnedFd>),
+    /// Give an answer that is known already, in its turn.
+    Say(String),
+}
+
+/// A client.
+#[derive(Debug)]
+pub struct Client {
+    /// Its number, never used again.
+    pub id: u64,
+    fd: OwnedFd,
+    framer: Framer,
+    unseen: VecDeque<u8>,
+    fds: VecDeque<OwnedFd>,
+    out: VecDeque<u8>,
+    negotiated: bool,
+    oob: bool,
+    requests: usize,
+    request_bytes: usize,
+    /// It sends no more.
+    ended: bool,
+    /// Nothing goes to it any more.
+    gone: bool,
+}
+
+impl Client {
+    /// One that has just come, and is greeted.
+    pub fn new(id: u64, fd: OwnedFd) -> Self {
+        let mut client = Self {
+            id,
+            fd,
+            framer: Framer::default(),
+            unseen: VecDeque::new(),
+            fds: VecDeque::new(),
+            out: VecDeque::new(),
+            negotiated: false,
+            oob: false,
+            requests: 0,
+            request_bytes: 0,
+            ended: false,
+            gone: false,
+        };
+        client.say(&request::greeting());
+        client
+    }
+
+    /// Its socket.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Whether it is to be read.
+    pub fn wants_read(&self) -> bool {
+        !self.ended && !self.is_full()
+    }
+
+    /// Whether there is something to tell it.
+    pub fn wants_write(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    /// Whether it can be forgotten.
+    pub fn is_over(&self) -> bool {
+        self.gone || self.ended && self.requests == 0 && self.unseen.is_empty() && self.out.is_empty()
+    }
+
+    fn is_full(&self) -> bool {
+        self.requests >= REQUESTS_MAX || self.request_bytes + self.out.len() > BYTES_MAX
+    }
+
+    /// Reads once.
+    pub fn read(&mut self) {
+        let mut buf = [0; READ_BYTES];
+        match fdpass::receive(self.fd.as_fd(), &mut buf) {
+            Ok(None) => (),
+            Ok(Some(got)) => {
+                self.ended |= got.bytes == 0;
+                self.unseen.extend(&buf[..got.bytes]);
+                self.fds.extend(got.fds);
+                let more = self.fds.len().saturating_sub(FDS_MAX);
+                self.fds.drain(..more);
+            }
+            Err(_) => self.gone = true,
+        }
+    }
+
+    /// Writes once.
+    pub fn write(&mut self) {
+        let (first, second) = self.out.as_slices();
+        match io::write(self.fd.as_fd(), FdKind::Socket, &[Piece::of(first), Piece::of(second)]) {
+            Ok(written) => drop(self.out.drain(..written.unwrap_or(0))),
+            // It does not hear us, but what it asked for is still done.
+            Err(_) => self.gone = true,
+        }
+        if self.out.is_empty() {
+            self.out.shrink_to(READ_BYTES);
+        }
+    }
+
+    /// What it is told next, a line.
+    pub fn say(&mut self, line: &str) {
+        self.out.extend(line.as_bytes());
+        self.out.extend(b"\r\n");
+    }
+
+    /// Tells an event, if it is a client that hears events. False: it does not listen and is let go.
+    pub fn tell(&mut self, line: &str) -> bool {
+        if !self.negotiated || self.gone {
+            return true;
+        }
+        if self.out.len() + line.len() > UNREAD_MAX {
+            self.gone = true;
+            return false;
+        }
+        self.say(line);
+        true
+    }
+
+    /// A job is done.
+    pub fn answered(&mut self, bytes: usize, line: &str) {
+        self.requests -= 1;
+        self.request_bytes -= bytes;
+        self.say(line);
+    }
+
+    /// Looks at what it sent; what is to be done in turn.
+    pub fn look(&mut self, face: &Face) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        while !self.is_full() {
+            let Some(byte) = self.unseen.pop_front() else { break };
+            let Some(frame) = self.framer.push(byte) else { continue };
+            if let Some(task) = self.take(face, frame) {
+                let bytes = match &task {
+                    Task::Run(text, _) => text.len(),
+                    Task::Say(line) => line.len(),
+                };
+                self.requests += 1;
+                self.request_bytes += bytes;
+                jobs.push(Job { client: self.id, bytes, task });
+            }
+        }
+        jobs
+    }
+
+    /// What a frame leads to, if it is not answered at once.
+    fn take(&mut self, face: &Face, frame: Frame) -> Option<Task> {
+        let text = match frame {
+            Frame::Wrong(why) => return self.in_turn(complaint(why)),
+            Frame::Text(text) => text,
+        };
+        let request = match request::read(&text) {
+            Ok(request) => request,
+            Err((refusal, id)) => return self.in_turn(answer(Err(refusal), id)),
+        };
+        if !self.negotiated {
+            let line = self.negotiate(request);
+            self.say(&line);
+            return None;
+        }
+        match (request.oob, self.oob) {
+            (false, _) => {
+                let fd = if wants_fd(&request.name) { self.fds.pop_front() } else { None };
+                Some(Task::Run(text, fd))
+            }
+            (true, false) => {
+                let refusal = Refusal::new("QMP input member 'exec-oob' is unexpected");
+                self.in_turn(answer(Err(refusal), request.id))
+            }
+            (true, true) => {
+                let line = face.answer(&text, None);
+                self.say(&line);
+                None
+            }
+        }
+    }
+
+    /// An answer that is known at once, and waits for those before it.
+    fn in_turn(&mut self, line: String) -> Option<Task> {
+        match self.requests {
+            0 => {
+                self.say(&line);
+                None
+            }
+            _ => Some(Task::Say(line)),
+        }
+    }
+
+    /// The first command of a connection.
+    fn negotiate(&mut self, request: Request) -> String {
+        let outcome = if request.name != "qmp_capabilities" || request.oob {
+            Err(Refusal::not_found("Expecting capabilities negotiation with 'qmp_capabilities'"))
+        } else {
+            about::takes_enable().check_arguments(&request.arguments).map_err(Refusal::from)
+        };
+        if outcome.is_ok() {
+            self.negotiated = true;
+            // Only one word has the shape.
+            self.oob =
+                request.arguments.get("enable").and_then(|list| list.as_array()).is_some_and(|l| !l.is_empty());
+        }
+        answer(outcome.map(|()| json!({})), request.id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn one_who_does_not_read_events_is_let_go() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut client = Client::new(1, ours.into());
+        let line = "x".repeat(1000);
+        (0..2 * UNREAD_MAX / 1000).for_each(|_| assert!(client.tell(&line), "no events before the negotiation"));
+        assert!(client.out.len() < 1000);
+        client.negotiated = true;
+        let told = (0..2 * UNREAD_MAX / 1000).take_while(|_| client.tell(&line)).count();
+        assert!((UNREAD_MAX / 1100..=UNREAD_MAX / 1000).contains(&told), "{told}");
+        assert!(client.is_over() && client.out.len() <= UNREAD_MAX);
+    }
+
+    #[test]
+    fn descriptors_nobody_asked_for_are_few() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut client = Client::new(1, ours.into());
+        let many: Vec<_> = (0..FDS_MAX + 5).map(|_| theirs.as_fd()).collect();
+        fdpass::send(theirs.as_fd(), b" ", &many).unwrap();
+        client.read();
+        assert_eq!(client.fds.len(), FDS_MAX);
+        theirs.write_all(b" ").unwrap();
+        client.read();
+        assert_eq!((client.fds.len(), client.unseen.len()), (FDS_MAX, 2));
+    }
+}

@@ -1,0 +1,278 @@
+//! The server: one thread speaks with all clients and never waits for one; another carries their commands out, one
+//! after the other, as a main loop would.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::client::{Client, Job, Task};
+use super::request::complaint;
+use super::{Face, THREADS, event};
+use crate::error::{Error, Result};
+use crate::sys::eventfd::EventFd;
+use crate::sys::io::{self, FdKind, Piece, Watch};
+use crate::thread::{Handle, current_token, lock};
+use crate::transport::socket::Listener;
+
+/// Clients connected at a time.
+const CLIENTS_MAX: usize = 32;
+/// Addresses served at a time.
+const LISTENERS_MAX: usize = 8;
+/// How long nobody is let in after it failed: for want of descriptors it would fail again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What the two threads share.
+#[derive(Debug)]
+struct Shared {
+    face: Arc<Face>,
+    jobs: Mutex<VecDeque<Job>>,
+    came: Condvar,
+    done: Mutex<Vec<Done>>,
+    listeners: Mutex<Vec<Arc<Listener>>>,
+    /// Wakes the thread that speaks.
+    bell: EventFd,
+    /// No more commands are carried out.
+    stopping: AtomicBool,
+    /// Nobody is spoken with any more.
+    quit: AtomicBool,
+    /// Token of the thread that carries out.
+    runner: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Done {
+    client: u64,
+    bytes: usize,
+    line: String,
+}
+
+/// A server that runs.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    speaker: Handle<()>,
+    runner: Handle<()>,
+}
+
+impl Server {
+    /// Starts to serve.
+    pub fn start(face: &Arc<Face>, listener: Listener) -> Result<Self> {
+        let feed = Arc::clone(face.machine.vmm().feed());
+        let news = feed.watch()?;
+        let shared = Arc::new(Shared {
+            face: Arc::clone(face),
+            jobs: Mutex::default(),
+            came: Condvar::new(),
+            done: Mutex::default(),
+            listeners: Mutex::new(vec![Arc::new(listener)]),
+            bell: EventFd::new().inspect_err(|_| feed.unwatch())?,
+            stopping: AtomicBool::new(false),
+            quit: AtomicBool::new(false),
+            runner: AtomicUsize::new(0),
+        });
+        let threads = Arc::clone(face.machine.threads());
+        let (speaking, running) = (Arc::clone(&shared), Arc::clone(&shared));
+        let log = Arc::clone(face.machine.vmm().log());
+        let runner = threads.spawn(THREADS[1], move || running.run()).inspect_err(|_| feed.unwatch())?;
+        let speaker = threads.spawn_with(
+            THREADS[0],
+            move || Speaker { shared: speaking, news, clients: Vec::new(), last: 0, paused: false }.speak(),
+            move |panic| log.to("qmp").error(panic),
+        );
+        match speaker {
+            Ok(speaker) => Ok(Self { shared, speaker, runner }),
+            Err(error) => {
+                feed.unwatch();
+                shared.stop_running(&runner);
+                Err(error)
+            }
+        }
+    }
+
+    /// Serves one more address.
+    pub fn add(&self, listener: Listener) -> Result<()> {
+        let mut listeners = lock(&self.shared.listeners);
+        if listeners.len() == LISTENERS_MAX {
+            let text = format!("QMP is served at {LISTENERS_MAX} addresses already, which is the most");
+            return Err(Error::new(libc::ENOSPC, text));
+        }
+        listeners.push(Arc::new(listener));
+        self.shared.bell.set();
+        Ok(())
+    }
+
+    /// The address that was added last.
+    pub fn address(&self) -> Option<String> {
+        lock(&self.shared.listeners).last().map(|listener| listener.address().to_owned())
+    }
+
+    /// `EDEADLK` on the thread that carries commands out.
+    pub fn check_not_inside(&self) -> Result<()> {
+        match self.shared.runner.load(Ordering::Acquire) == current_token() {
+            true => Err(Error::new(libc::EDEADLK, "a QMP command cannot free the guest that it belongs to")),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends: the command that runs is waited for, those behind it are not begun, clients are told what there is to tell.
+    pub fn stop(self) {
+        self.shared.stop_running(&self.runner);
+        self.shared.quit.store(true, Ordering::Release);
+        self.shared.bell.set();
+        let log = self.shared.face.machine.vmm().log();
+        if let Err(error) = self.speaker.join(None) {
+            log.to("qmp").error(error);
+        }
+        self.shared.face.machine.vmm().feed().unwatch();
+    }
+}
+
+impl Shared {
+    /// Carries commands out until it is told to stop.
+    fn run(&self) -> Result<()> {
+        self.runner.store(current_token(), Ordering::Release);
+        while let Some(job) = self.next() {
+            let line = match job.task {
+                Task::Run(text, fd) => self.face.answer(&text, fd),
+                Task::Say(line) => line,
+            };
+            lock(&self.done).push(Done { client: job.client, bytes: job.bytes, line });
+            self.bell.set();
+        }
+        Ok(())
+    }
+
+    fn next(&self) -> Option<Job> {
+        let mut jobs = lock(&self.jobs);
+        loop {
+            if self.stopping.load(Ordering::Acquire) {
+                return None;
+            }
+            if let Some(job) = jobs.pop_front() {
+                return Some(job);
+            }
+            jobs = self.came.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn stop_running(&self, runner: &Handle<()>) {
+        {
+            // Under the lock: the runner either sees the flag or is woken.
+            let mut jobs = lock(&self.jobs);
+            self.stopping.store(true, Ordering::Release);
+            jobs.clear();
+        }
+        self.came.notify_all();
+        // The command that runs may have to call the VMM back.
+        if let Err(error) = self.face.machine.join(|limit| runner.join(limit)) {
+            self.face.machine.vmm().log().to("qmp").error(error);
+        }
+    }
+}
+
+/// The thread that speaks with clients.
+struct Speaker {
+    shared: Arc<Shared>,
+    news: Arc<EventFd>,
+    clients: Vec<Client>,
+    last: u64,
+    /// Nobody is let in for a while.
+    paused: bool,
+}
+
+impl Speaker {
+    fn speak(&mut self) -> Result<()> {
+        loop {
+            let quit = self.shared.quit.load(Ordering::Acquire);
+            self.deliver();
+            self.tell_news();
+            for client in &mut self.clients {
+                let jobs = client.look(&self.shared.face);
+                if !jobs.is_empty() && !quit {
+                    lock(&self.shared.jobs).extend(jobs);
+                    self.shared.came.notify_one();
+                }
+                // Most often there is room, and no wait is needed.
+                if client.wants_write() {
+                    client.write();
+                }
+            }
+            if quit {
+                return Ok(());
+            }
+            self.clients.retain(|client| !client.is_over());
+            self.wait()?;
+        }
+    }
+
+    /// Answers of commands that were carried out.
+    fn deliver(&mut self) {
+        for done in std::mem::take(&mut *lock(&self.shared.done)) {
+            if let Some(client) = self.clients.iter_mut().find(|client| client.id == done.client) {
+                client.answered(done.bytes, &done.line);
+            }
+        }
+    }
+
+    fn tell_news(&mut self) {
+        let vmm = self.shared.face.machine.vmm();
+        for told in vmm.feed().take() {
+            let line = event::line(&told);
+            for client in &mut self.clients {
+                if !client.tell(&line) {
+                    vmm.log().to("qmp").warning("a QMP client does not read what it is told: it is disconnected");
+                }
+            }
+        }
+    }
+
+    /// Waits until there is something to do, and reads, writes and lets in.
+    fn wait(&mut self) -> Result<()> {
+        let listeners: Vec<Arc<Listener>> = lock(&self.shared.listeners).clone();
+        let mut watches = vec![Watch::reading(self.shared.bell.as_fd()), Watch::reading(self.news.as_fd())];
+        let open = !self.paused;
+        watches.extend(listeners.iter().map(|l| Watch { fd: l.as_fd(), read: open, write: false }));
+        let client = |c: &Client| (c.wants_read(), c.wants_write());
+        watches.extend(self.clients.iter().map(|c| Watch { fd: c.fd(), read: client(c).0, write: client(c).1 }));
+        let ready = io::wait_each(&watches, self.paused.then_some(ACCEPT_PAUSE))?;
+        drop(watches);
+        self.paused = false;
+        if ready[0].0 {
+            self.shared.bell.clear();
+        }
+        let (of_listeners, of_clients) = ready[2..].split_at(listeners.len());
+        for (client, (read, write)) in self.clients.iter_mut().zip(of_clients) {
+            if *read {
+                client.read();
+            }
+            if *write {
+                client.write();
+            }
+        }
+        for (listener, _) in listeners.iter().zip(of_listeners).filter(|(_, ready)| ready.0) {
+            self.let_in(listener);
+        }
+        Ok(())
+    }
+
+    fn let_in(&mut self, listener: &Listener) {
+        match listener.accept() {
+            Ok(None) => (),
+            Ok(Some(fd)) if self.clients.len() >= CLIENTS_MAX => {
+                let line = complaint(format_args!("{CLIENTS_MAX} clients are connected already, which is the most"));
+                // Its buffer is empty; if this fails it is gone, which is as well.
+                let _ = io::write(fd.as_fd(), FdKind::Socket, &[Piece::of(line.as_bytes()), Piece::of(b"\r\n")]);
+            }
+            Ok(Some(fd)) => {
+                self.last += 1;
+                self.clients.push(Client::new(self.last, fd));
+            }
+            Err(error) => {
+                self.shared.face.machine.vmm().log().to("qmp").warning(format_args!("QMP: {error}"));
+                self.paused = true;
+            }
+        }
+    }
+}

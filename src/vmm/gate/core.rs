@@ -1,0 +1,149 @@
+//! Who is inside, and how the gate is closed: the protocol between vCPU threads and the one that stops them. Compiled
+//! twice: model_tests.rs tries every interleaving of it.
+//!
+//! A vCPU says that it is inside and then looks whether the gate is closed; who closes says so and then looks who is
+//! inside. So at least one of them sees the other. Whoever was seen inside is marked, and counts down when it leaves.
+
+use std::time::Instant;
+
+use super::sync::{Word, breathe};
+
+const OUT: u32 = 0;
+const IN: u32 = 1;
+/// Inside, and whoever closes the gate waits for it.
+const AWAITED: u32 = 2;
+
+/// What became of an attempt to enter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Entered {
+    Inside,
+    /// The gate is closed; the number to wait on.
+    Closed(u32),
+    /// It is inside already.
+    Twice,
+}
+
+/// The gate and its vCPUs.
+#[derive(Debug)]
+pub(super) struct Core {
+    /// Odd: closed. Changes whenever somebody who waits should look.
+    epoch: Word,
+    /// vCPUs that are waited for, and one more while they are being looked for.
+    awaited: Word,
+    vcpus: Box<[Padded]>,
+}
+
+/// A line of the cache each: vCPUs come and go without disturbing each other.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Padded(Word);
+
+impl Core {
+    /// A closed gate.
+    pub(super) fn new(vcpus: usize) -> Self {
+        let vcpus = (0..vcpus).map(|_| Padded(Word::new(OUT))).collect();
+        Self { epoch: Word::new(1), awaited: Word::new(0), vcpus }
+    }
+
+    pub(super) fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    pub(super) fn is_inside(&self, vcpu: usize) -> bool {
+        self.vcpus[vcpu].0.load() != OUT
+    }
+
+    pub(super) fn is_awaited(&self, vcpu: usize) -> bool {
+        self.vcpus[vcpu].0.load() == AWAITED
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.epoch.load() % 2 == 1
+    }
+
+    /// Goes in, if the gate is open.
+    pub(super) fn enter(&self, vcpu: usize) -> Entered {
+        if !self.vcpus[vcpu].0.turn(OUT, IN) {
+            return Entered::Twice;
+        }
+        let epoch = self.epoch.load();
+        if epoch % 2 == 0 {
+            return Entered::Inside;
+        }
+        self.exit(vcpu);
+        Entered::Closed(epoch)
+    }
+
+    /// Goes out; false: it was not inside.
+    pub(super) fn exit(&self, vcpu: usize) -> bool {
+        let was = self.vcpus[vcpu].0.swap(OUT);
+        if was == AWAITED {
+            self.one_less();
+        }
+        was != OUT
+    }
+
+    fn one_less(&self) {
+        if self.awaited.sub(1) == 1 {
+            self.awaited.wake_all();
+        }
+    }
+
+    /// Closes an open gate: from here on nobody goes in, and those inside are awaited. One at a time.
+    pub(super) fn close(&self) {
+        self.awaited.add(1);
+        self.epoch.add(1);
+        for Padded(vcpu) in &self.vcpus {
+            self.awaited.add(1);
+            if !vcpu.turn(IN, AWAITED) {
+                self.one_less();
+            }
+        }
+        self.one_less();
+    }
+
+    /// Waits until nobody is inside, or the deadline; whether nobody is.
+    pub(super) fn await_empty(&self, deadline: Option<Instant>) -> bool {
+        loop {
+            let left = self.awaited.load();
+            if left == 0 {
+                return true;
+            }
+            if deadline.is_some_and(|at| at <= Instant::now()) {
+                return false;
+            }
+            self.awaited.wait(left, deadline);
+        }
+    }
+
+    /// Opens a closed gate, whether or not everybody had left. One at a time.
+    pub(super) fn open(&self) {
+        for Padded(vcpu) in &self.vcpus {
+            if vcpu.turn(AWAITED, IN) {
+                self.awaited.sub(1);
+            }
+        }
+        // One that just left counts itself down, and must not do so in the count of the next close.
+        while self.awaited.load() != 0 {
+            breathe();
+        }
+        self.epoch.add(1);
+        self.epoch.wake_all();
+    }
+
+    /// Number to wait on for a change.
+    pub(super) fn epoch(&self) -> u32 {
+        self.epoch.load()
+    }
+
+    /// Waits for a change, or the deadline; may return early.
+    pub(super) fn await_change(&self, epoch: u32, deadline: Option<Instant>) {
+        self.epoch.wait(epoch, deadline);
+    }
+
+    /// Has everybody who waits look again.
+    pub(super) fn shake(&self) {
+        self.epoch.add(2);
+        self.epoch.wake_all();
+    }
+}

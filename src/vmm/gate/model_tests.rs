@@ -1,0 +1,151 @@
+//! Every interleaving of vCPUs and of those who close the gate, tried by loom (up to a few preemptions) on the same source
+//! file with loom's atomics.
+#![allow(unsafe_code, reason = "what loom guards is reached by its pointers")]
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::thread;
+
+mod sync {
+    use loom::sync::atomic::{AtomicU32, Ordering::AcqRel};
+    use loom::sync::{Condvar, Mutex};
+    use std::time::Instant;
+
+    /// A number and who sleeps on it. Every access is a read-modify-write, because loom lets a sequentially consistent load
+    /// return an old value.
+    #[derive(Debug)]
+    pub(super) struct Word {
+        value: AtomicU32,
+        sleepers: Mutex<()>,
+        woken: Condvar,
+    }
+
+    impl Word {
+        pub(super) fn new(value: u32) -> Self {
+            Self { value: AtomicU32::new(value), sleepers: Mutex::new(()), woken: Condvar::new() }
+        }
+        pub(super) fn load(&self) -> u32 {
+            self.value.fetch_or(0, AcqRel)
+        }
+        pub(super) fn swap(&self, value: u32) -> u32 {
+            self.value.swap(value, AcqRel)
+        }
+        pub(super) fn add(&self, value: u32) -> u32 {
+            self.value.fetch_add(value, AcqRel)
+        }
+        pub(super) fn sub(&self, value: u32) -> u32 {
+            self.value.fetch_sub(value, AcqRel)
+        }
+        pub(super) fn turn(&self, from: u32, to: u32) -> bool {
+            self.value.compare_exchange(from, to, AcqRel, std::sync::atomic::Ordering::Acquire).is_ok()
+        }
+        /// As the kernel does it: the number is looked at and the thread put to sleep in one step. No deadline ever comes.
+        pub(super) fn wait(&self, value: u32, _: Option<Instant>) {
+            let sleepers = self.sleepers.lock().unwrap();
+            if self.load() == value {
+                drop(self.woken.wait(sleepers).unwrap());
+            }
+        }
+        pub(super) fn wake_all(&self) {
+            drop(self.sleepers.lock().unwrap());
+            self.woken.notify_all();
+        }
+    }
+
+    pub(super) fn breathe() {
+        loom::thread::yield_now();
+    }
+}
+#[path = "core.rs"]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::duplicate_mod,
+    reason = "the same code on purpose; the model uses a part"
+)]
+mod core;
+
+use self::core::{Core, Entered};
+
+/// Preemptions in one run: the number of runs grows with it steeply.
+const PREEMPTIONS: usize = 3;
+
+/// A gate, and what only those inside may read and only who has stopped them may write: loom reports a race.
+struct Guest {
+    core: Core,
+    state: UnsafeCell<u32>,
+}
+
+fn every_order(vcpus: usize, f: impl Fn(Arc<Guest>) + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(PREEMPTIONS);
+    builder.check(move || f(Arc::new(Guest { core: Core::new(vcpus), state: UnsafeCell::new(0) })));
+}
+
+/// Goes in as a vCPU does, runs, and comes out.
+fn run_once(guest: &Guest, vcpu: usize) {
+    loop {
+        match guest.core.enter(vcpu) {
+            Entered::Inside => break,
+            Entered::Closed(epoch) => guest.core.await_change(epoch, None),
+            Entered::Twice => panic!("twice"),
+        }
+    }
+    guest.state.with(|state| {
+        // SAFETY: loom checks that nobody writes meanwhile.
+        std::hint::black_box(unsafe { *state });
+    });
+    assert!(guest.core.exit(vcpu));
+}
+
+fn write_while_stopped(guest: &Guest) {
+    guest.core.close();
+    assert!(guest.core.await_empty(None));
+    guest.state.with_mut(|state| {
+        // SAFETY: loom checks that nobody reads meanwhile.
+        unsafe { *state += 1 };
+    });
+    guest.core.open();
+}
+
+fn start(guest: &Arc<Guest>, vcpus: usize) -> Vec<thread::JoinHandle<()>> {
+    let one = |vcpu| {
+        let guest = Arc::clone(guest);
+        thread::spawn(move || run_once(&guest, vcpu))
+    };
+    (0..vcpus).map(one).collect()
+}
+
+#[test]
+fn nobody_is_inside_a_closed_gate_and_everybody_gets_in_again() {
+    every_order(2, |guest| {
+        let vcpus = start(&guest, 2);
+        guest.core.open();
+        write_while_stopped(&guest);
+        vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    });
+}
+
+#[test]
+fn closing_again_counts_anew() {
+    every_order(1, |guest| {
+        let vcpus = start(&guest, 1);
+        guest.core.open();
+        write_while_stopped(&guest);
+        write_while_stopped(&guest);
+        vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    });
+}
+
+#[test]
+fn a_close_that_was_given_up_leaves_nothing_behind() {
+    every_order(2, |guest| {
+        let vcpus = start(&guest, 2);
+        guest.core.open();
+        guest.core.close();
+        // Nobody is waited for: somebody did not come out in time.
+        guest.core.open();
+        write_while_stopped(&guest);
+        vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    });
+}

@@ -1,0 +1,111 @@
+//! A KVM guest that writes pages when it is told to.
+#![allow(unreachable_pub, reason = "parts of one test file")]
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_EXIT_DIRTY_RING_FULL, kvm_enable_cap};
+use kvm_ioctls::{Cap, Kvm, VcpuExit};
+use vmig::dirty::Kind;
+use vmig::dirty::choice::Choice;
+use vmig::dirty::kvm_log::KvmLog;
+use vmig::dirty::kvm_ring::KvmRing;
+use vmig::dirty::kvm_slots::KvmTracker;
+use vmig::sys::kvm::Vm;
+use vmig::thread::Threads;
+
+use super::memory::Memory;
+use super::schedule::{Place, World, Writer};
+use crate::common::Rng;
+use crate::kvm_guest::{CODE, DATA, Guest, MEM, Shape, WRITE_PAGES};
+
+const PAGES: usize = MEM / 4096;
+const FIRST: usize = (DATA / 4096) as usize;
+
+/// Writes as the guest: its vCPU runs and stores.
+struct Vcpu {
+    guest: Arc<Mutex<Guest>>,
+    ring: Option<Arc<KvmRing>>,
+}
+
+impl Writer for Vcpu {
+    fn write(&mut self, _place: &Place, page: usize, pages: usize, value: u64) {
+        // Below that are its code and tables.
+        let page = FIRST + page % (PAGES - FIRST);
+        let pages = pages.min(PAGES - page);
+        let mut guest = self.guest.lock().unwrap();
+        let vcpu = &mut guest.vcpus[0];
+        let mut regs = vcpu.get_regs().unwrap();
+        (regs.rip, regs.rsi, regs.rcx, regs.r12) = (CODE, page as u64 * 4096, pages as u64, value);
+        vcpu.set_regs(&regs).unwrap();
+        loop {
+            match vcpu.run().unwrap() {
+                VcpuExit::IoOut(..) => return,
+                VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => self.ring.as_ref().unwrap().ring_full().unwrap(),
+                other => panic!("unexpected exit {other:?}"),
+            }
+        }
+    }
+}
+
+/// A device of the guest: writes from here, and marks.
+struct Device(Arc<vmig::ram::Ram>);
+
+impl Writer for Device {
+    fn write(&mut self, place: &Place, page: usize, pages: usize, value: u64) {
+        let page = FIRST + page % (PAGES - FIRST);
+        for page in page..PAGES.min(page + pages) {
+            place.memory.word(page).store(value, Ordering::SeqCst);
+            self.0.mark(place.block.host_address(page as u64 * 4096), 8);
+        }
+    }
+}
+
+/// Entries a ring may have at most; 0: there are none.
+pub fn ring_entries() -> usize {
+    usize::try_from(Kvm::new().map_or(0, |kvm| kvm.check_extension_int(Cap::DirtyLogRing))).unwrap_or(0) / 16
+}
+
+/// A guest tracked by KVM's log or ring, or by write protection. Its memory is one block, shown by two slots.
+pub fn world(kind: Kind, rng: &mut Rng) -> Option<World> {
+    let shape = Shape { vcpus: 1, irqchip: false, cpuid: true };
+    // The smallest are full all the time.
+    let entries = [256, 1024, 65536][rng.below(3)].min(ring_entries());
+    let guest = Guest::prepared(shape, |vm| {
+        if kind == Kind::KvmRing {
+            let mut cap = kvm_enable_cap { cap: KVM_CAP_DIRTY_LOG_RING, ..Default::default() };
+            cap.args[0] = entries as u64 * 16;
+            vm.enable_cap(&cap).unwrap();
+        }
+    })?;
+    guest.start_at(0, &WRITE_PAGES);
+    // The guest's memory stays mapped as long as the guest, which the writers have.
+    let memory = Arc::new(Memory::borrowed(guest.mem, PAGES));
+    let mut world = World::empty(Choice::Only(kind));
+    let block = world.add(memory, "ram".to_owned());
+    let vm = Vm::dup(guest.vm.as_raw_fd()).unwrap();
+    let mut ring = None;
+    let add = |tracker: &dyn KvmTracker| tracker.add_slot(0, 0, &block, 0, MEM as u64, 0).unwrap();
+    match kind {
+        Kind::KvmRing => {
+            let rings = KvmRing::find(&guest.vcpu_fds()).unwrap();
+            assert_eq!(rings.iter().map(vmig::sys::kvm_ring::Ring::entries).collect::<Vec<_>>(), [entries]);
+            let tracker = Arc::new(KvmRing::new(vm, rings, Arc::<Threads>::default(), None));
+            add(&*tracker);
+            world.hub.add_tracker(Arc::<KvmRing>::clone(&tracker)).unwrap();
+            ring = Some(tracker);
+        }
+        Kind::KvmLog => {
+            assert!(KvmRing::find(&guest.vcpu_fds()).unwrap().is_empty(), "nobody enabled a ring");
+            let tracker = Arc::new(KvmLog::new(vm, None).unwrap());
+            add(&*tracker);
+            world.hub.add_tracker(tracker).unwrap();
+        }
+        _ => {}
+    }
+    let ram = Arc::clone(&world.ram);
+    let vcpu = Vcpu { guest: Arc::new(Mutex::new(guest)), ring };
+    world.writers = vec![Box::new(vcpu), Box::new(Device(ram))];
+    Some(world)
+}

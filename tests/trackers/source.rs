@@ -1,0 +1,113 @@
+//! A log of the VMM's own, handed over by a dirty source.
+#![allow(unreachable_pub, reason = "parts of one test file")]
+#![allow(unsafe_code, reason = "is called as C would be")]
+
+use std::collections::HashMap;
+use std::ffi::{CStr, c_int, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vmig::dirty::callback::{Source, VMIG_SOURCE_ALL_WRITES, vmig_dirty_bitmap, vmig_dirty_source};
+use vmig::dirty::choice::Choice;
+use vmig::thread::home::Home;
+use vmig::vmm::dispatch::Dispatch;
+
+use super::memory::{Kind, Memory};
+use super::schedule::{Place, World, Writer, size};
+use crate::common::Rng;
+
+/// Bits by the name of the block.
+#[derive(Debug, Default)]
+pub struct Log(Mutex<HashMap<String, Arc<Vec<AtomicU64>>>>);
+
+impl Log {
+    fn of(&self, name: &str, pages: usize) -> Arc<Vec<AtomicU64>> {
+        let mut all = self.0.lock().unwrap();
+        let new = || Arc::new((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
+        Arc::clone(all.entry(name.to_owned()).or_insert_with(new))
+    }
+}
+
+/// Writes and notes.
+struct Noting(Arc<Log>);
+
+impl Writer for Noting {
+    fn write(&mut self, place: &Place, page: usize, pages: usize, value: u64) {
+        let bits = self.0.of(place.block.name(), place.block.pages());
+        for page in page..place.memory.pages.min(page + pages) {
+            place.memory.word(page).store(value, Ordering::SeqCst);
+            bits[page / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
+        }
+    }
+}
+
+/// The bitmap's words, and those of our log that they are about.
+///
+/// # Safety
+/// As the library calls.
+unsafe fn parts<'a>(
+    opaque: *mut c_void,
+    bitmap: *const vmig_dirty_bitmap,
+) -> (&'a mut [u64], Arc<Vec<AtomicU64>>, usize) {
+    // SAFETY: our own pointer.
+    let log = unsafe { &*opaque.cast::<Log>() };
+    // SAFETY: the library passes what the header promises.
+    let bitmap = unsafe { &*bitmap };
+    // SAFETY: as above.
+    let name = unsafe { CStr::from_ptr(bitmap.ram) }.to_str().unwrap();
+    let words = usize::try_from(bitmap.pages).unwrap().div_ceil(64);
+    let first = usize::try_from(bitmap.first).unwrap();
+    assert_eq!(first % 64, 0);
+    // SAFETY: as above; the library does not look before the callback returns.
+    (unsafe { std::slice::from_raw_parts_mut(bitmap.bits, words) }, log.of(name, first + words * 64), first / 64)
+}
+
+unsafe extern "C" fn take(opaque: *mut c_void, bitmap: *const vmig_dirty_bitmap) -> c_int {
+    // SAFETY: called as the library calls.
+    let (words, bits, first) = unsafe { parts(opaque, bitmap) };
+    words.iter_mut().enumerate().for_each(|(i, word)| *word |= bits[first + i].swap(0, Ordering::SeqCst));
+    0
+}
+
+unsafe extern "C" fn look(opaque: *mut c_void, bitmap: *const vmig_dirty_bitmap) -> c_int {
+    // SAFETY: called as the library calls.
+    let (words, bits, first) = unsafe { parts(opaque, bitmap) };
+    words.iter_mut().enumerate().for_each(|(i, word)| *word |= bits[first + i].load(Ordering::SeqCst));
+    0
+}
+
+unsafe extern "C" fn clear(opaque: *mut c_void, bitmap: *const vmig_dirty_bitmap) -> c_int {
+    // SAFETY: called as the library calls.
+    let (words, bits, first) = unsafe { parts(opaque, bitmap) };
+    words.iter().enumerate().for_each(|(i, word)| {
+        bits[first + i].fetch_and(!*word, Ordering::SeqCst);
+    });
+    0
+}
+
+/// A source that is asked and forgets, or one that is cleared.
+pub fn world(clears: bool, rng: &mut Rng) -> Option<World> {
+    let mut world = World::empty(Choice::Auto);
+    world.plug = Some(Kind::Private);
+    for n in 0..1 + rng.below(2) {
+        let memory = Memory::new(Kind::Private, size(Kind::Private, rng), 0)?;
+        world.add(Arc::new(memory), format!("ram{n}"));
+    }
+    let log = Arc::new(Log::default());
+    let ops = vmig_dirty_source {
+        size: size_of::<vmig_dirty_source>(),
+        name: c"log".as_ptr(),
+        flags: VMIG_SOURCE_ALL_WRITES,
+        start: None,
+        sync: Some(if clears { look } else { take }),
+        clear: clears.then_some(clear as _),
+        stop: None,
+        destroy: None,
+    };
+    // SAFETY: the callbacks take a Log, which the writers keep as long as the world lives.
+    let source = unsafe { Source::new(&raw const ops, Arc::as_ptr(&log).cast_mut().cast()) }.unwrap();
+    source.adopt(Arc::new(Dispatch::new(&Arc::new(Home::new()))));
+    world.hub.add_tracker(Arc::new(source)).unwrap();
+    world.writers = vec![Box::new(Noting(Arc::clone(&log))), Box::new(Noting(log))];
+    Some(world)
+}
