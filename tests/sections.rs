@@ -42,7 +42,9 @@ fn all_kinds_and_much_state_arrive() {
     let dir = scratch("kinds");
     let (mut source, mut destination, address) = pair(&dir, &[], &[]);
     assert_ne!(word(&source.command("digest"), "all"), word(&destination.command("digest"), "all"));
-    source.must("set convergence-time 60000"); // however slow the machine
+    // However fast the connection, and however slow the machine.
+    source.must("set avail-switchover-bandwidth 64M");
+    source.must("set convergence-time 60000");
     let (here, there) = moves(&mut source, &mut destination, &address);
     for key in ["all", "a", "b", "bulk0", "bulk1"] {
         assert_eq!(word(&here, key), word(&there, key), "{key} of\n{here}\n{there}");

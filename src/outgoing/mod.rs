@@ -300,12 +300,12 @@ impl<'a> Migration<'a> {
         let lost =
             phase(c"hello", || self.unless_lost(|migration| migration.greet().map_err(|e| e.in_phase("hello"))))?;
         let lost = phase(c"setup", || self.set_up(lost))?;
+        self.job.status.counters.iteration.store(1, Ordering::Relaxed);
+        self.job.status.tell_first_pass();
         match lost {
             Some(why) => self.reconnect(why)?,
             None => self.job.status.advance(State::Active)?,
         }
-        self.job.status.counters.iteration.store(1, Ordering::Relaxed);
-        self.job.status.tell_first_pass();
         store_time(&self.job.status.counters.setup, self.begun.elapsed());
         self.publish();
         self.over_connections(stopped)

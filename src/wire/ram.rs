@@ -108,7 +108,7 @@ pub fn read(input: &mut dyn Input) -> Result<Record> {
             let name = name(input)?;
             match (input.u8()?, input.u16()?) {
                 (1, len) if u64::from(len) <= PAGE => Ok(Record::Delta { name, offset, len }),
-                (kind, len) => Err(wrong(at, format!("a page as a delta of kind {kind} and {len} bytes"))),
+                (kind, len) => Err(wrong(at, format!("a page as an XBZRLE delta of kind {kind} and {len} bytes"))),
             }
         }
         MULTIFD_FLUSH => Ok(Record::Flush),
