@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 
 CARGO ?= cargo
+RUSTC ?= rustc
 CFLAGS ?= -O2 -g
 INSTALL ?= install
 OBJCOPY ?= objcopy
@@ -12,6 +13,7 @@ PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
 INCLUDEDIR ?= $(PREFIX)/include
 BINDIR ?= $(PREFIX)/bin
+MANDIR ?= $(PREFIX)/share/man
 DESTDIR ?=
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 override TARGET := $(abspath $(CARGO_TARGET_DIR))
@@ -25,6 +27,8 @@ LIB := $(TARGET)/lib/libvmig.a
 LIB_FAULT := $(TARGET)/fault/lib/libvmig.a
 SHARED := $(TARGET)/release/libvmig.so
 TOOL := $(TARGET)/tool/release/vmig
+MAN := $(TARGET)/man
+MAN_TEXTS := include/vmig.h docs/options.md README.md
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 WARN := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Werror
 # Programs of the tests, each one file; header_*.c are compiled by tests/header.rs in its own ways.
@@ -40,10 +44,10 @@ C := $(TARGET)/c
 C_ASAN := $(TARGET)/c-asan
 C_FAULT := $(TARGET)/c-fault
 
-.PHONY: build c c-asan c-fault check check-all demo bench header install uninstall fmt lint doc clean help FORCE
+.PHONY: build man c c-asan c-fault check check-all demo bench header install uninstall fmt lint doc clean help FORCE
 
-## build: the release libraries, static and shared, and the tool vmig (the default)
-build: $(LIB) $(TOOL)
+## build: the release libraries, static and shared, the tool vmig and the man pages (the default)
+build: $(LIB) $(TOOL) man
 
 # In a directory of its own: it needs the rlib, with which cargo would write other libraries over those below.
 $(TOOL): FORCE
@@ -72,6 +76,18 @@ $(LIB_FAULT): REDIRECT = $(foreach f,$(DOORS),--redefine-sym $(f)=door_$(f))
 $(DOORS_OBJ): tests/c/doors/doors.c Makefile
 	mkdir -p $(@D)
 	$(CC) $(WARN) $(CFLAGS) -c -o $@ $<
+
+## man: the man pages, into target/man
+man: $(MAN)/.built
+
+# Their writer needs rustc alone. The date in their margins is that of the last change of a text, not of the build.
+$(MAN)/.built: $(MAN_TEXTS) $(wildcard man/*.rs) Cargo.toml Makefile
+	rm -rf $(MAN)
+	mkdir -p $(MAN)
+	$(RUSTC) --edition 2024 -o $(MAN)/pages man/main.rs
+	changed=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct -- $(MAN_TEXTS) 2>/dev/null || true)}; \
+	    $(MAN)/pages $(MAN) $(VERSION) "$$(date -u -d "@$${changed:-$$(stat -c %Y include/vmig.h)}" +%F)"
+	touch $@
 
 # $(call programs,directory,library,extra flags): all C programs, from scratch, for they are few and small.
 define programs
@@ -120,7 +136,7 @@ bench: c
 header:
 	UPDATE_HEADER=1 $(CARGO) test --locked --test header --test docs the_
 
-## install: header, libraries, vmig.pc and the tool below PREFIX (also DESTDIR, LIBDIR, INCLUDEDIR, BINDIR)
+## install: header, libraries, vmig.pc, tool and man pages below PREFIX (also DESTDIR, LIBDIR, INCLUDEDIR, BINDIR, MANDIR)
 install: build
 	$(INSTALL) -d "$(DESTDIR)$(INCLUDEDIR)" "$(DESTDIR)$(LIBDIR)/pkgconfig" "$(DESTDIR)$(BINDIR)"
 	$(INSTALL) -m 755 $(TOOL) "$(DESTDIR)$(BINDIR)/vmig"
@@ -129,6 +145,10 @@ install: build
 	$(INSTALL) -m 755 $(SHARED) "$(DESTDIR)$(LIBDIR)/libvmig.so.$(VERSION)"
 	ln -sf libvmig.so.$(VERSION) "$(DESTDIR)$(LIBDIR)/$(SONAME)"
 	ln -sf $(SONAME) "$(DESTDIR)$(LIBDIR)/libvmig.so"
+	for part in man3 man7; do \
+	    $(INSTALL) -d "$(DESTDIR)$(MANDIR)/$$part"; \
+	    $(INSTALL) -m 644 $(MAN)/$$part/* "$(DESTDIR)$(MANDIR)/$$part"; \
+	done
 	for pc in vmig vmig-static; do \
 	    sed -e 's|@PREFIX@|$${pcfiledir}/$(shell realpath -m --relative-to="$(LIBDIR)/pkgconfig" "$(PREFIX)")|' \
 	        -e 's|@LIBDIR@|$${prefix}/$(shell realpath -m --relative-to="$(PREFIX)" "$(LIBDIR)")|' \
@@ -137,8 +157,9 @@ install: build
 	        >"$(DESTDIR)$(LIBDIR)/pkgconfig/$$pc.pc"; \
 	done
 
-## uninstall: removes what install put there (same PREFIX, DESTDIR, LIBDIR, INCLUDEDIR, BINDIR)
-uninstall:
+## uninstall: removes what install put there (same PREFIX, DESTDIR, LIBDIR, INCLUDEDIR, BINDIR, MANDIR)
+uninstall: man
+	cd $(MAN); for page in man3/* man7/*; do rm -f "$(DESTDIR)$(MANDIR)/$$page"; done
 	rm -f "$(DESTDIR)$(BINDIR)/vmig" "$(DESTDIR)$(INCLUDEDIR)/vmig.h" "$(DESTDIR)$(LIBDIR)"/libvmig.{a,so,so.$(VERSION)} \
 	    "$(DESTDIR)$(LIBDIR)/$(SONAME)" "$(DESTDIR)$(LIBDIR)"/pkgconfig/vmig{,-static}.pc
 

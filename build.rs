@@ -100,7 +100,8 @@ fn banner(number: usize, title: &str) -> String {
 /// The `//!` lines a file opens with.
 fn introduction(source: &str) -> Vec<String> {
     let docs = source.lines().take_while(|l| l.starts_with("//!"));
-    docs.map(|l| l.trim_start_matches("//!").trim_start_matches(' ').trim_end().to_string()).collect()
+    let text = docs.map(|l| l.strip_prefix("//!").unwrap_or(l)).map(|l| l.strip_prefix(' ').unwrap_or(l));
+    text.map(|l| l.trim_end().to_string()).collect()
 }
 
 /// cbindgen's text for one chapter: what stands before the functions, and the functions.
@@ -221,10 +222,19 @@ fn enumeration<'a>(name: &str, lines: &mut impl Iterator<Item = &'a str>) -> Str
     format!("typedef {integer} {name};\nenum {{\n{}\n}};\n", tidy(&body.join("\n"), &mut Vec::new()).trim_end())
 }
 
-/// Markdown of rustdoc to plain text: headings, links and escapes lose their marks.
+/// Markdown of rustdoc to plain text: headings, links and escapes lose their marks, code is indented.
 fn plain(lines: &[String]) -> Vec<String> {
     let mut out: Vec<String> = Vec::new();
+    let mut fenced = false;
     for line in lines {
+        if line.starts_with("```") {
+            fenced = !fenced;
+            continue;
+        }
+        if fenced {
+            out.push(format!("    {line}").trim_end().replace("*/", "* /").replace("/*", "/ *"));
+            continue;
+        }
         let mut line = match line.strip_prefix("# ") {
             Some(heading) => format!("{heading}:"),
             None => line.clone(),
@@ -234,7 +244,7 @@ fn plain(lines: &[String]) -> Vec<String> {
         }
         let line = line.replace("\\[", "[").replace("\\]", "]").replace("*/", "* /").replace("/*", "/ *");
         let after_heading = out.last().is_some_and(|l| l.ends_with(':')) && line.is_empty();
-        if !after_heading && (!line.starts_with("```")) {
+        if !after_heading {
             out.push(line);
         }
     }
