@@ -84,7 +84,7 @@ man: $(MAN)/.built
 $(MAN)/.built: $(MAN_TEXTS) $(wildcard man/*.rs) Cargo.toml Makefile
 	rm -rf $(MAN)
 	mkdir -p $(MAN)
-	$(RUSTC) --edition 2024 -o $(MAN)/pages man/main.rs
+	$(RUSTC) --edition 2024 -Dwarnings -o $(MAN)/pages man/main.rs
 	changed=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct -- $(MAN_TEXTS) 2>/dev/null || true)}; \
 	    $(MAN)/pages $(MAN) $(VERSION) "$$(date -u -d "@$${changed:-$$(stat -c %Y include/vmig.h)}" +%F)"
 	touch $@
@@ -117,11 +117,11 @@ $(C_FAULT)/.built: $(LIB_FAULT) $(DOORS_OBJ) $(C_SOURCES) Makefile
 	$(call programs,$(C_FAULT),$(DOORS_OBJ) $(LIB_FAULT),)
 
 ## check: all tests, samples drawn by a printed seed (VMIG_SEED=N repeats a run)
-check: c c-asan c-fault
+check: c c-asan c-fault man
 	tests/run
 
 ## check-all: all tests, every point
-check-all: c c-asan c-fault
+check-all: c c-asan c-fault man
 	VMIG_ALL=1 tests/run
 
 ## demo: a guest moves to another process while it runs (FAULT=drop-dirty: loses a page on purpose and must fail)

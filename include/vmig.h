@@ -269,18 +269,18 @@ int vmig_bql_lock(vmig *m);
 /* Gives the big lock up. -EPERM if this thread does not have it. [bql] */
 int vmig_bql_unlock(vmig *m);
 
-/* Does this thread have the big lock? 1 yes, 0 no. [any][cb] */
+/* Does this thread have the big lock? Returns 1 if it has, 0 if not. [any][cb] */
 int vmig_bql_held(vmig *m);
 
 /* Gives the big lock up, sleeps until vmig_bql_wake() or for `timeout_ms` milliseconds (negative: for ever), and takes
- * it again. 1 if woken, 0 if the time was up. -EPERM without the lock. [bql] */
+ * it again. Returns 1 if woken, 0 if the time was up. -EPERM without the lock. [bql] */
 int vmig_bql_wait(vmig *m,
                   int timeout_ms);
 
 /* Wakes every thread that sleeps in vmig_bql_wait(). [any][cb] */
 int vmig_bql_wake(vmig *m);
 
-/* Fills `*stats`. [any][cb] */
+/* Fills `*stats` with how the big lock was used since the guest was made. [any][cb] */
 int vmig_get_bql_stats(vmig *m, vmig_bql_stats *stats);
 
 /* Pauses the guest for the user: calls the stop hook and the run-state handlers on this thread, unless it is stopped
@@ -293,7 +293,7 @@ int vmig_stop(vmig *m);
  * inside a hook or a handler. [free] */
 int vmig_start(vmig *m);
 
-/* Why the guest is stopped: a sum of VMIG_STOPPED_...; 0: it runs (or was never started or stopped through the
+/* Returns why the guest is stopped, a sum of VMIG_STOPPED_...; 0: it runs (or was never started or stopped through the
  * library). [any][cb] */
 int vmig_get_stop_reasons(vmig *m);
 
@@ -534,7 +534,7 @@ typedef struct vmig_field {
     uint32_t kind;
     /* First version of the table that has the field; 0: that of the last VMIG_SINCE before it, or 1. */
     uint32_t since;
-    /* Of the member in its struct, in bytes. */
+    /* Offset of the member in its struct, in bytes. */
     size_t offset;
     /* Size of one element in memory, in bytes. For unused space: its size on the wire. */
     size_t width;
@@ -771,8 +771,8 @@ int vmig_add_device(vmig *m,
  * runs. [bql] */
 int vmig_remove_device(vmig *m, void *dev);
 
-/* Adds a reason not to migrate and returns its id, which is positive: vmig_outgoing() and vmig_incoming() fail with
- * -EBUSY and all reasons until it is taken back. `reason` is for people and says what cannot be migrated and why.
+/* Adds a reason not to migrate and returns its id, which is positive. Until it is taken back vmig_outgoing() and
+ * vmig_incoming() fail with -EBUSY and all reasons. `reason` is for people and says what cannot be migrated and why.
  * [any][cb] */
 int vmig_block(vmig *m, const char *reason);
 
@@ -910,9 +910,9 @@ typedef struct vmig_check_report {
     uint64_t compare;
     /* Saving the devices that can be saved while the guest runs, all together, with the big lock held. */
     uint64_t devices;
-    /* Bytes that gave. */
+    /* Bytes of their state. */
     uint64_t device_bytes;
-    /* How many devices that were. */
+    /* How many devices these were. */
     uint32_t devices_timed;
     /* How many could not be tried, because only a stopped guest's can be saved: tables with callbacks or descriptors,
      * custom sections, vCPUs and other state of KVM. */
@@ -962,7 +962,7 @@ int vmig_cancel(vmig *m);
 int vmig_resume(vmig *m,
                 const char *uri);
 
-/* Goes on from the state `pre-switchover`. -EINVAL in any other. [any][cb] */
+/* Goes on from the state `pre-switchover`. -EINVAL in any other state. [any][cb] */
 int vmig_continue(vmig *m);
 
 /* Ends the states `switchover-unknown` and `held`, and waits until that is done, at most for a hook and
@@ -979,12 +979,12 @@ int vmig_continue(vmig *m);
 int vmig_resolve(vmig *m,
                  int run);
 
-/* Waits until no migration runs (1; also if only vmig_resolve() leads on) or `timeout_ms` milliseconds have passed (0);
- * negative waits for ever. [free] */
+/* Waits until no migration runs or `timeout_ms` milliseconds have passed; negative waits for ever. Returns 1 if none runs
+ * (also if only vmig_resolve() leads on), 0 if the time was up. [free] */
 int vmig_wait(vmig *m,
               int timeout_ms);
 
-/* Fills `*status`. [any][cb] */
+/* Fills `*status` with where the present (or last) migration stands. [any][cb] */
 int vmig_get_status(vmig *m, vmig_status *status);
 
 /* Fills `*downtime` with how long the guest stood still when it last left from here: of an earlier migration until the
@@ -1008,14 +1008,16 @@ const char *vmig_state_name(uint32_t state);
  * vmig_string_free(). [any][cb] */
 char *vmig_get_error(vmig *m);
 
-/* A descriptor that is readable while vmig_next_event() has news: for the VMM's main loop. Stays the library's; do not
- * read it, only poll it. [any][cb] */
+/* Returns a descriptor that is readable while vmig_next_event() has news: for the VMM's main loop. Stays the library's;
+ * do not read it, only poll it. [any][cb] */
 int vmig_event_fd(vmig *m);
 
-/* Takes the next piece of news, oldest first: 1 and the status at that moment, or 0. There is news at every change of
- * state and at every iteration; the oldest of more than 256 are dropped. Option `events` switches it off.
+/* Takes the next piece of news, oldest first. Returns 1, and the status at that moment in `*status`, or 0 if there is
+ * none. There is news at every change of state and at every iteration; the oldest of more than 256 are dropped. Option
+ * `events` switches it off.
  * [any][cb] */
-int vmig_next_event(vmig *m, vmig_status *status);
+int vmig_next_event(vmig *m,
+                    vmig_status *status);
 
 /* Sets an option by name, such as "max-bandwidth" to "1G". docs/options.md lists them. -ENOENT: there is none of this
  * name; -EINVAL: not a value for it; -EBUSY: it cannot change while a migration runs. [any][cb] */
@@ -1294,40 +1296,41 @@ int vmig_add_section(vmig *m,
                      void *opaque,
                      void (*destroy)(void *opaque));
 
-/* Appends `len` bytes to the body. -EFBIG beyond 1 GiB, -ENOMEM; the first error stays and fails the body, so that
- * results need not be checked one by one. [cb] of the callback that got the writer, as all functions below. */
+/* Appends `len` bytes to the body. -EFBIG: it is longer than 1 GiB; -ENOMEM: no memory is left. The first error stays
+ * and fails the body, so that results need not be checked one by one. Writers and readers work only in the callback
+ * that got them. [cb] */
 int vmig_put(vmig_writer *out, const void *bytes, size_t len);
 
-/* Appends one byte. */
+/* Appends one byte; fails as vmig_put() does. [cb] */
 int vmig_put_u8(vmig_writer *out, uint8_t value);
 
-/* Appends two bytes, big-endian. */
+/* Appends two bytes, big-endian; fails as vmig_put() does. [cb] */
 int vmig_put_u16(vmig_writer *out, uint16_t value);
 
-/* Appends four bytes, big-endian. */
+/* Appends four bytes, big-endian; fails as vmig_put() does. [cb] */
 int vmig_put_u32(vmig_writer *out, uint32_t value);
 
-/* Appends eight bytes, big-endian. */
+/* Appends eight bytes, big-endian; fails as vmig_put() does. [cb] */
 int vmig_put_u64(vmig_writer *out, uint64_t value);
 
 /* Fills `buf` with the next `len` bytes of the body. -EIO if there are fewer; `buf` is zero then, and the error stays
- * and fails the body. */
+ * and fails the body. [cb] */
 int vmig_get_bytes(vmig_reader *input, void *buf, size_t len);
 
-/* The next byte; 0 after an error, which stays and fails the body. */
+/* The next byte; 0 after an error, which stays and fails the body. [cb] */
 uint8_t vmig_get_u8(vmig_reader *input);
 
-/* The next two bytes as a big-endian number; 0 after an error. */
+/* The next two bytes as a big-endian number; 0 after an error. [cb] */
 uint16_t vmig_get_u16(vmig_reader *input);
 
-/* The next four bytes as a big-endian number; 0 after an error. */
+/* The next four bytes as a big-endian number; 0 after an error. [cb] */
 uint32_t vmig_get_u32(vmig_reader *input);
 
-/* The next eight bytes as a big-endian number; 0 after an error. */
+/* The next eight bytes as a big-endian number; 0 after an error. [cb] */
 uint64_t vmig_get_u64(vmig_reader *input);
 
 /* Bytes of the body that can still be read: those that were not read yet; 0 after an error, so that a loop over what is
- * left ends; 0 for NULL. */
+ * left ends; 0 for NULL. [cb] */
 size_t vmig_reader_left(vmig_reader *input);
 
 #ifdef __cplusplus

@@ -36,13 +36,6 @@ pub(crate) struct Item {
     pub(crate) members: Vec<(String, Vec<String>)>,
 }
 
-impl Header {
-    /// Everything of one kind.
-    pub(crate) fn names(&self, kind: Kind) -> impl Iterator<Item = &str> {
-        self.chapters.iter().flat_map(move |c| c.of(kind)).map(|i| i.name.as_str())
-    }
-}
-
 impl Chapter {
     pub(crate) fn of(&self, kind: Kind) -> impl Iterator<Item = &Item> {
         self.items.iter().filter(move |i| i.kind == kind)
@@ -79,8 +72,10 @@ pub(crate) fn parse(text: &str) -> Result<Header> {
             doc.clear();
         } else {
             let item = declaration(line, &mut lines, std::mem::take(&mut doc));
-            let item = item.ok_or_else(|| format!("include/vmig.h:{}: what does this declare? {line}", number + 1))?;
-            let chapter = header.chapters.last_mut().ok_or("include/vmig.h declares things before its first chapter")?;
+            let item =
+                item.ok_or_else(|| format!("include/vmig.h:{}: what does this declare? {line}", number + 1))?;
+            let chapter =
+                header.chapters.last_mut().ok_or("include/vmig.h declares things before its first chapter")?;
             chapter.items.push(item);
         }
     }
@@ -88,7 +83,7 @@ pub(crate) fn parse(text: &str) -> Result<Header> {
 }
 
 fn is_cplusplus(line: &str) -> bool {
-    line.starts_with("extern ") || line.starts_with("template ")
+    line.starts_with("extern \"") || line.starts_with("template ")
 }
 
 /// The lines of a comment, without its marks. `first` begins with the opening one.
@@ -163,7 +158,13 @@ fn constant(line: &str, above: &[String]) -> Option<Item> {
 
 /// A function or a type.
 fn declaration<'a>(first: &'a str, lines: &mut Lines<'a>, doc: Vec<String>) -> Option<Item> {
-    let item = |kind, name: &str, code: String| Item { kind, name: name.into(), doc: doc.clone(), code, members: Vec::new() };
+    let item = |kind, name: &str, code: String| Item {
+        kind,
+        name: name.into(),
+        doc: doc.clone(),
+        code,
+        members: Vec::new(),
+    };
     if let Some(name) = first.strip_prefix("typedef struct ").and_then(|r| r.strip_suffix(" {")) {
         let members = members(lines)?;
         return Some(Item { members, ..item(Kind::Type, name, format!("struct {name}")) });
@@ -175,8 +176,15 @@ fn declaration<'a>(first: &'a str, lines: &mut Lines<'a>, doc: Vec<String>) -> O
         let name = function.map(|(name, _)| name).or_else(|| declared.trim_end_matches(';').rsplit(' ').next())?;
         return Some(item(Kind::Type, name, code));
     }
-    let name = whole.split('(').next()?.rsplit([' ', '*']).next()?;
-    (whole.contains('(') && whole.ends_with(");") && name.starts_with("vmig_")).then(|| item(Kind::Function, name, code))
+    let (head, _) = whole.split_once('(')?;
+    let name = head.rsplit([' ', '*']).next()?;
+    let words = head.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '*' | ' '));
+    // Its parentheses close at the end and nowhere before.
+    let closed = code
+        .match_indices(')')
+        .find(|(at, _)| code[..=*at].matches('(').count() == code[..=*at].matches(')').count());
+    let declares = words && name.starts_with("vmig_") && closed.is_some_and(|(at, _)| at + 1 == code.len());
+    declares.then(|| item(Kind::Function, name, code))
 }
 
 /// Lines up to a semicolon, as one.

@@ -3,12 +3,12 @@
 //!
 //! It has no dependencies: `make` compiles it with rustc alone. tests/man.rs uses its modules, too.
 
-mod header;
-mod options;
-mod overview;
-mod pages;
-mod prose;
-mod roff;
+pub(crate) mod header;
+pub(crate) mod options;
+pub(crate) mod overview;
+pub(crate) mod pages;
+pub(crate) mod prose;
+pub(crate) mod roff;
 
 use std::{env, fs, path::Path, process::ExitCode};
 

@@ -7,7 +7,8 @@ pub(crate) fn page(table: &str, stamp: &Stamp) -> Result<String, String> {
     let mut out = roff::title("vmig-options", 7, stamp);
     out += &format!("{}vmig\\-options \\- options of a guest and its migrations\n", roff::section("NAME"));
     out += &format!("{}.nf\n.B #include <vmig.h>\n.PP\n", roff::section("SYNOPSIS"));
-    out += "\\fBvmig_set(\\fP\\fIm\\fP\\fB, \\(dq\\fP\\fIoption\\fP\\fB\\(dq, \\(dq\\fP\\fIvalue\\fP\\fB\\(dq);\\fP\n";
+    out +=
+        "\\fBvmig_set(\\fP\\fIm\\fP\\fB, \\(dq\\fP\\fIoption\\fP\\fB\\(dq, \\(dq\\fP\\fIvalue\\fP\\fB\\(dq);\\fP\n";
     out += "\\fBvmig_get(\\fP\\fIm\\fP\\fB, \\(dq\\fP\\fIoption\\fP\\fB\\(dq);\\fP\n.fi\n";
     out += &roff::section("DESCRIPTION");
     let intro = table.lines().find(|l| !l.is_empty() && !l.starts_with(['#', '|']));

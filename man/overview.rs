@@ -8,13 +8,19 @@ use super::roff::{self, Stamp};
 pub(crate) fn page(header: &Header, readme: &str, stamp: &Stamp) -> Result<String, String> {
     let mut out = roff::title("vmig", 7, stamp);
     let (tagline, what) = introduction(readme).ok_or("README.md does not begin with a title and two paragraphs")?;
-    out += &format!("{}vmig \\- {}\n", roff::section("NAME"), roff::prose(&first_letter(&tagline, |c| c.to_ascii_lowercase())));
+    out += &format!(
+        "{}vmig \\- {}\n",
+        roff::section("NAME"),
+        roff::prose(&first_letter(&tagline, |c| c.to_ascii_lowercase()))
+    );
     out += &format!("{}.nf\n.B #include <vmig.h>\n.PP\n", roff::section("SYNOPSIS"));
     out += ".B cc vmm.c $(pkg\\-config \\-\\-cflags \\-\\-libs vmig)\n";
     out += ".B cc vmm.c $(pkg\\-config \\-\\-cflags \\-\\-libs vmig\\-static)\n.fi\n";
     out += &format!("{}{}", roff::section("DESCRIPTION"), filled(&what));
     out += &roff::section("PAGES");
-    out += &filled("Read from top to bottom: each page needs only those before it. Each function has a page of its own name, too.");
+    out += &filled(
+        "Read from top to bottom: each page needs only those before it. Each function has a page of its own name, too.",
+    );
     for chapter in &header.chapters {
         let functions: Vec<_> = chapter.of(Kind::Function).map(|f| format!("{}()", f.name)).collect();
         let told = format!("{}: {}.", first_letter(&chapter.title, |c| c.to_ascii_uppercase()), functions.join(", "));

@@ -142,7 +142,9 @@ fn described(function: &Item) -> String {
     let marks = take_marks(&mut blocks);
     let mut out = render(&blocks, false);
     let told: Vec<_> = MARKS.iter().filter(|(mark, _)| marks.contains(mark)).map(|(_, text)| *text).collect();
-    if !told.is_empty() {
+    if marks == ["[cb]"] {
+        out += ".PP\nMay be called inside callbacks only.\n";
+    } else if !told.is_empty() {
         out += &format!(".PP\n{}", filled(&format!("May be called by {}.", told.join("; "))));
     }
     out
@@ -209,9 +211,16 @@ pub(crate) fn told(function: &Item) -> Vec<String> {
     paragraphs.flat_map(|text| sentences(text)).map(str::to_string).collect()
 }
 
-/// Whether a sentence says what a function returns.
-pub(crate) fn is_result(sentence: &str) -> bool {
-    sentence.starts_with("Returns ") || sentence.contains(" and returns ") && !sentence.contains("returns at once")
+/// What a function returns, in sentences of its comment: those that say so, and the first one of a function that returns
+/// neither errors nor nothing, for it says what there is.
+pub(crate) fn returned(function: &Item) -> Vec<String> {
+    let status = ["int vmig_", "void vmig_"].iter().any(|kind| function.code.starts_with(kind));
+    let says = |s: &str| {
+        let begins = s.starts_with("Returns ") || s.starts_with("NULL on ");
+        begins || s.contains(" and returns ") && !s.contains("returns at once")
+    };
+    let all = told(function).into_iter().enumerate();
+    all.filter(|(i, s)| says(s) || *i == 0 && !status).map(|(_, s)| s).collect()
 }
 
 fn results(chapter: &Chapter) -> String {
@@ -227,8 +236,7 @@ fn results(chapter: &Chapter) -> String {
         );
     }
     for function in functions() {
-        let told = told(function);
-        let told: Vec<_> = told.iter().filter(|s| is_result(s)).map(String::as_str).collect();
+        let told = returned(function);
         if !told.is_empty() {
             out += &tagged(&format!("\\fB{}\\fP()", roff::code(&function.name)), &filled(&told.join(" ")));
         }
@@ -256,7 +264,10 @@ fn failure(clause: &str) -> (Vec<&str>, &str) {
     while let Some(errno) = roff::name(rest).filter(|name| name.starts_with('-')) {
         errors.push(errno);
         rest = &rest[errno.len()..];
-        rest = [", ", " or ", " and "].iter().find_map(|j| rest.strip_prefix(j).filter(|r| r.starts_with("-E"))).unwrap_or(rest);
+        rest = [", ", " or ", " and "]
+            .iter()
+            .find_map(|j| rest.strip_prefix(j).filter(|r| r.starts_with("-E")))
+            .unwrap_or(rest);
     }
     // `-EADDRINUSE and other errors`: only together with its beginning.
     let when = rest.trim_start_matches([' ', ':']);

@@ -25,10 +25,13 @@ pub(crate) fn blocks(lines: &[String]) -> Vec<Block> {
             fenced(rest)
         } else if line.starts_with('|') {
             table(rest)
+        } else if indent(line) >= 4 {
+            // Code may have gaps, too, but not all of it in one column.
+            let code = indented(rest);
+            let columns = column(line).map(|column| terms(rest, indent(line), column));
+            columns.filter(|(_, taken)| *taken >= code.1).unwrap_or(code)
         } else if let Some(column) = column(line) {
             terms(rest, indent(line), column)
-        } else if indent(line) >= 4 {
-            indented(rest)
         } else if item(line).is_some() {
             list(rest)
         } else {
@@ -76,14 +79,14 @@ fn fenced(lines: &[String]) -> (Option<Block>, usize) {
 }
 
 fn indented(lines: &[String]) -> (Option<Block>, usize) {
-    let count = lines.iter().take_while(|l| indent(l) >= 4 || l.trim().is_empty()).count();
-    let left = lines[..count].iter().filter(|l| !l.trim().is_empty()).map(|l| indent(l)).min().unwrap_or(0);
-    let mut code: Vec<_> = lines[..count].iter().map(|l| l.get(left..).unwrap_or_default().to_string()).collect();
-    while code.last().is_some_and(String::is_empty) {
-        code.pop();
+    let mut count = lines.iter().take_while(|l| indent(l) >= 4 || l.trim().is_empty()).count();
+    while count > 1 && lines[count - 1].trim().is_empty() {
+        count -= 1;
     }
+    let left = lines[..count].iter().filter(|l| !l.trim().is_empty()).map(|l| indent(l)).min().unwrap_or(0);
+    let code = lines[..count].iter().map(|l| l.get(left..).unwrap_or_default());
     // The header cannot have a comment in a comment.
-    let code = code.iter().map(|l| l.replace("/ *", "/*").replace("* /", "*/")).collect();
+    let code = code.map(|l| l.replace("/ *", "/*").replace("* /", "*/")).collect();
     (Some(Block::Code(code)), count)
 }
 
@@ -121,15 +124,14 @@ fn terms(lines: &[String], left: usize, column: usize) -> (Option<Block>, usize)
             if let Some((_, last)) = out.last_mut() {
                 join(last, text);
             }
-        } else if let Some(other) = self::column(line).filter(|_| indent(line) == left) {
-            out.push((line[..other].trim().into(), line[other..].trim().into()));
         } else {
             break;
         }
         taken += 1;
     }
     // Terms of code without marks: those with an underscore or a bracket.
-    let marked = |term: String| if term.contains(['_', '[', '(']) { format!("`{term}`") } else { format!("**{term}**") };
+    let marked =
+        |term: String| if term.contains(['_', '[', '(']) { format!("`{term}`") } else { format!("**{term}**") };
     (Some(Block::Terms(out.into_iter().map(|(term, text)| (marked(term), text)).collect())), taken.max(1))
 }
 
@@ -150,7 +152,8 @@ fn paragraph(lines: &[String]) -> (Option<Block>, usize) {
     let mut text = String::new();
     let mut taken = 0;
     for line in lines {
-        let ends = line.trim().is_empty() || line.starts_with('|') || line.starts_with("```") || column(line).is_some();
+        let ends =
+            line.trim().is_empty() || line.starts_with('|') || line.starts_with("```") || column(line).is_some();
         if taken > 0 && (ends || line.starts_with("- ")) {
             break;
         }

@@ -13,7 +13,12 @@ pub(crate) struct Stamp<'a> {
 pub(crate) fn title(name: &str, section: u8, stamp: &Stamp) -> String {
     let Stamp { version, date } = stamp;
     let made = ".\\\" Made from include/vmig.h, docs/options.md and README.md; edit their sources.\n";
-    format!("{made}.TH {} {section} \"{}\" \"vmig {}\" \"vmig\"\n.ad l\n.nh\n", code(&name.to_uppercase()), date, version)
+    format!(
+        "{made}.TH {} {section} \"{}\" \"vmig {}\" \"vmig\"\n.ad l\n.nh\n",
+        code(&name.to_uppercase()),
+        date,
+        version
+    )
 }
 
 /// A section.

@@ -156,6 +156,24 @@ fn functions_of_a_header_are_found() {
 }
 
 #[test]
+fn man_finds_a_page_for_each_function() {
+    let header = fs::read_to_string(installed().join("include/vmig.h")).unwrap();
+    let pages = installed().join("share/man");
+    for name in functions(&header) {
+        assert!(pages.join(format!("man3/{name}.3")).exists(), "{name} has no page");
+    }
+    if Command::new("man").arg("--version").output().is_err() && common::skip("man", "man is not installed") {
+        return;
+    }
+    for (part, name, says) in [("3", "vmig_outgoing", "Starts to migrate the guest"), ("7", "vmig", "SEE ALSO")] {
+        let mut man = Command::new("man");
+        man.env("LC_ALL", "C.UTF-8").env("MANWIDTH", "300").env("MANPAGER", "cat").arg("-M").arg(&pages);
+        let shown = String::from_utf8(run(man.args([part, name])).stdout).unwrap();
+        assert!(shown.contains(says), "man {part} {name}: {shown}");
+    }
+}
+
+#[test]
 fn an_archive_in_a_shared_object_leaks_nothing() {
     let dir = scratch("wrapped");
     let archive = installed().join("lib/libvmig.a");

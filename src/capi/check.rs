@@ -23,9 +23,9 @@ pub struct vmig_check_report {
     pub compare: u64,
     /// Saving the devices that can be saved while the guest runs, all together, with the big lock held.
     pub devices: u64,
-    /// Bytes that gave.
+    /// Bytes of their state.
     pub device_bytes: u64,
-    /// How many devices that were.
+    /// How many devices these were.
     pub devices_timed: u32,
     /// How many could not be tried, because only a stopped guest's can be saved: tables with callbacks or descriptors,
     /// custom sections, vCPUs and other state of KVM.

@@ -41,8 +41,8 @@ pub unsafe extern "C" fn vmig_remove_device(m: *mut vmig, dev: *mut c_void) -> c
     })
 }
 
-/// Adds a reason not to migrate and returns its id, which is positive: vmig_outgoing() and vmig_incoming() fail with
-/// -EBUSY and all reasons until it is taken back. `reason` is for people and says what cannot be migrated and why.
+/// Adds a reason not to migrate and returns its id, which is positive. Until it is taken back vmig_outgoing() and
+/// vmig_incoming() fail with -EBUSY and all reasons. `reason` is for people and says what cannot be migrated and why.
 /// \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_block(m: *mut vmig, reason: *const c_char) -> c_int {

@@ -306,7 +306,7 @@ pub unsafe extern "C" fn vmig_resume(m: *mut vmig, uri: *const c_char) -> c_int 
     })
 }
 
-/// Goes on from the state `pre-switchover`. -EINVAL in any other. \[any\]\[cb\]
+/// Goes on from the state `pre-switchover`. -EINVAL in any other state. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_continue(m: *mut vmig) -> c_int {
     enter("vmig_continue", || {
@@ -339,8 +339,8 @@ pub unsafe extern "C" fn vmig_resolve(m: *mut vmig, run: c_int) -> c_int {
     })
 }
 
-/// Waits until no migration runs (1; also if only vmig_resolve() leads on) or `timeout_ms` milliseconds have passed (0);
-/// negative waits for ever. \[free\]
+/// Waits until no migration runs or `timeout_ms` milliseconds have passed; negative waits for ever. Returns 1 if none runs
+/// (also if only vmig_resolve() leads on), 0 if the time was up. \[free\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_wait(m: *mut vmig, timeout_ms: c_int) -> c_int {
     enter("vmig_wait", || {
@@ -351,7 +351,7 @@ pub unsafe extern "C" fn vmig_wait(m: *mut vmig, timeout_ms: c_int) -> c_int {
     })
 }
 
-/// Fills `*status`. \[any\]\[cb\]
+/// Fills `*status` with where the present (or last) migration stands. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_status(m: *mut vmig, status: *mut vmig_status) -> c_int {
     enter("vmig_get_status", || {
@@ -424,8 +424,8 @@ pub unsafe extern "C" fn vmig_get_error(m: *mut vmig) -> *mut c_char {
     })
 }
 
-/// A descriptor that is readable while vmig_next_event() has news: for the VMM's main loop. Stays the library's; do not
-/// read it, only poll it. \[any\]\[cb\]
+/// Returns a descriptor that is readable while vmig_next_event() has news: for the VMM's main loop. Stays the library's;
+/// do not read it, only poll it. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_event_fd(m: *mut vmig) -> c_int {
     enter("vmig_event_fd", || {
@@ -434,8 +434,9 @@ pub unsafe extern "C" fn vmig_event_fd(m: *mut vmig) -> c_int {
     })
 }
 
-/// Takes the next piece of news, oldest first: 1 and the status at that moment, or 0. There is news at every change of
-/// state and at every iteration; the oldest of more than 256 are dropped. Option `events` switches it off.
+/// Takes the next piece of news, oldest first. Returns 1, and the status at that moment in `*status`, or 0 if there is
+/// none. There is news at every change of state and at every iteration; the oldest of more than 256 are dropped. Option
+/// `events` switches it off.
 /// \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_next_event(m: *mut vmig, status: *mut vmig_status) -> c_int {

@@ -31,7 +31,7 @@ pub unsafe extern "C" fn vmig_bql_unlock(m: *mut vmig) -> c_int {
     })
 }
 
-/// Does this thread have the big lock? 1 yes, 0 no. \[any\]\[cb\]
+/// Does this thread have the big lock? Returns 1 if it has, 0 if not. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_bql_held(m: *mut vmig) -> c_int {
     enter("vmig_bql_held", || {
@@ -41,7 +41,7 @@ pub unsafe extern "C" fn vmig_bql_held(m: *mut vmig) -> c_int {
 }
 
 /// Gives the big lock up, sleeps until vmig_bql_wake() or for `timeout_ms` milliseconds (negative: for ever), and takes
-/// it again. 1 if woken, 0 if the time was up. -EPERM without the lock. \[bql\]
+/// it again. Returns 1 if woken, 0 if the time was up. -EPERM without the lock. \[bql\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_bql_wait(m: *mut vmig, timeout_ms: c_int) -> c_int {
     enter("vmig_bql_wait", || {
@@ -86,7 +86,7 @@ unsafe impl SizedStruct for vmig_bql_stats {
     const REQUIRED: usize = size_of::<usize>();
 }
 
-/// Fills `*stats`. \[any\]\[cb\]
+/// Fills `*stats` with how the big lock was used since the guest was made. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_bql_stats(m: *mut vmig, stats: *mut vmig_bql_stats) -> c_int {
     enter("vmig_get_bql_stats", || {
@@ -137,7 +137,7 @@ pub const VMIG_STOPPED_BY_ERROR: c_int = 4;
 /// The guest is not here: it left, or did not arrive yet. Reason of vmig_get_stop_reasons().
 pub const VMIG_STOPPED_NOT_OWNER: c_int = 8;
 
-/// Why the guest is stopped: a sum of VMIG_STOPPED_...; 0: it runs (or was never started or stopped through the
+/// Returns why the guest is stopped, a sum of VMIG_STOPPED_...; 0: it runs (or was never started or stopped through the
 /// library). \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_stop_reasons(m: *mut vmig) -> c_int {

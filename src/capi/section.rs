@@ -54,22 +54,23 @@ unsafe fn put(out: *mut vmig_writer, bytes: *const c_void, len: usize) -> c_int 
     })
 }
 
-/// Appends `len` bytes to the body. -EFBIG beyond 1 GiB, -ENOMEM; the first error stays and fails the body, so that
-/// results need not be checked one by one. \[cb\] of the callback that got the writer, as all functions below.
+/// Appends `len` bytes to the body. -EFBIG: it is longer than 1 GiB; -ENOMEM: no memory is left. The first error stays
+/// and fails the body, so that results need not be checked one by one. Writers and readers work only in the callback
+/// that got them. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_put(out: *mut vmig_writer, bytes: *const c_void, len: usize) -> c_int {
     // SAFETY: the C contract of writers.
     unsafe { put(out, bytes, len) }
 }
 
-/// Appends one byte.
+/// Appends one byte; fails as vmig_put() does. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_put_u8(out: *mut vmig_writer, value: u8) -> c_int {
     // SAFETY: the C contract of writers; the byte is ours.
     unsafe { put(out, (&raw const value).cast(), 1) }
 }
 
-/// Appends two bytes, big-endian.
+/// Appends two bytes, big-endian; fails as vmig_put() does. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_put_u16(out: *mut vmig_writer, value: u16) -> c_int {
     let bytes = value.to_be_bytes();
@@ -77,7 +78,7 @@ pub unsafe extern "C" fn vmig_put_u16(out: *mut vmig_writer, value: u16) -> c_in
     unsafe { put(out, bytes.as_ptr().cast(), bytes.len()) }
 }
 
-/// Appends four bytes, big-endian.
+/// Appends four bytes, big-endian; fails as vmig_put() does. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_put_u32(out: *mut vmig_writer, value: u32) -> c_int {
     let bytes = value.to_be_bytes();
@@ -85,7 +86,7 @@ pub unsafe extern "C" fn vmig_put_u32(out: *mut vmig_writer, value: u32) -> c_in
     unsafe { put(out, bytes.as_ptr().cast(), bytes.len()) }
 }
 
-/// Appends eight bytes, big-endian.
+/// Appends eight bytes, big-endian; fails as vmig_put() does. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_put_u64(out: *mut vmig_writer, value: u64) -> c_int {
     let bytes = value.to_be_bytes();
@@ -94,7 +95,7 @@ pub unsafe extern "C" fn vmig_put_u64(out: *mut vmig_writer, value: u64) -> c_in
 }
 
 /// Fills `buf` with the next `len` bytes of the body. -EIO if there are fewer; `buf` is zero then, and the error stays
-/// and fails the body.
+/// and fails the body. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_bytes(input: *mut vmig_reader, buf: *mut c_void, len: usize) -> c_int {
     enter("vmig_get_bytes", || {
@@ -133,28 +134,28 @@ unsafe fn take<const N: usize>(input: *mut vmig_reader) -> [u8; N] {
     bytes
 }
 
-/// The next byte; 0 after an error, which stays and fails the body.
+/// The next byte; 0 after an error, which stays and fails the body. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_u8(input: *mut vmig_reader) -> u8 {
     // SAFETY: the C contract of readers.
     u8::from_be_bytes(unsafe { take(input) })
 }
 
-/// The next two bytes as a big-endian number; 0 after an error.
+/// The next two bytes as a big-endian number; 0 after an error. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_u16(input: *mut vmig_reader) -> u16 {
     // SAFETY: the C contract of readers.
     u16::from_be_bytes(unsafe { take(input) })
 }
 
-/// The next four bytes as a big-endian number; 0 after an error.
+/// The next four bytes as a big-endian number; 0 after an error. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_u32(input: *mut vmig_reader) -> u32 {
     // SAFETY: the C contract of readers.
     u32::from_be_bytes(unsafe { take(input) })
 }
 
-/// The next eight bytes as a big-endian number; 0 after an error.
+/// The next eight bytes as a big-endian number; 0 after an error. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_u64(input: *mut vmig_reader) -> u64 {
     // SAFETY: the C contract of readers.
@@ -162,7 +163,7 @@ pub unsafe extern "C" fn vmig_get_u64(input: *mut vmig_reader) -> u64 {
 }
 
 /// Bytes of the body that can still be read: those that were not read yet; 0 after an error, so that a loop over what is
-/// left ends; 0 for NULL.
+/// left ends; 0 for NULL. \[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_reader_left(input: *mut vmig_reader) -> usize {
     let mut left = 0;

@@ -70,7 +70,7 @@ pub struct vmig_field {
     pub kind: u32,
     /// First version of the table that has the field; 0: that of the last VMIG_SINCE before it, or 1.
     pub since: u32,
-    /// Of the member in its struct, in bytes.
+    /// Offset of the member in its struct, in bytes.
     pub offset: usize,
     /// Size of one element in memory, in bytes. For unused space: its size on the wire.
     pub width: usize,
