@@ -19,11 +19,12 @@ pub(crate) fn page(header: &Header, readme: &str, stamp: &Stamp) -> Result<Strin
     out += &format!("{}{}", roff::section("DESCRIPTION"), filled(&what));
     out += &roff::section("PAGES");
     out += &filled(
-        "Read from top to bottom: each page needs only those before it. Each function has a page of its own name, too.",
+        "Read from top to bottom: each page needs only those before it, and is a chapter of vmig.h. The name of each \
+         function and type leads to its page.",
     );
-    for chapter in &header.chapters {
+    for (number, chapter) in (1..).zip(&header.chapters) {
         let functions: Vec<_> = chapter.of(Kind::Function).map(|f| format!("{}()", f.name)).collect();
-        let told = format!("{}: {}.", first_letter(&chapter.title, |c| c.to_ascii_uppercase()), functions.join(", "));
+        let told = format!("Chapter {number}, {}: {}.", chapter.title, functions.join(", "));
         out += &tagged(&roff::page(&chapter.page(), 3), &filled(&told));
     }
     out += &tagged(&roff::page("vmig-options", 7), &filled("All options of vmig_set() and vmig_get()."));
