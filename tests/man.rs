@@ -8,7 +8,7 @@ mod man;
 
 use common::{built, root, run, scratch, skip, source, words};
 use man::header::{Kind, parse};
-use man::pages::{all, returned, take_marks};
+use man::pages::{all, failures, returned, take_marks};
 use man::prose::{Block, blocks, render};
 use man::roff::{Stamp, protected};
 use std::{collections::BTreeMap, fs, io::Write, process::Command, process::Stdio};
@@ -65,7 +65,7 @@ fn unroffed(page: &str) -> String {
 /// Words and numbers, one space between, so that one text can be looked for in another.
 fn tokens(text: &str) -> String {
     let words = text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|w| !w.is_empty());
-    format!(" {} ", words.collect::<Vec<_>>().join(" "))
+    words.fold(" ".to_string(), |text, word| text + word + " ")
 }
 
 #[test]
@@ -320,4 +320,32 @@ fn what_it_does_not_know_is_an_error() {
     let out = run(Command::new("sed").args(["-n", "1p"]).arg(root().join("docs/options.md")));
     let no_table = String::from_utf8(out.stdout).unwrap();
     assert!(all(&header, &no_table, &text("README.md"), &STAMP).is_err());
+}
+
+#[test]
+fn errors_are_collected() {
+    let told = |doc: &str| {
+        let header = text("include/vmig.h").replacen(
+            "/* Makes a guest",
+            &format!("/* {doc} */\nint vmig_x(void);\n\n/* Makes a guest"),
+            1,
+        );
+        let header = parse(&header).unwrap();
+        let function = header.chapters[0].of(Kind::Function).next().unwrap();
+        failures(function).into_iter().map(|(errno, when)| format!("{errno} {when}")).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        told("Does it. -EINVAL: not a URI; -EBUSY while it runs. [any]"),
+        ["-EINVAL not a URI", "-EBUSY while it runs"]
+    );
+    assert_eq!(told("Fails with -EINVAL if it is missing; then nothing was made."), ["-EINVAL if it is missing"]);
+    assert_eq!(told("-EINVAL, -EACCES or -EPERM if not."), ["-EINVAL if not", "-EACCES if not", "-EPERM if not"]);
+    assert_eq!(told("-EIO and other errors of reading."), ["-EIO -EIO and other errors of reading"]);
+    assert_eq!(told("Later calls give -EINVAL, half-empty."), [""; 0]);
+    let pages = pages();
+    let errors = unroffed(shown(&pages, "vmig_add_ram").split(".SH ERRORS\n").nth(1).unwrap());
+    let busy = errors.split("\n-EBUSY\n").nth(1).unwrap().split("\n-E").next().unwrap();
+    assert!(tokens(busy).contains(&tokens("vmig_add_ram(), vmig_remove_ram(),")), "{busy}");
+    let results = unroffed(shown(&pages, "vmig_wait").split(".SH RETURN VALUE\n").nth(1).unwrap());
+    assert!(tokens(&results).contains(&tokens("vmig_wait() Returns 1 if none runs")), "{results}");
 }
