@@ -1104,11 +1104,11 @@ int vmig_reply_error(vmig_reply *reply, const char *text);
 /* An optional helper for a VMM whose vCPU threads nobody can stop yet: each goes through a gate, which the library closes,
  * opens and narrows. Give it as vmig_ops.gate, and the hooks `stop` and `start` may be NULL.
  *
- * while (vmig_gate_enter(gate, i, &run->immediate_exit) == 0) {
- * ioctl(vcpu_fd, KVM_RUN, 0);              / * comes back with EINTR when the gate is closed * /
- * handle_exit(run);                        / * still inside: a stopped guest has no exit left to handle * /
- * vmig_gate_exit(gate, i);
- * }
+ *     while (vmig_gate_enter(gate, i, &run->immediate_exit) == 0) {
+ *         ioctl(vcpu_fd, KVM_RUN, 0);              / * comes back with EINTR when the gate is closed * /
+ *         handle_exit(run);                        / * still inside: a stopped guest has no exit left to handle * /
+ *         vmig_gate_exit(gate, i);
+ *     }
  *
  * The gate is closed at first, so threads may be started at once: vmig_start() lets them run. Whoever closes it sets the
  * byte, sends the signal, and waits until every vCPU is outside. Either of the two is enough where it makes the run come
