@@ -14,7 +14,7 @@ pub(crate) fn page(table: &str, stamp: &Stamp) -> Result<String, String> {
     let intro = table.lines().find(|l| !l.is_empty() && !l.starts_with(['#', '|']));
     let intro = intro.ok_or("docs/options.md says nothing before its table")?;
     // Where the table comes from matters to who changes it, not to who reads a page.
-    out += &filled(&intro.split(". ").filter(|s| !s.contains("src/options.rs")).collect::<Vec<_>>().join(". "));
+    out += &filled(&intro.split(". ").filter(|s| !s.contains("src/options")).collect::<Vec<_>>().join(". "));
     out += &roff::section("OPTIONS");
     let rows: Vec<_> = table.lines().filter(|l| l.starts_with("| `")).collect();
     if rows.is_empty() {
@@ -30,10 +30,12 @@ pub(crate) fn page(table: &str, stamp: &Stamp) -> Result<String, String> {
 fn option(row: &str) -> Option<String> {
     let cells = cells(row);
     let [name, values, default, qemu, live, meaning] = &cells[..] else { return None };
+    let (name, capability) = name.strip_suffix(" *c*").map_or((&name[..], false), |name| (name, true));
     let mut facts = format!("Values: {values}. Default: {default}");
     if qemu != default {
         facts += &format!(" (QEMU's: {qemu})");
     }
     facts += if live == "yes" { ". May change while a migration runs." } else { "." };
+    facts += if capability { " A capability over QMP." } else { "" };
     Some(tagged(&roff::prose(name), &format!("{}.br\n{}", filled(meaning), filled(&facts))))
 }
