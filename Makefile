@@ -73,13 +73,14 @@ define programs
 	mkdir -p $(1)
 	$(if $(wildcard c-examples/vmm/Makefile),+$(MAKE) --no-print-directory -C c-examples/vmm OUT=$(1) \
 	    CFLAGS="$(CFLAGS) $(3)" VMIG_CFLAGS="-I$(CURDIR)/include" VMIG_LIBS="$(2) $(LIBS_PRIVATE)")
+	$(if $(RDMA),$(CC) $(WARN) $(CFLAGS) $(3) -Iinclude -o $(1)/rdma c-examples/rdma.c $(2) $(LIBS_PRIVATE) -pthread -lrdmacm)
 	for t in $(C_TESTS); do \
 	    $(CC) $(WARN) $(CFLAGS) $(3) -Iinclude -o $(1)/$$t tests/c/$$t.c $(2) $(LIBS_PRIVATE) -pthread; \
 	done
 	touch $@
 endef
 
-## c: the C examples and test programs, into target/c
+## c: the C examples and test programs, into target/c (RDMA=1: the one that needs librdmacm, too)
 c: $(C)/.built
 $(C)/.built: $(LIB) $(C_SOURCES) Makefile
 	$(call programs,$(C),$(LIB),)

@@ -27,6 +27,11 @@ const CHAPTERS: &[Chapter] = &[
     },
     Chapter { title: "migrating", sources: &["src/capi/migrate.rs", "src/capi/check.rs"], fragment: None },
     Chapter {
+        title: "connections of your own",
+        sources: &["src/capi/channel.rs", "src/vmm/channel_ops.rs"],
+        fragment: None,
+    },
+    Chapter {
         title: "full control: sections of your own",
         sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],
         fragment: None,

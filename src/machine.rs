@@ -24,8 +24,9 @@ use crate::sys::eventfd::Wake;
 use crate::sys::kvm::Vm;
 use crate::sys::random::random;
 use crate::thread::{Handle, Threads, lock};
+use crate::transport::custom::Scheme;
 use crate::transport::uri::Uri;
-use crate::transport::{self, Target};
+use crate::transport::{Means, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
 use crate::wire::ask::MigrationId;
 use crate::wire::{hello, ram as wire_ram};
@@ -70,6 +71,8 @@ pub struct Machine {
     options: Arc<Options>,
     status: Arc<Status>,
     threads: Arc<Threads>,
+    /// What addresses need.
+    means: Means,
     kvm: Arc<Mutex<Option<WithKvm>>>,
     /// What a destination is sent to build itself from.
     config: Mutex<Option<Arc<[u8]>>>,
@@ -92,6 +95,7 @@ impl Machine {
         let (threads, keeper) = (Arc::<Threads>::default(), Arc::new(Keeper::new()?));
         Ok(Self {
             reception: Arc::new(Reception::new(&keeper, &threads)?),
+            means: Means { threads: Arc::clone(&threads), schemes: Arc::default() },
             keeper,
             vmm: Arc::new(vmm),
             ram: Arc::default(),
@@ -240,6 +244,11 @@ impl Machine {
         self.sections.remove(key)
     }
 
+    /// Adds a kind of connection.
+    pub fn add_scheme(&self, scheme: Arc<dyn Scheme>) -> Result<()> {
+        self.means.schemes.add(scheme)
+    }
+
     /// Sets an option.
     pub fn set(&self, name: &str, value: &str) -> Result<()> {
         let busy = self.status.check_idle().is_err();
@@ -279,7 +288,7 @@ impl Machine {
 
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
-        let uri = checked(uri)?;
+        let uri = self.checked(uri)?;
         let wake = Arc::new(Wake::new()?);
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
         let route = Arc::downgrade(&job.route);
@@ -294,10 +303,17 @@ impl Machine {
     pub fn check(&self, uri: &str) -> Result<Report> {
         self.vmm.bql().require_free("check a migration")?;
         self.status.check_idle()?;
-        let uri = checked(uri)?;
+        let uri = self.checked(uri)?;
         // What happens is nobody's news.
         let job = self.source_job(uri, Arc::new(Status::new()?), &Arc::new(Wake::new()?))?;
         outgoing::check(&job)
+    }
+
+    /// An address that can be used: asked before a descriptor of ours could take the number that it names.
+    fn checked(&self, uri: &str) -> Result<Uri> {
+        let uri = Uri::parse(uri)?;
+        self.means.check(&uri)?;
+        Ok(uri)
     }
 
     /// What a migration from here needs, or why there can be none.
@@ -318,9 +334,11 @@ impl Machine {
                 "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
             ));
         }
+        // Most commands only write; one that answers is waited for.
+        let answers = self.options.is_set(Opt::ReturnPath) && self.options.on(Opt::ReturnPath);
         let stop_timeout = self.options.time(Opt::StopTimeout);
         Ok(outgoing::Job {
-            route: Arc::new(Route::new(Target::new(uri, wake)?)?),
+            route: Arc::new(Route::new(Target::new(uri, answers, &self.means, wake)?)?),
             ram: self.ram.list(),
             sections: self.sections.snapshot(),
             kvm: kvm_of(&self.kvm, stop_timeout),
@@ -339,13 +357,13 @@ impl Machine {
 
     /// Listens at `uri` for a guest; returns at once.
     pub fn incoming(&self, uri: &str) -> Result<()> {
-        let uri = checked(uri)?;
+        let uri = self.checked(uri)?;
         self.status.check_idle()?;
         let take_stock = self.take_stock();
         let parts = take_stock()?;
         self.dirty.rest();
         let wake = Arc::new(Wake::new()?);
-        let door = Door::open(&self.reception, &uri, &wake)?;
+        let door = Door::open(&self.reception, &uri, &self.means, &wake)?;
         let before = self.vmm.expect_arrival()?;
         let was = self.keeper.expect();
         let address = door.address().map(str::to_owned);
@@ -446,15 +464,24 @@ impl Machine {
 
     /// Where a migration whose connection broke is to find its destination. \[any\]
     pub fn resume(&self, uri: &str) -> Result<()> {
-        let uri = Uri::parse(uri)?;
-        if matches!(uri, Uri::Fd(_)) {
-            return Err(Error::invalid("a migration goes on at an address: tcp:HOST:PORT or unix:PATH"));
+        let uri = self.checked(uri)?;
+        let nowhere = || {
+            Error::invalid(
+                "a migration goes on at an address where its destination can listen, such as tcp:HOST:PORT",
+            )
+        };
+        if matches!(uri, Uri::Fd(_) | Uri::Exec(_) | Uri::File { .. }) {
+            return Err(nowhere());
+        }
+        let target = Target::new(uri, false, &self.means, &Arc::new(Wake::new()?))?;
+        if !target.has_channels() {
+            return Err(nowhere());
         }
         let now = self.status.snapshot();
         let route = lock(&self.route).upgrade().filter(|_| now.side == Some(Side::Source));
         match route.filter(|_| now.state == State::Reconnecting) {
             Some(route) => {
-                route.change(Target::Address(uri));
+                route.change(target);
                 Ok(())
             }
             None => {
@@ -523,13 +550,6 @@ impl Drop for Machine {
             self.vmm.log().error(error);
         }
     }
-}
-
-/// An address that can be used: asked before a descriptor of ours could take the number that it names.
-fn checked(uri: &str) -> Result<Uri> {
-    let uri = Uri::parse(uri)?;
-    transport::check(&uri)?;
-    Ok(uri)
 }
 
 /// The guest's vCPUs, told how long they may take to leave the guest.

@@ -133,7 +133,8 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
             1,
             BOOL,
             false,
-            "Let the destination answer. On by default: without it success means only that all bytes were written.",
+            "Let the destination answer. On by default: without it success means only that all bytes were written. A \
+         command (exec:) is taken for a destination that answers only where this was switched on by name.",
         )
     },
     Row { qemu: 0, ..row("events", Type::Bool, 1, BOOL, false, "Queue events for vmig_next_event.") },
@@ -551,7 +552,8 @@ fn parse(row: &Row, text: &str) -> Result<u64> {
     Ok(value)
 }
 
-fn size(text: &str) -> Option<u64> {
+/// A number of bytes with an optional suffix.
+pub fn size(text: &str) -> Option<u64> {
     let (digits, shift) = match text.bytes().last()? {
         b'k' | b'K' => (&text[..text.len() - 1], 10),
         b'm' | b'M' => (&text[..text.len() - 1], 20),

@@ -9,6 +9,7 @@ pub mod kvm;
 pub mod kvm_x86;
 pub mod memory;
 pub mod pagemap;
+pub mod process;
 pub mod random;
 pub mod sized;
 pub mod thread_sys;

@@ -29,7 +29,11 @@ pub fn check_return(who: &str, value: c_int) -> Result<c_int> {
 
 /// A pointer of the VMM that only travels: we hand it back to the VMM's own functions and never look inside.
 #[derive(Clone, Copy, Debug)]
-struct Opaque(*mut c_void);
+pub(super) struct Opaque(pub(super) *mut c_void);
+
+impl Opaque {
+    pub(super) const NULL: Self = Self(std::ptr::null_mut());
+}
 
 // SAFETY: never dereferenced here; the C contract of each callback says on which threads it is called.
 unsafe impl Send for Opaque {}

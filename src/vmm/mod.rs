@@ -1,6 +1,8 @@
 //! The VMM as we see it: its hooks, its run state, its log.
 
 pub mod adapter;
+pub mod channel;
+pub mod channel_ops;
 pub mod handlers;
 pub mod log;
 pub mod ops;
