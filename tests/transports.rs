@@ -10,12 +10,12 @@ mod kinds;
 #[path = "transports/scheme.rs"]
 mod scheme;
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kinds::Kind::*;
-use kinds::{IN, Kind, LONG, OUT, Peer, TWO_WAY, World};
+use kinds::{IN, Kind, LONG, OUT, Peer, TWO_WAY, World, connected};
 use vmig::sys::io::{Piece, Room};
 use vmig::transport::Channel;
 
@@ -190,14 +190,14 @@ fn fill(channel: &dyn Channel, limit: Duration) -> vmig::error::Error {
 
 #[test]
 fn a_peer_that_stalls_is_noticed_both_ways() {
-    for kind in OUT.into_iter().filter(|kind| *kind != FileOut) {
+    for kind in OUT.into_iter().filter(|kind| !kind.is_file()) {
         let world = World::new(kind, &[]);
         let error = fill(&*world.ours, SHORT);
         assert_eq!(error.errno(), libc::ETIMEDOUT, "{kind:?}: {error}");
         assert_eq!(error.text(), "the peer took no byte for 0.06 seconds (option 'stall-timeout')", "{kind:?}");
         world.end();
     }
-    for kind in IN.into_iter().filter(|kind| *kind != FileIn) {
+    for kind in IN.into_iter().filter(|kind| !kind.is_file()) {
         let world = World::new(kind, &[]);
         let error = world.ours.read(&mut [0; 9], Some(SHORT)).unwrap_err();
         assert_eq!(error.text(), "the peer sent no byte for 0.06 seconds (option 'stall-timeout')", "{kind:?}");
@@ -228,8 +228,8 @@ fn a_cancel_ends_every_wait() {
 }
 
 fn waits() -> impl Iterator<Item = (Kind, bool)> {
-    let out = OUT.into_iter().filter(|kind| *kind != FileOut).map(|kind| (kind, true));
-    out.chain(IN.into_iter().filter(|kind| *kind != FileIn).map(|kind| (kind, false)))
+    let out = OUT.into_iter().filter(|kind| !kind.is_file()).map(|kind| (kind, true));
+    out.chain(IN.into_iter().filter(|kind| !kind.is_file()).map(|kind| (kind, false)))
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn shutdown_ends_the_waits_of_other_threads() {
 #[test]
 fn a_peer_that_goes_is_an_error_and_no_signal() {
     // SIGPIPE is ignored in Rust programs; tests/manners.rs has a program where it is not.
-    for kind in OUT.into_iter().filter(|kind| *kind != FileOut) {
+    for kind in OUT.into_iter().filter(|kind| !kind.is_file()) {
         let mut world = World::new(kind, &[]);
         world.ours.write(&[Piece::of(&pattern(5000))], LONG).unwrap();
         // Unread bytes make it a reset.
@@ -256,5 +256,59 @@ fn a_peer_that_goes_is_an_error_and_no_signal() {
             assert!(read.as_ref().map_or_else(|e| e.errno() != libc::ETIMEDOUT, |n| *n == 0), "{kind:?}: {read:?}");
         }
         world.end();
+    }
+}
+
+/// Whatever lies between us and the disk.
+#[test]
+fn a_full_disk_is_an_error_that_says_so() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for (uri, errno) in [
+        ("file:/dev/full".to_owned(), libc::ENOSPC),
+        ("file:/dev/full,offset=4096".to_owned(), libc::ENOSPC),
+        (format!("fd:{}", full.as_raw_fd()), libc::ENOSPC),
+        ("exec:exec cat >/dev/full".to_owned(), libc::EPIPE),
+        ("exec:cat | cat >/dev/full; exit 9".to_owned(), libc::EPIPE),
+    ] {
+        let (ours, threads) = connected(&uri);
+        let error = fill(&*ours, LONG);
+        assert!(error.errno() == errno && error.text().contains("No space left on device"), "{uri}: {error}");
+        assert!(ours.is_lost(), "{uri}");
+        drop(ours);
+        threads.join_all(Some(LONG)).unwrap();
+    }
+}
+
+#[test]
+fn a_child_that_dies_is_an_error_with_its_status_and_words() {
+    for (command, words) in [
+        ("head -c 5000 >/dev/null; echo sorry >&2; exit 3", "it ended with status 3 and said: sorry"),
+        ("head -c 5000 >/dev/null; kill -9 $$", "it was killed by signal 9"),
+        ("exec no-such-program", "it ended with status 127"),
+    ] {
+        let (ours, threads) = connected(&format!("exec:{command}"));
+        let error = fill(&*ours, LONG);
+        assert!(error.errno() == libc::EPIPE && error.text().contains(words), "{command}: {error}");
+        drop(ours);
+        threads.join_all(Some(LONG)).unwrap();
+    }
+    for (command, came, words) in [
+        ("printf abc; echo sorry >&2; exit 3", &b"abc"[..], "ended with status 3 and said: sorry"),
+        ("printf abc; kill -9 $$", b"abc", "was killed by signal 9"),
+        ("exit 4", b"", "ended with status 4"),
+    ] {
+        let (ours, threads) = connected(&format!("exec:{command}"));
+        let mut got = Vec::new();
+        let error = loop {
+            let mut some = [0; 2];
+            match ours.read(&mut some, Some(LONG)) {
+                Ok(0) => panic!("{command}: a good end"),
+                Ok(n) => got.extend_from_slice(&some[..n]),
+                Err(error) => break error,
+            }
+        };
+        assert!(got == came && error.errno() == libc::EIO && error.text().contains(words), "{command}: {error}");
+        drop(ours);
+        threads.join_all(Some(LONG)).unwrap();
     }
 }

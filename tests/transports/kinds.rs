@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -36,13 +36,23 @@ pub(crate) enum Kind {
     PipeIn,
     FileOut,
     FileIn,
+    /// `fd:` of a plain file.
+    FdFileOut,
+    FdFileIn,
 }
 use Kind::*;
 
+impl Kind {
+    /// Neither waits nor has anybody at the other end.
+    pub(crate) fn is_file(self) -> bool {
+        matches!(self, FileOut | FileIn | FdFileOut | FdFileIn)
+    }
+}
+
 pub(crate) const TWO_WAY: [Kind; 5] = [Tcp, Unix, Fd, Custom, Exec];
 /// Those we write to, and those we read from.
-pub(crate) const OUT: [Kind; 7] = [Tcp, Unix, Fd, Custom, Exec, PipeOut, FileOut];
-pub(crate) const IN: [Kind; 7] = [Tcp, Unix, Fd, Custom, Exec, PipeIn, FileIn];
+pub(crate) const OUT: [Kind; 8] = [Tcp, Unix, Fd, Custom, Exec, PipeOut, FileOut, FdFileOut];
+pub(crate) const IN: [Kind; 8] = [Tcp, Unix, Fd, Custom, Exec, PipeIn, FileIn, FdFileIn];
 
 /// The other end.
 pub(crate) enum Peer {
@@ -76,6 +86,14 @@ pub(crate) fn means(threads: &Arc<Threads>, counts: &'static Counts) -> Means {
     custom.take();
     schemes.add(Arc::new(CChannels(Arc::new(custom)))).unwrap();
     Means { threads: Arc::clone(threads), schemes: Arc::new(schemes) }
+}
+
+/// A connection to what needs no peer of ours.
+pub(crate) fn connected(uri: &str) -> (Arc<dyn Channel>, Arc<Threads>) {
+    let (wake, threads) = (Arc::new(Wake::new().unwrap()), Arc::new(Threads::new()));
+    let means = Means { threads: Arc::clone(&threads), schemes: Arc::default() };
+    let target = Target::new(Uri::parse(uri).unwrap(), true, &means, &wake).unwrap();
+    (target.connect(&wake, LONG).unwrap(), threads)
 }
 
 fn pipe() -> (OwnedFd, OwnedFd) {
@@ -141,15 +159,28 @@ impl World {
                     (accept(&format!("fd:{}", reader.as_raw_fd())), Peer::Pipe(Some(writer.into())))
                 }
             }
-            FileOut => {
+            FileOut | FdFileOut => {
                 let path = dir.join("f");
                 std::fs::write(&path, b"before, and behind").unwrap();
-                (connect(&format!("file:{},offset=6", path.display())), Peer::File(path))
+                if kind == FileOut {
+                    (connect(&format!("file:{},offset=6", path.display())), Peer::File(path))
+                } else {
+                    let mut file = OpenOptions::new().write(true).open(&path).unwrap();
+                    file.seek(SeekFrom::Start(6)).unwrap();
+                    file.set_len(6).unwrap();
+                    (connect(&format!("fd:{}", file.as_raw_fd())), Peer::File(path))
+                }
             }
-            FileIn => {
+            FileIn | FdFileIn => {
                 let path = dir.join("f");
                 std::fs::write(&path, [b"before", content].concat()).unwrap();
-                (accept(&format!("file:{},offset=6", path.display())), Peer::File(path))
+                if kind == FileIn {
+                    (accept(&format!("file:{},offset=6", path.display())), Peer::File(path))
+                } else {
+                    let mut file = File::open(&path).unwrap();
+                    file.seek(SeekFrom::Start(6)).unwrap();
+                    (accept(&format!("fd:{}", file.as_raw_fd())), Peer::File(path))
+                }
             }
         };
         World { kind, ours, peer, wake, threads, counts }
