@@ -112,7 +112,7 @@ impl Tally {
 #[test]
 fn whatever_fails_the_guest_is_where_it_belongs() {
     let all = all_points();
-    let chosen = points("faults", all.len(), 100);
+    let chosen = points("faults", all.len(), 160);
     let (next, tally) = (AtomicUsize::new(0), Tally::default());
     std::thread::scope(|scope| {
         for _ in 0..WORKERS {

@@ -256,12 +256,15 @@ impl World {
             failed |= is_source == at_source && error != "value none";
             words = format!("{words}\n{}: {error}", program.name);
         }
-        await_left(&what, &mut source, before[0]);
-        // Connections of the VMM's own making have a thread that takes them in.
-        let threads = if over == Over::Own { 2 } else { 1 };
-        await_left(&what, &mut destination, [before[1][0] + 1, before[1][1] + threads, 0]);
         let (mut source, mut destination) = (Some(source), Some(destination));
         let outcome = self.judge(&what, &mut source, &mut destination, self.board.starts());
+        // A side that does not know who has the guest goes on asking until it was told.
+        if let (Some(source), Some(destination)) = (&mut source, &mut destination) {
+            await_left(&what, source, before[0]);
+            // Connections of the VMM's own making have a thread that takes them in.
+            let threads = if over == Over::Own { 2 } else { 1 };
+            await_left(&what, destination, [before[1][0] + 1, before[1][1] + threads, 0]);
+        }
         self.go_on(&what, outcome, source, destination);
         Struck { hit, outcome, calls, words, failed }
     }
