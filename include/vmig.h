@@ -854,9 +854,9 @@ int vmig_incoming(vmig *m,
  * [any][cb] */
 int vmig_cancel(vmig *m);
 
-/* At the source in state `reconnecting`: tries `uri` (tcp or unix) next, at once, and stays with it. It must lead to the
- * same destination: another one refuses, and the tries go on until `resume-timeout` is over. -EINVAL in any other state,
- * at the destination, and for a URI that is not understood. [any][cb] */
+/* At the source in state `reconnecting`: tries `uri`, an address where its destination can listen, next, at once, and stays
+ * with it. It must lead to the same destination: another one refuses, and the tries go on until `resume-timeout` is over.
+ * -EINVAL in any other state, at the destination, and for a URI that is not understood. [any][cb] */
 int vmig_resume(vmig *m,
                 const char *uri);
 

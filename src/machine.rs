@@ -25,6 +25,7 @@ use crate::sys::kvm::Vm;
 use crate::sys::random::random;
 use crate::thread::{Handle, Threads, lock};
 use crate::transport::custom::Scheme;
+use crate::transport::file::{FdSets, KeepsFdSets};
 use crate::transport::uri::Uri;
 use crate::transport::{Means, Target};
 use crate::vmm::{Moment, Phase, Reasons, StopReason, Vmm};
@@ -95,7 +96,7 @@ impl Machine {
         let (threads, keeper) = (Arc::<Threads>::default(), Arc::new(Keeper::new()?));
         Ok(Self {
             reception: Arc::new(Reception::new(&keeper, &threads)?),
-            means: Means { threads: Arc::clone(&threads), schemes: Arc::default() },
+            means: Means { threads: Arc::clone(&threads), schemes: Arc::default(), fd_sets: FdSets::default() },
             keeper,
             vmm: Arc::new(vmm),
             ram: Arc::default(),
@@ -247,6 +248,11 @@ impl Machine {
     /// Adds a kind of connection.
     pub fn add_scheme(&self, scheme: Arc<dyn Scheme>) -> Result<()> {
         self.means.schemes.add(scheme)
+    }
+
+    /// What `file:/dev/fdset/N` means from now on; false: somebody said so already.
+    pub fn keep_fd_sets(&self, keeper: Arc<dyn KeepsFdSets>) -> bool {
+        self.means.fd_sets.keep(keeper)
     }
 
     /// Sets an option.

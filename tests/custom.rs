@@ -27,6 +27,11 @@ fn a_connection_may_break_anywhere() {
 }
 
 #[test]
+fn one_that_breaks_is_made_again() {
+    case("resume");
+}
+
+#[test]
 fn what_goes_wrong_is_told() {
     case("errors");
 }

@@ -280,9 +280,9 @@ pub unsafe extern "C" fn vmig_cancel(m: *mut vmig) -> c_int {
     })
 }
 
-/// At the source in state `reconnecting`: tries `uri` (tcp or unix) next, at once, and stays with it. It must lead to the
-/// same destination: another one refuses, and the tries go on until `resume-timeout` is over. -EINVAL in any other state,
-/// at the destination, and for a URI that is not understood. \[any\]\[cb\]
+/// At the source in state `reconnecting`: tries `uri`, an address where its destination can listen, next, at once, and stays
+/// with it. It must lead to the same destination: another one refuses, and the tries go on until `resume-timeout` is over.
+/// -EINVAL in any other state, at the destination, and for a URI that is not understood. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_resume(m: *mut vmig, uri: *const c_char) -> c_int {
     enter("vmig_resume", || {

@@ -23,6 +23,7 @@ use crate::thread::Threads;
 use channel::FdChannel;
 use custom::{CustomChannel, Entrance, Scheme, Schemes};
 use exec::ExecChannel;
+use file::FdSets;
 use uri::Uri;
 
 /// The option that every limit of a [`Channel`] comes from, unless its caller says better.
@@ -157,6 +158,8 @@ pub struct Means {
     pub threads: Arc<Threads>,
     /// Schemes the VMM added.
     pub schemes: Arc<Schemes>,
+    /// Files by numbers instead of names.
+    pub fd_sets: FdSets,
 }
 
 impl Means {
@@ -165,6 +168,7 @@ impl Means {
         match uri {
             Uri::Fd(fd) => io::duplicate(*fd).map(drop),
             Uri::Custom { scheme, .. } => self.schemes.find(scheme).map(drop),
+            Uri::File { path, .. } => self.fd_sets.check(path),
             _ => Ok(()),
         }
     }
@@ -183,6 +187,8 @@ pub enum Target {
         path: String,
         /// Where in it the stream begins.
         offset: u64,
+        /// What the path may be a number in.
+        sets: FdSets,
     },
     /// A command to be run.
     Exec {
@@ -209,7 +215,7 @@ impl Target {
         Ok(match uri {
             Uri::Tcp { .. } | Uri::Unix { .. } | Uri::Vsock { .. } => Target::Address(uri),
             Uri::Fd(fd) => Target::Ready(Arc::new(FdChannel::of_caller(fd, true, wake)?)),
-            Uri::File { path, offset } => Target::File { path, offset },
+            Uri::File { path, offset } => Target::File { path, offset, sets: means.fd_sets.clone() },
             Uri::Exec(command) => Target::Exec { command, answers, threads: Arc::clone(&means.threads) },
             Uri::Custom { scheme, address } => Target::Custom { scheme: means.schemes.find(&scheme)?, address },
         })
@@ -220,7 +226,7 @@ impl Target {
         Ok(match self {
             Target::Address(uri) => Arc::new(socket::connect(uri, wake, limit)?),
             Target::Ready(channel) => Arc::clone(channel),
-            Target::File { path, offset } => Arc::new(file::create(path, *offset, wake)?),
+            Target::File { path, offset, sets } => Arc::new(file::create(path, *offset, sets, wake)?),
             Target::Exec { command, answers, threads } => {
                 Arc::new(ExecChannel::new(command, *answers, threads, wake)?)
             }
@@ -268,7 +274,9 @@ pub fn listen(uri: &Uri, means: &Means, wake: &Arc<Wake>) -> Result<Listener> {
             Listener::Many(Listening::Socket(socket::Listener::new(uri)?))
         }
         Uri::Fd(fd) => Listener::Once(Target::Ready(Arc::new(FdChannel::of_caller(*fd, false, wake)?))),
-        Uri::File { path, offset } => Listener::Once(Target::Ready(Arc::new(file::read(path, *offset, wake)?))),
+        Uri::File { path, offset } => {
+            Listener::Once(Target::Ready(Arc::new(file::read(path, *offset, &means.fd_sets, wake)?)))
+        }
         Uri::Exec(_) => Listener::Once(Target::new(uri.clone(), true, means, wake)?),
         Uri::Custom { scheme, address } => {
             let words = format!("{scheme}:{address}");

@@ -47,8 +47,6 @@ pub enum Uri {
 
 /// The schemes of the library itself.
 pub const SCHEMES: [&str; 6] = ["tcp", "unix", "vsock", "fd", "exec", "file"];
-/// Files behind numbers that a QMP client made known, which no file system has.
-const FD_SETS: &str = "/dev/fdset/";
 
 impl Uri {
     /// Understands a URI.
@@ -101,10 +99,6 @@ fn file(rest: &str) -> Result<Uri> {
     };
     if path.is_empty() {
         return Err(Error::invalid("'file:' names no file"));
-    }
-    if path.starts_with(FD_SETS) {
-        let text = format!("'{path}': this library knows no fd sets; open the file yourself and take fd:NUMBER");
-        return Err(Error::new(libc::ENOTSUP, text));
     }
     Ok(Uri::File { path: path.to_owned(), offset })
 }
@@ -174,6 +168,5 @@ mod tests {
             let error = Uri::parse(&format!("file:x,offset={offset}")).unwrap_err();
             assert_eq!((error.errno(), error.text()), (libc::EINVAL, &*format!("file URI has bad offset {offset}")));
         }
-        assert_eq!(Uri::parse("file:/dev/fdset/3,offset=7").unwrap_err().errno(), libc::ENOTSUP);
     }
 }

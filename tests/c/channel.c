@@ -332,6 +332,30 @@ static void case_breaks(void)
     CHECK(broken > 2, "only %u broke", broken);
 }
 
+/* The migration goes on over another connection, at the address that is named meanwhile. */
+static void case_resume(void)
+{
+    vmig_channel_ops ops = pair_ops(0);
+
+    for (int channels = 0; channels < 3; channels += 2) {
+        begin(MANY);
+        CHECK(vmig_set(src.m, "resume-timeout", "60000") == 0, "option");
+        CHECK(vmig_set(src.m, "multifd-channels", channels ? "2" : "0") == 0, "channels");
+        CHECK(vmig_add_channel(src.m, "single", &ops, &plot, NULL) == 0, "of which there is one");
+        plot.cut_after = 30000;
+        CHECK(vmig_incoming(dst.m, "pair:a") == 0 && vmig_outgoing(src.m, "pair:a") == 0, "begin");
+        for (int i = 0; i < WAIT_MS && state_of(&src) != VMIG_STATE_RECONNECTING; i++)
+            usleep(1000);
+        CHECK(vmig_resume(src.m, "single:a") == -EINVAL && strstr(vmig_errmsg(), "at an address"), "%s", vmig_errmsg());
+        CHECK(vmig_resume(src.m, "pair:nobody") == 0, "nobody there");
+        plot.cut_after = 0;
+        CHECK(vmig_resume(src.m, "pair:a") == 0, "here it is");
+        end_pair(&src, &dst);
+        expect(VMIG_STATE_COMPLETED, VMIG_STATE_COMPLETED, NULL);
+        end();
+    }
+}
+
 static void case_errors(void)
 {
     vmig_channel_ops ops = pair_ops(0);
@@ -405,6 +429,8 @@ int main(int argc, char **argv)
         case_address();
     else if (!strcmp(name, "breaks"))
         case_breaks();
+    else if (!strcmp(name, "resume"))
+        case_resume();
     else if (!strcmp(name, "errors"))
         case_errors();
     else if (!strcmp(name, "freed"))

@@ -13,6 +13,7 @@ use std::time::Duration;
 use vmig::sys::eventfd::Wake;
 use vmig::thread::Threads;
 use vmig::transport::custom::Schemes;
+use vmig::transport::file::{FdSets, KeepsFdSets};
 use vmig::transport::uri::Uri;
 use vmig::transport::{self, Channel, Listener, Means, Target};
 use vmig::vmm::channel::{CChannels, CScheme};
@@ -39,20 +40,23 @@ pub(crate) enum Kind {
     /// `fd:` of a plain file.
     FdFileOut,
     FdFileIn,
+    /// `file:` of a numbered set.
+    SetOut,
+    SetIn,
 }
 use Kind::*;
 
 impl Kind {
     /// Neither waits nor has anybody at the other end.
     pub(crate) fn is_file(self) -> bool {
-        matches!(self, FileOut | FileIn | FdFileOut | FdFileIn)
+        matches!(self, FileOut | FileIn | FdFileOut | FdFileIn | SetOut | SetIn)
     }
 }
 
 pub(crate) const TWO_WAY: [Kind; 5] = [Tcp, Unix, Fd, Custom, Exec];
 /// Those we write to, and those we read from.
-pub(crate) const OUT: [Kind; 8] = [Tcp, Unix, Fd, Custom, Exec, PipeOut, FileOut, FdFileOut];
-pub(crate) const IN: [Kind; 8] = [Tcp, Unix, Fd, Custom, Exec, PipeIn, FileIn, FdFileIn];
+pub(crate) const OUT: [Kind; 9] = [Tcp, Unix, Fd, Custom, Exec, PipeOut, FileOut, FdFileOut, SetOut];
+pub(crate) const IN: [Kind; 9] = [Tcp, Unix, Fd, Custom, Exec, PipeIn, FileIn, FdFileIn, SetIn];
 
 /// The other end.
 pub(crate) enum Peer {
@@ -77,6 +81,17 @@ pub(crate) struct World {
     pub(crate) counts: &'static Counts,
 }
 
+/// The set of number 7, of which each descriptor is open one way.
+#[derive(Debug)]
+struct Set([OwnedFd; 2]);
+
+impl KeepsFdSets for Set {
+    fn open(&self, set: u64, writing: bool) -> vmig::error::Result<OwnedFd> {
+        assert_eq!(set, 7);
+        Ok(self.0[usize::from(writing)].try_clone().unwrap())
+    }
+}
+
 pub(crate) fn means(threads: &Arc<Threads>, counts: &'static Counts) -> Means {
     let schemes = Schemes::default();
     let opaque = std::ptr::from_ref(counts).cast_mut().cast();
@@ -85,13 +100,14 @@ pub(crate) fn means(threads: &Arc<Threads>, counts: &'static Counts) -> Means {
     let custom = unsafe { CScheme::new("pair", &raw const ops, opaque, Some(scheme::destroy)) }.unwrap();
     custom.take();
     schemes.add(Arc::new(CChannels(Arc::new(custom)))).unwrap();
-    Means { threads: Arc::clone(threads), schemes: Arc::new(schemes) }
+    let fd_sets = FdSets::default();
+    Means { threads: Arc::clone(threads), schemes: Arc::new(schemes), fd_sets }
 }
 
 /// A connection to what needs no peer of ours.
 pub(crate) fn connected(uri: &str) -> (Arc<dyn Channel>, Arc<Threads>) {
     let (wake, threads) = (Arc::new(Wake::new().unwrap()), Arc::new(Threads::new()));
-    let means = Means { threads: Arc::clone(&threads), schemes: Arc::default() };
+    let means = Means { threads: Arc::clone(&threads), schemes: Arc::default(), fd_sets: FdSets::default() };
     let target = Target::new(Uri::parse(uri).unwrap(), true, &means, &wake).unwrap();
     (target.connect(&wake, LONG).unwrap(), threads)
 }
@@ -127,6 +143,10 @@ impl World {
             Listener::Once(target) => target.connect(&wake, LONG).unwrap(),
             Listener::Many(_) => panic!("not a single connection"),
         };
+        let fill_set = |path: &Path| {
+            let open = [File::open(path), OpenOptions::new().write(true).open(path)];
+            assert!(means.fd_sets.keep(Arc::new(Set(open.map(|file| file.unwrap().into())))));
+        };
         let (ours, peer) = match kind {
             Tcp => {
                 let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -159,10 +179,13 @@ impl World {
                     (accept(&format!("fd:{}", reader.as_raw_fd())), Peer::Pipe(Some(writer.into())))
                 }
             }
-            FileOut | FdFileOut => {
+            FileOut | FdFileOut | SetOut => {
                 let path = dir.join("f");
                 std::fs::write(&path, b"before, and behind").unwrap();
-                if kind == FileOut {
+                if kind == SetOut {
+                    fill_set(&path);
+                    (connect("file:/dev/fdset/7,offset=6"), Peer::File(path))
+                } else if kind == FileOut {
                     (connect(&format!("file:{},offset=6", path.display())), Peer::File(path))
                 } else {
                     let mut file = OpenOptions::new().write(true).open(&path).unwrap();
@@ -171,10 +194,13 @@ impl World {
                     (connect(&format!("fd:{}", file.as_raw_fd())), Peer::File(path))
                 }
             }
-            FileIn | FdFileIn => {
+            FileIn | FdFileIn | SetIn => {
                 let path = dir.join("f");
                 std::fs::write(&path, [b"before", content].concat()).unwrap();
-                if kind == FileIn {
+                if kind == SetIn {
+                    fill_set(&path);
+                    (accept("file:/dev/fdset/7,offset=6"), Peer::File(path))
+                } else if kind == FileIn {
                     (accept(&format!("file:{},offset=6", path.display())), Peer::File(path))
                 } else {
                     let mut file = File::open(&path).unwrap();
