@@ -179,7 +179,7 @@ fn processes_with(mark: &str) -> Vec<PathBuf> {
 #[test]
 fn a_command_that_outlives_its_use_is_killed_with_its_pipeline() {
     let dir = scratch("commands");
-    let mark = format!("98765.{}", std::process::id());
+    let mark = format!("654.{}", std::process::id());
     for command in [
         // Deaf to SIGTERM, or to be asked only once.
         format!("trap '' TERM; head -c 90000 >/dev/null; exec <&-; sleep {mark} | sleep {mark}"),

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(5);
 
-/// What hangs, `@` being a number nobody else has: alone, as a pipeline, deaf to SIGTERM, and in a group that has lost its
+/// What hangs, `@` being a time nobody else sleeps, some minutes: alone, as a pipeline, deaf to SIGTERM, and in a group that has lost its
 /// shell.
 const SOURCES: [&str; 4] = [
     "exec sleep @",
@@ -31,7 +31,7 @@ const DESTINATIONS: [&str; 4] = [
 ];
 
 fn mark(case: usize) -> String {
-    format!("8{case}{}.5", std::process::id())
+    format!("6{case:02}.{}", std::process::id())
 }
 
 /// The processes, zombies too, that have a word of this kind; a zombie has no words, but a parent.

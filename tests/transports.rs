@@ -133,6 +133,15 @@ fn thousands_of_tiny_writes_arrive_in_order() {
 
 extern "C" fn nothing(_: libc::c_int) {}
 
+/// Set when it goes, which it does when a test fails, too.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Signals without SA_RESTART rain on the thread that works: EINTR is no end, and loses nothing.
 #[test]
 fn signals_do_no_harm() {
@@ -153,13 +162,13 @@ fn signals_do_no_harm() {
                 std::thread::sleep(Duration::from_micros(200));
             }
         });
+        let _end = AtEnd(&over);
         for kind in OUT {
             transfer(kind, true, &bytes, &[300_000, 1]);
         }
         for kind in IN {
             transfer(kind, false, &bytes, &[300_000, 1]);
         }
-        over.store(true, Ordering::Relaxed);
     });
 }
 
