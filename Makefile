@@ -35,9 +35,10 @@ WARN := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Werror
 C_TESTS := $(filter-out header_%,$(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c)))
 C_SOURCES := include/vmig.h $(wildcard c-examples/*.[ch] c-examples/*/* tests/c/*.[ch])
 # Functions whose callers inside the library are led through tests/c/doors in `make c-fault`.
-DOORS := accept4 bind connect eventfd fchmod fcntl fstat fstat64 fstatfs getsockname getsockopt ioctl listen lseek lseek64 \
-    lstat64 madvise memfd_create mmap mmap64 mprotect open open64 poll pread64 pthread_create read readlink readv recv \
-    recvmsg sendmsg setsockopt socket stat64 statx write writev
+DOORS := accept4 bind connect eventfd fchmod fcntl fstat fstat64 fstatfs ftruncate64 getsockname getsockopt ioctl listen \
+    lseek lseek64 lstat64 madvise memfd_create mmap mmap64 mprotect open open64 pipe2 poll posix_spawn \
+    posix_spawn_file_actions_addclosefrom_np posix_spawn_file_actions_adddup2 posix_spawn_file_actions_init pread64 \
+    pthread_create read readlink readv recv recvmsg sendmsg setsockopt socket stat64 statx syscall waitid write writev
 DOORS_OBJ := $(TARGET)/fault/doors.o
 # The programs `make demo` runs; nothing else is built into these directories.
 C := $(TARGET)/c
@@ -95,13 +96,14 @@ define programs
 	mkdir -p $(1)
 	$(if $(wildcard c-examples/vmm/Makefile),+$(MAKE) --no-print-directory -C c-examples/vmm OUT=$(1) \
 	    CFLAGS="$(CFLAGS) $(3)" VMIG_CFLAGS="-I$(CURDIR)/include" VMIG_LIBS="$(2) $(LIBS_PRIVATE)")
+	$(if $(RDMA),$(CC) $(WARN) $(CFLAGS) $(3) -Iinclude -o $(1)/rdma c-examples/rdma.c $(2) $(LIBS_PRIVATE) -pthread -lrdmacm)
 	for t in $(C_TESTS); do \
 	    $(CC) $(WARN) $(CFLAGS) $(3) -Iinclude -o $(1)/$$t tests/c/$$t.c $(2) $(LIBS_PRIVATE) -pthread; \
 	done
 	touch $@
 endef
 
-## c: the C examples and test programs, into target/c
+## c: the C examples and test programs, into target/c (RDMA=1: the one that needs librdmacm, too)
 c: $(C)/.built
 $(C)/.built: $(LIB) $(C_SOURCES) Makefile
 	$(call programs,$(C),$(LIB),)

@@ -35,6 +35,11 @@ const CHAPTERS: &[Chapter] = &[
     Chapter { title: "a VMM with one thread", sources: &["src/capi/dispatch.rs"], fragment: None },
     Chapter { title: "observing", sources: &["src/capi/observe.rs"], fragment: None },
     Chapter {
+        title: "connections of your own",
+        sources: &["src/capi/channel.rs", "src/vmm/channel_ops.rs"],
+        fragment: None,
+    },
+    Chapter {
         title: "full control: sections of your own",
         sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],
         fragment: None,

@@ -925,9 +925,21 @@ typedef struct vmig_check_report {
 
 /* Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. [any]
  *
- * `tcp:HOST:PORT` (an IPv6 address stands in brackets; no host is loopback), `unix:PATH`, or `fd:NUMBER` for a
- * connected socket, a pipe or a file the VMM opened (the library works on a duplicate; closing or not closing yours is
- * up to you). Over pipes and files nothing comes back, so success means only that all bytes were written.
+ * | URI | where to |
+ * |---|---|
+ * | `tcp:HOST:PORT` | a socket; an IPv6 address stands in brackets; no host is loopback |
+ * | `unix:PATH`, `vsock:CID:PORT` | a socket |
+ * | `fd:NUMBER` | a connected socket, a pipe or a file the VMM opened. The library works on a duplicate; closing or not closing yours is up to you |
+ * | `file:PATH` or `file:PATH,offset=BYTES` | a file, made if it is not there, cut off at the offset, and written from there on; what stands before is not touched. The offset may be 0x1000 or 10k |
+ * | `exec:COMMAND` | the standard input of what `/bin/sh -c` runs |
+ * | anything that vmig_add_channel() added | |
+ *
+ * Over pipes and files nothing comes back, so success means only that all bytes were written; of a command, that it took
+ * them and ended with status 0. One that fails before it has everything fails the migration, with its status and what it
+ * said on standard error; one that fails afterwards leaves `switchover-unknown`. Where option `return-path` is switched on
+ * by name, what a command writes is read as a destination's answers, as over a socket. A command has its own process
+ * group, no signal blocked, and no descriptors but its three; it is killed if it goes on for more than a second when it
+ * is not wanted any more.
  *
  * -EINVAL: a URI that is not understood; -EBUSY: a migration runs, or something blocks migration; -EPERM: the guest is
  * not here. What happens later is in vmig_get_status() and vmig_get_error(). */
@@ -937,7 +949,8 @@ int vmig_outgoing(vmig *m,
 /* Listens at `uri` for a guest and returns at once; the thread `incoming` does the work. [free]
  *
  * URIs as for vmig_outgoing(). With TCP port 0 the system chooses one: read it from vmig_get(m, "listen-address"). A
- * unix socket can be connected to by its owner only. Accepts one source. When the guest has arrived it is started
+ * unix socket can be connected to by its owner only. A file is read, and a command's standard output; if it ends with
+ * another status than 0 within a second of its last byte the guest is not taken. Accepts one source. When the guest has arrived it is started
  * through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
  *
  * If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
@@ -956,9 +969,9 @@ int vmig_incoming(vmig *m,
  * [any][cb] */
 int vmig_cancel(vmig *m);
 
-/* At the source in state `reconnecting`: tries `uri` (tcp or unix) next, at once, and stays with it. It must lead to the
- * same destination: another one refuses, and the tries go on until `resume-timeout` is over. -EINVAL in any other state,
- * at the destination, and for a URI that is not understood. [any][cb] */
+/* At the source in state `reconnecting`: tries `uri`, an address where its destination can listen, next, at once, and stays
+ * with it. It must lead to the same destination: another one refuses, and the tries go on until `resume-timeout` is over.
+ * -EINVAL in any other state, at the destination, and for a URI that is not understood. [any][cb] */
 int vmig_resume(vmig *m,
                 const char *uri);
 
@@ -1042,7 +1055,7 @@ char *vmig_get(vmig *m,
  * vmig_start() or is stopped: vCPUs that run cannot be looked at.
  *
  * -EBUSY: a migration runs here, another guest is arriving there, or something blocks migration; -ENOTSUP: nobody can be
- * asked at such an address (fd:, or with peer=qemu); -EPERM: the guest is not here; also errors of connecting. [free] */
+ * asked at such an address (fd:, file:, exec:, or with peer=qemu); -EPERM: the guest is not here; also errors of connecting. [free] */
 int vmig_check(vmig *m,
                const char *uri,
                vmig_check_report *report,
@@ -1209,7 +1222,74 @@ int vmig_dispatch_fd(vmig *m);
 char *vmig_metrics(vmig *m,
                    const char *labels);
 
-/* ---- 10. full control: sections of your own -------------------------------------------------------------------- */
+/* ---- 10. connections of your own ------------------------------------------------------------------------------- */
+/* A VMM that has its own way to the other side adds it as a channel: callbacks that connect, listen, read and write.
+ * From then on `scheme:address` is a URI like any other. c-examples/rdma.c does it for RDMA. */
+
+/* Flag of a channel: several connections to one address are possible, so pages can travel on some of their own (option
+ * `multifd`), and a source whose connection broke can ask what became of the guest. */
+#define VMIG_CHANNEL_MANY 1
+
+/* For `shutdown`: nothing more is written; the peer reads the end behind what was. */
+#define VMIG_SHUT_WRITE 1
+
+#define VMIG_SHUT_BOTH 2         /* For `shutdown`: nothing more is written or read. */
+
+/* Callbacks of a kind of connection: reliable, in order, both ways, with an end in each direction, as TCP is.
+ *
+ * They are called on threads of the library, without the big lock, and must not throw or longjmp. A `timeout_ms` is
+ * how long a call may wait; 0 is not at all; the library never asks for more than 50, and looks at cancels and
+ * limits (options `connect-timeout`, `stall-timeout`) between two calls: so no callback needs to know of these. What
+ * does not happen in time is -EAGAIN (or -EINTR), after which the call is repeated; any other negative errno ends the
+ * connection and is part of the migration's error.
+ *
+ * They may call the vmig functions marked `[cb]`. On one connection at most one `read` and one `write` run at a time, on two threads; `shutdown` may come on a third
+ * while they run. `close` comes last, once, when no other call runs. The struct is copied when the channel is added. */
+typedef struct vmig_channel_ops {
+    /* Size of the struct, in bytes: VMIG_SIZED(vmig_channel_ops). */
+    size_t size;
+    /* Sum of VMIG_CHANNEL_... flags. */
+    uint32_t flags;
+    /* 0. */
+    uint32_t reserved;
+    /* Connects to `address`, what follows the colon of the URI. `*conn` is NULL before the first call for a connection;
+     * what is stored there is handed to the other callbacks. After -EAGAIN the call is repeated with what was stored;
+     * after an error, or if it is not wanted any more, `close` is called with it, unless it is NULL. NULL: this side
+     * can only listen. */
+    int (*connect)(void *opaque, const char *address, int timeout_ms, void **conn);
+    /* Listens at `address`, and stores what `accept` is called with. Called by vmig_incoming(), on its thread. NULL:
+     * this side can only connect. */
+    int (*listen)(void *opaque, const char *address, void **listener);
+    /* Takes a connection and stores it in `*conn`. */
+    int (*accept)(void *opaque, void *listener, int timeout_ms, void **conn);
+    /* Listens no more. The last call with this listener; connections it gave go on. */
+    void (*unlisten)(void *opaque, void *listener);
+    /* Reads at least one byte and at most `len`, of which there is at least one, and returns how many; 0: the peer has
+     * ended. `buf` may be guest memory. Required. */
+    int64_t (*read)(void *opaque, void *conn, void *buf, size_t len, int timeout_ms);
+    /* Writes at least one byte and at most `len`, of which there is at least one, and returns how many. `buf` may be
+     * guest memory, which may change meanwhile; it is not to be used after the return. Required. */
+    int64_t (*write)(void *opaque, void *conn, const void *buf, size_t len, int timeout_ms);
+    /* Ends one direction, or both; `how` is VMIG_SHUT_WRITE or VMIG_SHUT_BOTH. Calls that wait in that direction must
+     * come back, as they do anyway when their time is up. Does not wait. Required. */
+    void (*shutdown)(void *opaque, void *conn, int how);
+    /* Ends the connection, if it has not ended, and frees it. Required. */
+    void (*close)(void *opaque, void *conn);
+} vmig_channel_ops;
+
+/* Adds a kind of connection: `scheme` is what stands before the colon of its URIs, up to 32 small letters, digits, `+`,
+ * `-` and `.`, a letter first. It stays until vmig_free(), which calls `destroy(opaque)`, if given,
+ * once, after every other callback. If this call fails `destroy` is not called.
+ *
+ * -EEXIST: there is such a scheme, or it is one of the library's own (tcp, unix, vsock, fd, exec, file); -EINVAL: not a
+ * name for a scheme, or a required callback is missing. [any] */
+int vmig_add_channel(vmig *m,
+                     const char *scheme,
+                     const vmig_channel_ops *ops,
+                     void *opaque,
+                     void (*destroy)(void *opaque));
+
+/* ---- 11. full control: sections of your own -------------------------------------------------------------------- */
 /* A device with much state sends it while the guest runs: its own callbacks write and read bodies in a format of its
  * own, which the library frames, so that a body read too short or too long is an error with a name and an offset. */
 

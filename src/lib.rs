@@ -14,7 +14,7 @@
 //! | touches guest bytes | [`ram`] |
 //! | knows which pages were written | [`dirty`] |
 //! | saves or loads a device | [`section`]; of KVM itself: [`kvm`] |
-//! | calls a C function pointer | [`vmm`] for hooks and run-state handlers, [`section`] for devices |
+//! | calls a C function pointer | [`vmm`] for hooks, run-state handlers and connections, [`section`] for devices |
 //! | takes a C pointer | [`capi`] |
 //! | speaks QMP | [`qmp`] |
 //!

@@ -234,7 +234,9 @@ fn parse(row: &Row, text: &str) -> Result<u64> {
     Ok(value)
 }
 
-fn size(text: &str) -> Option<u64> {
+/// A number of bytes with an optional suffix.
+/// A number of bytes with an optional suffix.
+pub fn size(text: &str) -> Option<u64> {
     let (digits, shift) = match text.bytes().last()? {
         b'k' | b'K' => (&text[..text.len() - 1], 10),
         b'm' | b'M' => (&text[..text.len() - 1], 20),

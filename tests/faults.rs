@@ -9,6 +9,7 @@ mod kill;
 mod program;
 
 use common::{built, points, run, scratch, words};
+use kill::over::Over;
 use kill::world::{DOORS, Outcome, Struck, Way, World};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,6 +32,7 @@ const NAMES: [(&str, &str); DOORS] = [
     ("stat", "Input/output error"),
     ("socket", "No buffer space available"),
     ("thread", "Resource temporarily unavailable"),
+    ("spawn", "Cannot allocate memory"),
 ];
 const CALLBACK: (&str, &str) = ("callback", "Numerical argument out of domain");
 const WORKERS: usize = 8;
@@ -38,6 +40,7 @@ const WORKERS: usize = 8;
 #[derive(Clone, Copy, Debug)]
 struct Point {
     at_source: bool,
+    over: Over,
     multifd: bool,
     way: Way,
 }
@@ -59,15 +62,23 @@ fn world() -> World {
 fn all_points() -> Vec<Point> {
     let mut world = world();
     let mut all = Vec::new();
-    for (at_source, multifd) in [(true, false), (true, true), (false, false), (false, true)] {
-        let doors = world.strike(at_source, multifd, Way::Door(0, 0));
-        let callbacks = world.strike(at_source, multifd, Way::Callback(0));
+    let sides = [true, false].into_iter().flat_map(|at_source| {
+        let command = if at_source { Over::Command } else { Over::ListeningCommand };
+        let ways = [(Over::Unix, false), (Over::Unix, true), (Over::Own, true), (command, false)];
+        ways.map(|(over, multifd)| (at_source, over, multifd))
+    });
+    for (at_source, over, multifd) in sides {
+        let doors = world.strike(at_source, over, multifd, Way::Door(0, 0));
+        let callbacks = world.strike(at_source, over, multifd, Way::Callback(0));
         assert_eq!((doors.outcome, callbacks.outcome), (Outcome::Moved, Outcome::Moved));
         let ways =
             doors.calls.iter().enumerate().flat_map(|(door, n)| (1..=*n).map(move |call| Way::Door(door, call)));
         let ways = ways.chain((1..=callbacks.calls[0]).map(Way::Callback));
-        all.extend(ways.map(|way| Point { at_source, multifd, way }));
-        println!("source {at_source}, multifd {multifd}: {:?}, {} callbacks", doors.calls, callbacks.calls[0]);
+        all.extend(ways.map(|way| Point { at_source, over, multifd, way }));
+        println!(
+            "source {at_source}, over {over:?}, multifd {multifd}: {:?}, {} callbacks",
+            doors.calls, callbacks.calls[0]
+        );
     }
     all
 }
@@ -101,7 +112,7 @@ impl Tally {
 #[test]
 fn whatever_fails_the_guest_is_where_it_belongs() {
     let all = all_points();
-    let chosen = points("faults", all.len(), 100);
+    let chosen = points("faults", all.len(), 160);
     let (next, tally) = (AtomicUsize::new(0), Tally::default());
     std::thread::scope(|scope| {
         for _ in 0..WORKERS {
@@ -109,8 +120,9 @@ fn whatever_fails_the_guest_is_where_it_belongs() {
                 let mut world = world();
                 while let Some(index) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let point = all[*index];
-                    let result =
-                        catch_unwind(AssertUnwindSafe(|| world.strike(point.at_source, point.multifd, point.way)));
+                    let result = catch_unwind(AssertUnwindSafe(|| {
+                        world.strike(point.at_source, point.over, point.multifd, point.way)
+                    }));
                     match result {
                         Ok(struck) => tally.take(point, &struck),
                         Err(_) => tally.failed.lock().unwrap().push(format!("{point:?}")),

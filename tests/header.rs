@@ -148,6 +148,22 @@ fn layouts() -> BTreeMap<String, Layout> {
     );
     layout!(
         t,
+        vmm::channel_ops::vmig_channel_ops {
+            size,
+            flags,
+            reserved,
+            connect,
+            listen,
+            accept,
+            unlisten,
+            read,
+            write,
+            shutdown,
+            close
+        }
+    );
+    layout!(
+        t,
         section::ops::vmig_section_ops {
             size,
             instance,

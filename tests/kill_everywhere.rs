@@ -10,6 +10,7 @@ mod program;
 
 use common::{c_program, points, scratch};
 use kill::messages::{Phase, Way};
+use kill::over::Over;
 use kill::relay::{Counts, Fault, Point};
 use kill::world::{Outcome, Shape, World};
 use std::{
@@ -21,22 +22,27 @@ use std::{
     },
 };
 
-const fn shape(channels: usize, tcp: bool) -> Shape {
-    Shape { channels, tcp, verify: false, resume: false }
+const fn shape(channels: usize, over: Over) -> Shape {
+    Shape { channels, over, verify: false, resume: false }
 }
 
-const SHAPES: [Shape; 5] = [
-    shape(0, false),
-    shape(2, false),
-    shape(1, true),
-    Shape { verify: true, ..shape(0, true) },
-    Shape { verify: true, ..shape(2, false) },
+const SHAPES: [Shape; 8] = [
+    shape(0, Over::Unix),
+    shape(2, Over::Unix),
+    shape(1, Over::Tcp),
+    Shape { verify: true, ..shape(0, Over::Tcp) },
+    Shape { verify: true, ..shape(2, Over::Unix) },
+    shape(1, Over::Own),
+    shape(0, Over::Command),
+    shape(0, Over::ListeningCommand),
 ];
 /// The same, with a source that goes on over another connection, and what must not keep it from that, or must.
-const RESUMED: [Shape; 3] = [
-    Shape { resume: true, ..shape(0, false) },
-    Shape { resume: true, ..shape(2, true) },
-    Shape { resume: true, verify: true, ..shape(1, false) },
+const RESUMED: [Shape; 5] = [
+    Shape { resume: true, ..shape(0, Over::Unix) },
+    Shape { resume: true, ..shape(2, Over::Tcp) },
+    Shape { resume: true, verify: true, ..shape(1, Over::Unix) },
+    Shape { resume: true, ..shape(0, Over::Own) },
+    Shape { resume: true, ..shape(2, Over::Own) },
 ];
 const BROKEN: [Fault; 6] =
     [Fault::Cut, Fault::CutInside, Fault::HalfClose, Fault::CutForGood, Fault::KillSource, Fault::KillDestination];

@@ -18,6 +18,11 @@ fn nothing_is_left_behind_and_nothing_is_touched() {
 }
 
 #[test]
+fn no_command_is_left() {
+    case(&["commands"]);
+}
+
+#[test]
 fn no_sigpipe_when_the_reader_leaves() {
     case(&["sigpipe"]);
 }

@@ -238,9 +238,21 @@ fn status_of(now: &Snapshot, trackers: u32) -> vmig_status {
 
 /// Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. \[any\]
 ///
-/// `tcp:HOST:PORT` (an IPv6 address stands in brackets; no host is loopback), `unix:PATH`, or `fd:NUMBER` for a
-/// connected socket, a pipe or a file the VMM opened (the library works on a duplicate; closing or not closing yours is
-/// up to you). Over pipes and files nothing comes back, so success means only that all bytes were written.
+/// | URI | where to |
+/// |---|---|
+/// | `tcp:HOST:PORT` | a socket; an IPv6 address stands in brackets; no host is loopback |
+/// | `unix:PATH`, `vsock:CID:PORT` | a socket |
+/// | `fd:NUMBER` | a connected socket, a pipe or a file the VMM opened. The library works on a duplicate; closing or not closing yours is up to you |
+/// | `file:PATH` or `file:PATH,offset=BYTES` | a file, made if it is not there, cut off at the offset, and written from there on; what stands before is not touched. The offset may be 0x1000 or 10k |
+/// | `exec:COMMAND` | the standard input of what `/bin/sh -c` runs |
+/// | anything that vmig_add_channel() added | |
+///
+/// Over pipes and files nothing comes back, so success means only that all bytes were written; of a command, that it took
+/// them and ended with status 0. One that fails before it has everything fails the migration, with its status and what it
+/// said on standard error; one that fails afterwards leaves `switchover-unknown`. Where option `return-path` is switched on
+/// by name, what a command writes is read as a destination's answers, as over a socket. A command has its own process
+/// group, no signal blocked, and no descriptors but its three; it is killed if it goes on for more than a second when it
+/// is not wanted any more.
 ///
 /// -EINVAL: a URI that is not understood; -EBUSY: a migration runs, or something blocks migration; -EPERM: the guest is
 /// not here. What happens later is in vmig_get_status() and vmig_get_error().
@@ -258,7 +270,8 @@ pub unsafe extern "C" fn vmig_outgoing(m: *mut vmig, uri: *const c_char) -> c_in
 /// Listens at `uri` for a guest and returns at once; the thread `incoming` does the work. \[free\]
 ///
 /// URIs as for vmig_outgoing(). With TCP port 0 the system chooses one: read it from vmig_get(m, "listen-address"). A
-/// unix socket can be connected to by its owner only. Accepts one source. When the guest has arrived it is started
+/// unix socket can be connected to by its owner only. A file is read, and a command's standard output; if it ends with
+/// another status than 0 within a second of its last byte the guest is not taken. Accepts one source. When the guest has arrived it is started
 /// through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
 ///
 /// If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
@@ -292,9 +305,9 @@ pub unsafe extern "C" fn vmig_cancel(m: *mut vmig) -> c_int {
     })
 }
 
-/// At the source in state `reconnecting`: tries `uri` (tcp or unix) next, at once, and stays with it. It must lead to the
-/// same destination: another one refuses, and the tries go on until `resume-timeout` is over. -EINVAL in any other state,
-/// at the destination, and for a URI that is not understood. \[any\]\[cb\]
+/// At the source in state `reconnecting`: tries `uri`, an address where its destination can listen, next, at once, and stays
+/// with it. It must lead to the same destination: another one refuses, and the tries go on until `resume-timeout` is over.
+/// -EINVAL in any other state, at the destination, and for a URI that is not understood. \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_resume(m: *mut vmig, uri: *const c_char) -> c_int {
     enter("vmig_resume", || {

@@ -8,6 +8,7 @@
 )]
 #![allow(non_camel_case_types, reason = "these are the names in C")]
 
+pub mod channel;
 pub mod check;
 pub mod device;
 pub mod dispatch;

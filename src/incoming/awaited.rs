@@ -1,10 +1,10 @@
 //! The migration whose source may connect again, as the reception knows it.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::status::Status;
+use crate::transport::custom::Caller;
 use crate::wire::ask::MigrationId;
 use crate::wire::knock::Knock;
 
@@ -22,7 +22,7 @@ pub(super) struct Awaited {
     number: u32,
     /// A connection is in use.
     pub(super) in_use: bool,
-    newer: Option<OwnedFd>,
+    newer: Option<Caller>,
     /// Nobody comes any more.
     over: bool,
 }
@@ -34,17 +34,17 @@ impl Awaited {
     }
 
     /// Lets a source in. Returns one who is not, and why.
-    pub(super) fn admit(&mut self, fd: OwnedFd, knock: &Knock) -> Option<(OwnedFd, Error)> {
+    pub(super) fn admit(&mut self, caller: Caller, knock: &Knock) -> Option<(Caller, Error)> {
         if knock.migration != self.migration {
             let text = "another migration has begun to arrive here, and only its source may connect again";
-            return Some((fd, refused(text)));
+            return Some((caller, refused(text)));
         }
         if knock.number <= self.number {
-            return Some((fd, refused("an older connection of the migration than the last one")));
+            return Some((caller, refused("an older connection of the migration than the last one")));
         }
         self.number = knock.number;
         self.over |= knock.over;
-        self.newer = (!knock.over).then_some(fd);
+        self.newer = (!knock.over).then_some(caller);
         if self.in_use {
             let text = "the source broke the connection off and made another";
             self.status.fail_link(Error::new(libc::ECONNRESET, text));
@@ -53,7 +53,7 @@ impl Awaited {
     }
 
     /// The newest connection, which is in use from here on.
-    pub(super) fn take(&mut self) -> Result<Option<OwnedFd>> {
+    pub(super) fn take(&mut self) -> Result<Option<Caller>> {
         if self.over {
             return Err(Error::new(libc::ECONNABORTED, "the source gave the attempt up"));
         }

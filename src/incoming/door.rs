@@ -10,8 +10,7 @@ use crate::status::Status;
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::thread::lock;
-use crate::transport::channel::FdChannel;
-use crate::transport::{CONNECT, Channel, Listener, uri::Uri};
+use crate::transport::{self, CONNECT, Channel, Listener, Means, Target, uri::Uri};
 use crate::wire::ask::MigrationId;
 
 /// Between two looks at connections that have not said what they are.
@@ -23,18 +22,18 @@ const BROKEN: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub struct Door {
     line: Option<Arc<Line>>,
-    ready: Mutex<Option<Arc<FdChannel>>>,
+    ready: Mutex<Option<Target>>,
     reception: Arc<Reception>,
 }
 
 impl Door {
     /// Listens at `uri`, or takes the connection it names.
-    pub fn open(reception: &Arc<Reception>, uri: &Uri, wake: &Arc<Wake>) -> Result<Self> {
+    pub fn open(reception: &Arc<Reception>, uri: &Uri, means: &Means, wake: &Arc<Wake>) -> Result<Self> {
         let (line, ready) = match reception.line(uri)? {
             Some(line) => (Some(line), None),
-            None => match crate::transport::listen(uri, wake)? {
-                Listener::Socket(listener) => (Some(reception.add(uri, listener)?), None),
-                Listener::Ready(channel) => (None, Some(channel)),
+            None => match transport::listen(uri, means, wake)? {
+                Listener::Many(listening) => (Some(reception.add(uri, listening)?), None),
+                Listener::Once(target) => (None, Some(target)),
             },
         };
         Ok(Self { line, ready: Mutex::new(ready), reception: Arc::clone(reception) })
@@ -76,8 +75,8 @@ impl Door {
         let Some(line) = &self.line else { return Err(Error::invalid("nobody can connect")) };
         loop {
             line.bell()?.clear();
-            if let Some(fd) = line.take_knock()? {
-                return Ok(Arc::new(FdChannel::new(fd, wake)?));
+            if let Some(caller) = line.take_knock()? {
+                return caller.channel(wake);
             }
             self.wait(line, wake, Some(deadline))?;
         }
@@ -85,14 +84,14 @@ impl Door {
 
     /// Waits for a main connection; only a raised wake ends the wait.
     pub(super) fn main(&self, wake: &Arc<Wake>) -> Result<Arc<dyn Channel>> {
-        if let Some(channel) = lock(&self.ready).take() {
-            return Ok(channel);
+        if let Some(target) = lock(&self.ready).take() {
+            return target.connect(wake, Duration::ZERO);
         }
         let Some(line) = &self.line else { return Err(Error::invalid("nobody can connect")) };
         loop {
             line.bell()?.clear();
-            if let Some(fd) = line.take_main() {
-                return Ok(Arc::new(FdChannel::new(fd, wake)?));
+            if let Some(caller) = line.take_main() {
+                return caller.channel(wake);
             }
             self.wait(line, wake, None)?;
         }
@@ -106,9 +105,8 @@ impl Door {
         };
         loop {
             line.bell()?.clear();
-            if let Some(fds) = line.take_channels(usize::from(count)) {
-                let channel = |fd| FdChannel::new(fd, wake).map(|c| Arc::new(c) as Arc<dyn Channel>);
-                return fds.into_iter().map(channel).collect();
+            if let Some(callers) = line.take_channels(usize::from(count)) {
+                return callers.into_iter().map(|caller| caller.channel(wake)).collect();
             }
             self.wait(line, wake, Some(deadline)).map_err(|e| match e.errno() {
                 libc::ETIMEDOUT => too_few(line, limit).expected_got(count, line.channels()),
@@ -124,8 +122,8 @@ impl Door {
         let mut until = deadline;
         loop {
             line.bell()?.clear();
-            if let Some(fd) = line.take_channels(1).and_then(|mut fds| fds.pop()) {
-                return Ok(Arc::new(FdChannel::new(fd, wake)?));
+            if let Some(caller) = line.take_channels(1).and_then(|mut callers| callers.pop()) {
+                return caller.channel(wake);
             }
             let broken = line.broken();
             if broken.is_some() {
@@ -176,7 +174,7 @@ impl Door {
 
     /// Waits until something comes, or until nothing can any more.
     fn wait(&self, line: &Line, wake: &Arc<Wake>, deadline: Option<Instant>) -> Result<()> {
-        self.reception.check()?;
+        self.reception.check(line)?;
         match io::wait_any(&[line.bell()?.as_fd()], wake.as_fd(), deadline)? {
             None => wake.check(),
             Some(_) => Ok(()),

@@ -14,8 +14,7 @@ use crate::options::Opt;
 use crate::ram::RamList;
 use crate::status::State;
 use crate::switchover::{Action, Event, Incarnation, Message, Phase, Resolution, Vote};
-use crate::sys::io;
-use crate::transport::channel::FdChannel;
+use crate::transport;
 use crate::transport::stream::{StreamInput, StreamOutput};
 use crate::vmm::RunReport;
 use crate::wire::command::Command;
@@ -298,21 +297,10 @@ impl<'a> Handover<'a> {
     /// Waits until the connection, the bell, a cancel or the time; true: the connection has something to say.
     fn wait(&self, until: Instant) -> bool {
         let keeper = &self.job.keeper;
-        let fd = if self.linked { self.peer.descriptor().ok() } else { None };
-        let mut fds = vec![keeper.bell().as_fd()];
-        fds.extend(fd.as_ref().map(|fd| fd.as_fd()));
         // A cancel is heard once.
         let wake = if self.cancelled { keeper.quit() } else { &self.job.wake };
-        match io::wait_any(&fds, wake.as_fd(), Some(until)) {
-            Ok(woken) => woken == Some(1),
-            // The time is up, which the caller sees; or poll(2) lacks memory, and must not be asked without a pause.
-            Err(error) => {
-                if error.errno() != libc::ETIMEDOUT {
-                    std::thread::sleep(PAUSE);
-                }
-                false
-            }
-        }
+        let channel = self.linked.then(|| self.peer.channel());
+        transport::hears(channel, keeper.bell().as_fd(), wake.as_fd(), Some(until))
     }
 
     /// The word on the connection.
@@ -340,14 +328,12 @@ impl<'a> Handover<'a> {
     /// A question about this attempt: its connection takes the place of the one before.
     fn receive_visitor(&mut self) -> bool {
         let Some(visitor) = self.job.reception.visitor() else { return false };
-        let Ok(channel) = FdChannel::new(visitor.fd, self.job.keeper.quit()) else { return false };
+        let Ok(channel) = visitor.caller.channel(self.job.keeper.quit()) else { return false };
         if self.linked {
             let lost = self.lose_link();
             self.events.push_back(lost);
         }
-        let channel: Arc<FdChannel> = Arc::new(channel);
-        self.peer
-            .replace(Arc::<FdChannel>::clone(&channel), StreamOutput::new(Arc::<FdChannel>::clone(&channel), WORD));
+        self.peer.replace(Arc::clone(&channel), StreamOutput::new(Arc::clone(&channel), WORD));
         *self.input = StreamInput::new(channel, WORD);
         self.linked = true;
         self.events.extend([Event::Linked, Event::Heard(visitor.go)]);

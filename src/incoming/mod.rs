@@ -5,6 +5,7 @@ mod arrival;
 mod awaited;
 mod compare;
 pub mod door;
+mod entrance;
 mod hand;
 mod handover;
 mod lanes;
@@ -12,6 +13,7 @@ mod load;
 mod receiver;
 pub mod reception;
 mod resume;
+mod strangers;
 mod target;
 mod verify;
 
@@ -47,6 +49,9 @@ use target::Targets;
 
 /// How long a failed destination keeps reading, so that its last words are not lost to a reset connection.
 const LINGER: Duration = Duration::from_secs(2);
+
+/// How long a guest that came from a command waits to hear whether the command failed.
+const ENDED_WAIT: Duration = Duration::from_secs(1);
 
 /// What is registered.
 #[derive(Clone, Debug)]
@@ -266,9 +271,9 @@ impl Peer {
         self.out.write(bytes)
     }
 
-    /// The descriptor, to wait for it beside others.
-    fn descriptor(&self) -> Result<Arc<OwnedFd>> {
-        self.channel.descriptor()
+    /// The connection, to wait for it beside others.
+    fn channel(&self) -> &dyn Channel {
+        &*self.channel
     }
 
     /// Another connection to the same source.
@@ -349,6 +354,9 @@ impl Peer {
 /// Everything came from a source that does not vote: tells it so, after which there is no way back.
 fn arrive(job: &Job, peer: &mut Peer, hand: &mut Hand<'_>, loaded: Result<bool>) -> Result<bool> {
     let running = loaded?;
+    if !peer.listens {
+        peer.channel.ended_well(ENDED_WAIT).map_err(|e| e.in_phase("load").on_side("source"))?;
+    }
     hand.open().map_err(|e| e.in_phase("hand over"))?;
     // From here on the source may learn that we have the guest.
     job.status.commit()?;

@@ -7,35 +7,31 @@
 //! moment, and as many as could be ours.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::awaited::{Awaited, UNKNOWN, refused};
+use super::entrance;
+use super::strangers::{LOOK_AGAIN, Strangers};
 use crate::error::{Error, Result};
 use crate::status::Status;
 use crate::switchover::Message;
 use crate::switchover::keeper::{Asked, Keeper};
 use crate::sys::eventfd::{EventFd, Wake};
-use crate::sys::io::{self, FdKind, Piece};
+use crate::sys::io;
 use crate::thread::{Threads, lock};
+use crate::transport::Listening;
+use crate::transport::custom::{Caller, Entrance};
 use crate::transport::socket::Listener;
 use crate::transport::uri::Uri;
 use crate::wire::ask::{self, Ask, MigrationId};
-use crate::wire::hello::{self, Answer};
+use crate::wire::hello;
 use crate::wire::input::Slice;
 use crate::wire::knock::{self, Knock};
 use crate::wire::{packet, reply};
 
-/// How long a connection may take to say what it is.
-const SORT_TIME: Duration = Duration::from_secs(10);
-/// How long one that came too late may take to hear so.
-const LATE_TIME: Duration = Duration::from_secs(2);
-/// Of these so many at a time; the oldest is given up.
-const LATE_MAX: usize = 8;
-/// Until one that said a part of it is looked at again.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Connections held at a time: all channels a source can have, its main one, and one more.
 const HELD_MAX: usize = packet::CHANNELS_MAX as usize + 2;
 /// Addresses that are kept for questions; the oldest is given up.
@@ -49,10 +45,10 @@ const CLOSE_WAIT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 struct Intake {
     /// Main connections that came before anybody was taken.
-    mains: VecDeque<OwnedFd>,
+    mains: VecDeque<Caller>,
     /// A guest arrives: whoever else wants to comes too late.
     taken: bool,
-    channels: Vec<OwnedFd>,
+    channels: Vec<Caller>,
     /// Rings when something came.
     bell: Arc<EventFd>,
     /// Why the first connection was lost that had not said what it is, or was not even taken.
@@ -68,11 +64,21 @@ impl Intake {
     }
 }
 
+/// What a line listens with.
+#[derive(Debug)]
+pub(super) enum Ear {
+    /// The reception's thread polls it.
+    Socket(Listener),
+    /// An entrance of the VMM's own making has a thread of its own, which has not ended while this is set.
+    Custom(AtomicBool),
+}
+
 /// An address somebody listens at.
 #[derive(Debug)]
 pub(super) struct Line {
     uri: Uri,
-    listener: Listener,
+    address: String,
+    ear: Ear,
     /// None: no migration is expected there.
     intake: Mutex<Option<Intake>>,
     unsorted: AtomicUsize,
@@ -81,7 +87,35 @@ pub(super) struct Line {
 
 impl Line {
     pub(super) fn address(&self) -> &str {
-        self.listener.address()
+        &self.address
+    }
+
+    fn socket(&self) -> Option<&Listener> {
+        match &self.ear {
+            Ear::Socket(listener) => Some(listener),
+            Ear::Custom(_) => None,
+        }
+    }
+
+    /// Somebody is at work who does not know yet that the line is not wanted.
+    fn is_open(&self) -> bool {
+        matches!(&self.ear, Ear::Custom(open) if open.load(Ordering::Acquire))
+    }
+
+    /// One more who has not said what they are.
+    pub(super) fn unsorted(&self) {
+        self.unsorted.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// They have, or are gone.
+    pub(super) fn sorted(&self) {
+        self.unsorted.fetch_sub(1, Ordering::AcqRel);
+        self.ring();
+    }
+
+    /// Whether one more can be held beside so many who have not said what they are.
+    pub(super) fn has_room(&self, unsorted: usize) -> bool {
+        unsorted + self.waiting() < HELD_MAX
     }
 
     pub(super) fn keep(&self) {
@@ -111,12 +145,12 @@ impl Line {
         }
     }
 
-    pub(super) fn take_main(&self) -> Option<OwnedFd> {
+    pub(super) fn take_main(&self) -> Option<Caller> {
         lock(&self.intake).as_mut()?.mains.pop_front()
     }
 
     /// `count` channels, if there are as many.
-    pub(super) fn take_channels(&self, count: usize) -> Option<Vec<OwnedFd>> {
+    pub(super) fn take_channels(&self, count: usize) -> Option<Vec<Caller>> {
         let mut intake = lock(&self.intake);
         let channels = &mut intake.as_mut()?.channels;
         (channels.len() >= count).then(|| channels.drain(..count).collect())
@@ -138,7 +172,7 @@ impl Line {
     }
 
     /// The connection of the last knock, which is in use from here on. Fails if nobody comes any more.
-    pub(super) fn take_knock(&self) -> Result<Option<OwnedFd>> {
+    pub(super) fn take_knock(&self) -> Result<Option<Caller>> {
         match lock(&self.intake).as_mut().and_then(|intake| intake.awaited.as_mut()) {
             Some(awaited) => awaited.take(),
             None => Ok(None),
@@ -146,11 +180,11 @@ impl Line {
     }
 
     /// A source knocks. Returns one who is not let in, and why.
-    fn knock(&self, fd: OwnedFd, knock: &Knock) -> Option<(OwnedFd, Error)> {
+    fn knock(&self, caller: Caller, knock: &Knock) -> Option<(Caller, Error)> {
         let mut guard = lock(&self.intake);
-        let Some(intake) = &mut *guard else { return Some((fd, refused(UNKNOWN))) };
-        let Some(awaited) = &mut intake.awaited else { return Some((fd, refused(UNKNOWN))) };
-        let left = awaited.admit(fd, knock);
+        let Some(intake) = &mut *guard else { return Some((caller, refused(UNKNOWN))) };
+        let Some(awaited) = &mut intake.awaited else { return Some((caller, refused(UNKNOWN))) };
+        let left = awaited.admit(caller, knock);
         if left.is_none() {
             // What came with an older connection is closed unread.
             intake.channels.clear();
@@ -173,7 +207,8 @@ impl Line {
     /// Nobody is at the door who has not said who they are.
     pub(super) fn is_quiet(&self) -> bool {
         // One that is being accepted is counted before it leaves the backlog.
-        !io::is_readable(self.listener.as_fd()) && self.unsorted.load(Ordering::Acquire) == 0
+        !self.socket().is_some_and(|socket| io::is_readable(socket.as_fd()))
+            && self.unsorted.load(Ordering::Acquire) == 0
     }
 
     fn is_wanted(&self) -> bool {
@@ -182,26 +217,26 @@ impl Line {
 
     /// What is no channel is taken for a main connection while that is wanted: its first bytes are then named in the
     /// error. Returns what nobody wants.
-    fn admit(&self, fd: OwnedFd, is_channel: bool) -> Option<OwnedFd> {
+    fn admit(&self, caller: Caller, is_channel: bool) -> Option<Caller> {
         let mut unwanted = None;
         match &mut *lock(&self.intake) {
-            Some(intake) if is_channel && intake.channels.len() < HELD_MAX => intake.channels.push(fd),
-            Some(intake) if !is_channel && !intake.taken => intake.mains.push_back(fd),
-            _ => unwanted = Some(fd),
+            Some(intake) if is_channel && intake.channels.len() < HELD_MAX => intake.channels.push(caller),
+            Some(intake) if !is_channel && !intake.taken => intake.mains.push_back(caller),
+            _ => unwanted = Some(caller),
         }
         self.ring();
         unwanted
     }
 
     /// Main connections that came in vain.
-    fn latecomers(&self) -> Option<VecDeque<OwnedFd>> {
+    pub(super) fn latecomers(&self) -> Option<VecDeque<Caller>> {
         let mut intake = lock(&self.intake);
         let intake = intake.as_mut().filter(|intake| intake.taken)?;
         Some(std::mem::take(&mut intake.mains))
     }
 
     /// Why nobody else can come.
-    fn refusal(&self) -> Error {
+    pub(super) fn refusal(&self) -> Error {
         let address = self.address();
         let error = match lock(&self.intake).is_some() {
             true => {
@@ -220,41 +255,11 @@ impl Line {
     }
 }
 
-/// A connection that has not said what it is.
-struct Unsorted {
-    fd: OwnedFd,
-    line: Arc<Line>,
-    until: Instant,
-    /// It said a part: to be looked at then, for poll(2) would come back at once.
-    again: Option<Instant>,
-}
-
-impl Drop for Unsorted {
-    fn drop(&mut self) {
-        self.line.unsorted.fetch_sub(1, Ordering::AcqRel);
-        self.line.ring();
-    }
-}
-
-/// A vmig that was told that it comes too late. What it says is read, and not believed, until it has heard: closing a
-/// connection with unread bytes would take the answer away.
-struct Late {
-    fd: OwnedFd,
-    until: Instant,
-}
-
-/// Connections that nobody waits for at a door.
-#[derive(Default)]
-struct Strangers {
-    unsorted: Vec<Unsorted>,
-    late: VecDeque<Late>,
-}
-
 /// A question for the driver.
 #[derive(Debug)]
 pub(super) struct Visitor {
     /// Where to answer.
-    pub(super) fd: OwnedFd,
+    pub(super) caller: Caller,
     /// The GO that is repeated.
     pub(super) go: Message,
     ask: Ask,
@@ -295,7 +300,7 @@ impl Reception {
 
     /// A line at this address that is kept, for another migration.
     pub(super) fn line(&self, uri: &Uri) -> Result<Option<Arc<Line>>> {
-        if matches!(uri, Uri::Tcp { port: 0, .. }) {
+        if matches!(uri, Uri::Tcp { port: 0, .. } | Uri::Vsock { port: 0, .. }) {
             return Ok(None);
         }
         let state = lock(&self.state);
@@ -311,10 +316,15 @@ impl Reception {
     }
 
     /// One more address, and the thread if it is the first.
-    pub(super) fn add(self: &Arc<Self>, uri: &Uri, listener: Listener) -> Result<Arc<Line>> {
+    pub(super) fn add(self: &Arc<Self>, uri: &Uri, listening: Listening) -> Result<Arc<Line>> {
+        let (address, ear, entrance) = match listening {
+            Listening::Socket(listener) => (listener.address().to_owned(), Ear::Socket(listener), None),
+            Listening::Custom(address, entrance) => (address, Ear::Custom(AtomicBool::new(true)), Some(entrance)),
+        };
         let line = Arc::new(Line {
             uri: uri.clone(),
-            listener,
+            address,
+            ear,
             intake: Mutex::new(Some(Intake::new()?)),
             unsorted: AtomicUsize::new(0),
             kept: AtomicBool::new(false),
@@ -337,10 +347,40 @@ impl Reception {
             self.threads.spawn_with("reception", body, move |_| on_panic.gave_up())?;
             state.runs = true;
         }
+        if let Some(entrance) = entrance {
+            self.watch(&line, entrance)?;
+        }
         state.lines.push(Arc::clone(&line));
         drop(state);
         self.news.set();
         Ok(line)
+    }
+
+    /// Starts the thread at an entrance.
+    fn watch(self: &Arc<Self>, line: &Arc<Line>, entrance: Box<dyn Entrance>) -> Result<()> {
+        let (shared, ours) = (Arc::clone(self), Arc::clone(line));
+        let (after_panic, broken) = (Arc::clone(self), Arc::clone(line));
+        let body = move || {
+            entrance::work(&shared, &ours, &*entrance);
+            drop(entrance);
+            shared.left(&ours);
+            Ok(())
+        };
+        self.threads.spawn_with("accept", body, move |_| after_panic.left(&broken)).map(drop)
+    }
+
+    /// The thread at an entrance is gone.
+    fn left(&self, line: &Line) {
+        if let Ear::Custom(open) = &line.ear {
+            open.store(false, Ordering::Release);
+        }
+        line.ring();
+        self.news.set();
+    }
+
+    /// Whether somebody waits at this line, or may ask there.
+    pub(super) fn wants(&self, line: &Line) -> bool {
+        line.is_wanted() && !lock(&self.state).over
     }
 
     /// The migration of this line takes nothing in any more. Unless it is kept its address is free when this returns.
@@ -366,9 +406,10 @@ impl Reception {
         self.news.set();
     }
 
-    /// Fails if nobody is at the reception.
-    pub(super) fn check(&self) -> Result<()> {
-        match lock(&self.state).runs {
+    /// Fails if nobody is at the reception, or at this line's entrance.
+    pub(super) fn check(&self, line: &Line) -> Result<()> {
+        let runs = lock(&self.state).runs && (line.socket().is_some() || line.is_open());
+        match runs {
             true => Ok(()),
             false => Err(Error::new(libc::ESHUTDOWN, "nobody listens any more")),
         }
@@ -397,7 +438,7 @@ impl Reception {
     pub(super) fn answer_visitors(&self) {
         while let Some(visitor) = self.visitor() {
             if let Asked::Vote(vote) = self.keeper.asked(&visitor.ask) {
-                answer(&visitor.fd, &vote);
+                answer(&visitor.caller, &vote);
             }
         }
     }
@@ -410,8 +451,8 @@ impl Reception {
             if lines.is_empty() {
                 return;
             }
-            for line in &lines {
-                line.latecomers().into_iter().flatten().for_each(|fd| strangers.turn_away(fd, line.refusal()));
+            for line in lines.iter().filter(|line| line.socket().is_some()) {
+                line.latecomers().into_iter().flatten().for_each(|one| strangers.turn_away(one, line.refusal()));
             }
             self.turn(&lines, &mut strangers);
         }
@@ -426,7 +467,7 @@ impl Reception {
         }
         let over = state.over;
         strangers.unsorted.retain(|one| !over && one.line.is_wanted());
-        state.lines.retain(|line| line.is_wanted());
+        state.lines.retain(|line| line.is_wanted() || line.is_open());
         if state.lines.is_empty() {
             state.runs = false;
         }
@@ -437,26 +478,26 @@ impl Reception {
     /// Waits for one thing to happen, and sorts.
     fn turn(&self, lines: &[Arc<Line>], strangers: &mut Strangers) {
         strangers.give_up_slow_ones();
-        let (unsorted, late) = (&strangers.unsorted, &strangers.late);
-        let held = unsorted.len() + lines.iter().map(|line| line.waiting()).sum::<usize>();
+        let unsorted = &strangers.unsorted;
+        let lines: Vec<_> = lines.iter().filter_map(|line| Some((line, line.socket()?))).collect();
+        let held = unsorted.len() + lines.iter().map(|(line, _)| line.waiting()).sum::<usize>();
         let looked_at: Vec<usize> = (0..unsorted.len()).filter(|i| unsorted[*i].again.is_none()).collect();
-        let mut fds: Vec<BorrowedFd<'_>> = looked_at.iter().map(|i| unsorted[*i].fd.as_fd()).collect();
+        let mut fds: Vec<BorrowedFd<'_>> =
+            looked_at.iter().filter_map(|i| unsorted[*i].caller.as_ref()?.fd()).collect();
         fds.push(self.news.as_fd());
         let first_line = fds.len();
         if held < HELD_MAX {
-            fds.extend(lines.iter().map(|line| line.listener.as_fd()));
+            fds.extend(lines.iter().map(|(_, listener)| listener.as_fd()));
         }
         // Last, so that one who never stops talking holds nobody up.
         let first_late = fds.len();
-        fds.extend(late.iter().map(|late| late.fd.as_fd()));
-        let times =
-            unsorted.iter().map(|one| one.again.unwrap_or(one.until)).chain(late.iter().map(|late| late.until));
+        fds.extend(strangers.late_fds());
         // A failing poll is not lasting: it lacks memory.
-        let woken = io::wait_any(&fds, self.calm.as_fd(), times.min()).unwrap_or(None);
+        let woken = io::wait_any(&fds, self.calm.as_fd(), strangers.next_time()).unwrap_or(None);
         drop(fds);
         match woken {
             Some(index) if index >= first_late => strangers.listen_to(index - first_late),
-            Some(index) if index >= first_line => accept(&lines[index - first_line], &mut strangers.unsorted),
+            Some(index) if index >= first_line => accept(lines[index - first_line], strangers),
             Some(index) if index == looked_at.len() => self.news.clear(),
             Some(index) => self.sort(looked_at[index], strangers),
             None => (),
@@ -464,14 +505,15 @@ impl Reception {
     }
 
     /// Finds out what a connection is.
-    fn sort(&self, index: usize, strangers: &mut Strangers) {
+    pub(super) fn sort(&self, index: usize, strangers: &mut Strangers) {
         let one = &mut strangers.unsorted[index];
         let mut first = [0; ask::LEN];
-        let there = match io::peek(one.fd.as_fd(), &mut first) {
-            Ok(there) => there,
+        let looked = one.caller.as_ref().map_or(Ok((0, true)), |caller| caller.look(&mut first));
+        let (there, over) = match looked {
+            Ok(looked) => looked,
             Err(error) => {
                 // Most likely it closed before it said anything.
-                one.line.broke(Error::from_io("looking at a connection", &error));
+                one.line.broke(error);
                 strangers.unsorted.swap_remove(index);
                 return;
             }
@@ -482,45 +524,42 @@ impl Reception {
             () if knocks => knock::LEN,
             () => 4,
         };
-        if there < want && !io::peer_is_done(one.fd.as_fd()) {
+        if there < want && !over {
             one.again = Some(Instant::now() + LOOK_AGAIN);
             return;
         }
-        let one = strangers.unsorted.swap_remove(index);
+        let mut one = strangers.unsorted.swap_remove(index);
+        let Some(caller) = one.caller.take() else { return };
         if there == 0 {
             one.line.broke(Error::new(libc::ECONNRESET, "a connection ended before it said what it is"));
         }
-        let fd = match one.fd.try_clone() {
-            Ok(fd) => fd,
-            Err(error) => return one.line.broke(Error::from_io("keeping a connection", &error)),
-        };
         if asks {
-            if there == ask::LEN && io::read(fd.as_fd(), FdKind::Socket, &mut first).is_ok() {
-                self.question(fd, &first);
+            if there == ask::LEN && caller.drain(&mut first) {
+                self.question(caller, &first);
             }
         } else if knocks {
             // A frame that is cut short, or of another form, has nobody to hear why.
             if let Ok(knock) = knock::read(&mut Slice::new(&first[..there]))
-                && let Some((fd, why)) = one.line.knock(fd, &knock)
+                && let Some((caller, why)) = one.line.knock(caller, &knock)
             {
-                strangers.turn_away(fd, why);
+                strangers.turn_away(caller, why);
             }
-        } else if let Some(fd) = one.line.admit(fd, first[..4] == packet::MAGIC.to_be_bytes())
+        } else if let Some(caller) = one.line.admit(caller, first[..4] == packet::MAGIC.to_be_bytes())
             && first[..4] == hello::MAGIC.to_be_bytes()
         {
-            strangers.turn_away(fd, one.line.refusal());
+            strangers.turn_away(caller, one.line.refusal());
         }
     }
 
     /// Answers a question, or has the driver answer it.
-    fn question(&self, fd: OwnedFd, bytes: &[u8]) {
+    fn question(&self, caller: Caller, bytes: &[u8]) {
         let Ok(ask) = ask::read(&mut Slice::new(bytes)) else { return };
         match self.keeper.asked(&ask) {
-            Asked::Vote(vote) => answer(&fd, &vote),
+            Asked::Vote(vote) => answer(&caller, &vote),
             Asked::Driver(go) => {
                 let mut state = lock(&self.state);
                 if state.visitors.len() < VISITORS_MAX {
-                    state.visitors.push_back(Visitor { fd, go, ask });
+                    state.visitors.push_back(Visitor { caller, go, ask });
                 }
                 drop(state);
                 self.keeper.bell().set();
@@ -533,16 +572,13 @@ impl Reception {
     }
 }
 
-fn accept(line: &Arc<Line>, unsorted: &mut Vec<Unsorted>) {
-    line.unsorted.fetch_add(1, Ordering::AcqRel);
-    match line.listener.accept() {
-        Ok(Some(fd)) => {
-            let until = Instant::now() + SORT_TIME;
-            unsorted.push(Unsorted { fd, line: Arc::clone(line), until, again: None });
-        }
+fn accept((line, listener): (&Arc<Line>, &Listener), strangers: &mut Strangers) {
+    line.unsorted();
+    match listener.accept() {
+        Ok(Some(fd)) => strangers.came(Caller::Socket(fd), line),
         // Too many descriptors, or a connection that was taken back: the next turn sees.
         refused => {
-            line.unsorted.fetch_sub(1, Ordering::AcqRel);
+            line.sorted();
             if let Err(error) = refused {
                 line.broke(error);
             }
@@ -551,49 +587,9 @@ fn accept(line: &Arc<Line>, unsorted: &mut Vec<Unsorted>) {
     }
 }
 
-impl Strangers {
-    /// Lets go of those whose time is over, and looks at those again whose time it is.
-    fn give_up_slow_ones(&mut self) {
-        let now = Instant::now();
-        self.late.retain(|late| late.until > now);
-        self.unsorted.retain(|one| one.until > now);
-        for one in self.unsorted.iter_mut().filter(|one| one.again.is_some_and(|at| at <= now)) {
-            one.again = None;
-        }
-    }
-
-    /// Tells a vmig why it cannot come.
-    fn turn_away(&mut self, fd: OwnedFd, why: Error) {
-        let mut bytes = Vec::new();
-        if hello::put_answer(&mut bytes, &Answer::Refused(vec![why])).is_err() {
-            return;
-        }
-        say(&fd, &bytes);
-        io::close_write(fd.as_fd());
-        if self.late.len() == LATE_MAX {
-            self.late.pop_front();
-        }
-        self.late.push_back(Late { fd, until: Instant::now() + LATE_TIME });
-    }
-
-    /// Reads what one says in vain, until it hangs up.
-    fn listen_to(&mut self, index: usize) {
-        let mut drain = [0; 16 << 10];
-        let said = self.late.get(index).map(|late| io::read(late.fd.as_fd(), FdKind::Socket, &mut drain));
-        if !matches!(said, Some(Ok(None | Some(1..)))) {
-            self.late.remove(index);
-        }
-    }
-}
-
-fn answer(fd: &OwnedFd, vote: &Message) {
+fn answer(caller: &Caller, vote: &Message) {
     let Some(reply) = super::handover::reply_of(vote) else { return };
     let mut bytes = Vec::new();
     reply::put(&mut bytes, &reply);
-    say(fd, &bytes);
-}
-
-/// One write into an empty socket: it is taken whole, or the one who asked is gone and will ask again.
-fn say(fd: &OwnedFd, bytes: &[u8]) {
-    let _ = io::write(fd.as_fd(), FdKind::Socket, &[Piece::of(bytes)]);
+    caller.say(&bytes);
 }

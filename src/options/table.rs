@@ -139,7 +139,8 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
             1,
             BOOL,
             false,
-            "Let the destination answer. On by default: without it success means only that all bytes were written.",
+            "Let the destination answer. On by default: without it success means only that all bytes were written. A \
+             command (exec:) is taken for a destination that answers only where this was switched on by name.",
         )
     },
     Row {

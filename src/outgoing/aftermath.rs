@@ -12,9 +12,8 @@ use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::status::State;
 use crate::switchover::{Action, Event, Message, Phase};
-use crate::sys::io;
 use crate::transport::stream::{StreamInput, StreamOutput};
-use crate::transport::{Channel, Target};
+use crate::transport::{self, Channel};
 use crate::vmm::StopReason;
 use crate::wire::ask::{self, Ask};
 use crate::wire::reply;
@@ -238,7 +237,9 @@ impl<'a> Aftermath<'a> {
     fn connect(&mut self, deadline: Instant) -> Option<Event> {
         // What cannot be connected again has nobody to ask.
         let target = self.job.route.target();
-        let Target::Address(_) = &target else { return Some(Event::Deadline) };
+        if !target.can_be_asked() {
+            return Some(Event::Deadline);
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = left.min(self.job.options.time(Opt::ConnectTimeout)).min(TRY);
         match target.connect(self.job.keeper.quit(), limit) {
@@ -255,19 +256,8 @@ impl<'a> Aftermath<'a> {
 
     /// Waits until the connection, the bell, the end or the time; true: the connection has something to say.
     fn wait(&self, until: Option<Instant>) -> bool {
-        let fd = self.link.as_ref().and_then(|link| link.descriptor().ok());
-        let mut fds = vec![self.job.keeper.bell().as_fd()];
-        fds.extend(fd.as_ref().map(|fd| fd.as_fd()));
-        match io::wait_any(&fds, self.job.keeper.quit().as_fd(), until) {
-            Ok(woken) => woken == Some(1),
-            // The time is up, which the caller sees; or poll(2) lacks memory, and must not be asked without a pause.
-            Err(error) => {
-                if error.errno() != libc::ETIMEDOUT {
-                    std::thread::sleep(PAUSE);
-                }
-                false
-            }
-        }
+        let keeper = &self.job.keeper;
+        transport::hears(self.link.as_deref(), keeper.bell().as_fd(), keeper.quit().as_fd(), until)
     }
 
     /// The answer on the connection.

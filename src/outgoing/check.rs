@@ -9,7 +9,6 @@ use super::{HandOver, Job, Migration, hand};
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::survey::Survey;
-use crate::transport::Target;
 use crate::transport::stream::StreamInput;
 use crate::wire::hello::{self, Answer};
 
@@ -34,8 +33,8 @@ pub struct Report {
 
 /// Asks.
 pub fn check(job: &Job) -> Result<Report> {
-    if job.options.get(Opt::Peer) == 1 || !matches!(job.route.target(), Target::Address(_)) {
-        let text = "only a destination that uses this library and listens at an address (tcp: or unix:) can be asked";
+    if job.options.get(Opt::Peer) == 1 || !job.route.target().can_be_asked() {
+        let text = "only a destination that uses this library and listens at an address can be asked";
         return Err(Error::new(libc::ENOTSUP, text));
     }
     let mut lap = Instant::now();

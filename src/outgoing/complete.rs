@@ -111,6 +111,10 @@ impl Migration<'_> {
         took.devices = saving + lap.time();
         let (rest, _) = bodies.split_last().ok_or_else(|| Error::invalid("an empty description"))?;
         self.send_rest(&rest, took, &mut lap).map_err(|e| e.in_phase("complete"))?;
+        if self.replies.is_none() {
+            let limit = self.job.options.time(Opt::StallTimeout);
+            self.channel.is_taken(limit).map_err(|e| e.in_phase("complete"))?;
+        }
         // As late as it can still be undone: a write that is not seen here is one the destination never gets.
         let set = self.set.as_ref();
         set.map_or(Ok(()), |set| self.job.dirty.check_quiet(set)).map_err(|e| e.in_phase("complete"))?;
@@ -177,9 +181,9 @@ impl Migration<'_> {
         self.out.write(b"}")?;
         self.publish();
         let Some(replies) = &self.replies else {
-            self.channel.close_write();
+            let taken = self.channel.finish(self.job.options.time(Opt::StallTimeout));
             took.load = lap.time();
-            return Ok(Outcome::Completed);
+            return Ok(taken.map_or_else(|error| Outcome::Unknown(doubtful(&error)), |()| Outcome::Completed));
         };
         let outcome = self.await_verdict(replies)?;
         took.load = lap.time();
@@ -191,6 +195,7 @@ impl Migration<'_> {
         Ok(outcome)
     }
 
+    /// What the destination says, or does not.
     fn await_verdict(&self, replies: &Replies) -> Result<Outcome> {
         match replies.verdict(self.job.options.time(Opt::StallTimeout)) {
             Verdict::Loaded => Ok(Outcome::Completed),
@@ -205,4 +210,14 @@ impl Migration<'_> {
             }
         }
     }
+}
+
+/// What was written went to somebody who failed afterwards: who runs the guest, if it was a way to a destination?
+fn doubtful(error: &Error) -> Error {
+    let text = format!(
+        "everything of the guest was written, but then {}: find out whether the guest runs, or can run, from what was \
+         written, then call vmig_resolve",
+        error.text()
+    );
+    Error::new(error.errno(), text).in_phase("switchover").on_side("source")
 }

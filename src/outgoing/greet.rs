@@ -11,7 +11,6 @@ use crate::options::Opt;
 use crate::ram::presence::{GRANULE, Hint, Presence};
 use crate::ram::survey::Survey;
 use crate::ram::{Block, PAGE};
-use crate::transport::Target;
 use crate::transport::stream::StreamInput;
 use crate::wire::checksum;
 use crate::wire::command::Command;
@@ -125,9 +124,9 @@ impl Migration<'_> {
             // Connections for nothing; should the destination not take every file, one stream does.
             return 0;
         }
-        match self.job.route.target() {
-            Target::Address(_) => options.channels().min(self.channels_most),
-            Target::Ready(_) => 0,
+        match self.job.route.target().has_channels() {
+            true => options.channels().min(self.channels_most),
+            false => 0,
         }
     }
 

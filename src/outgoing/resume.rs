@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::status::State;
 use crate::sys::io;
+use crate::transport::STALL;
 use crate::transport::stream::StreamOutput;
-use crate::transport::{STALL, Target};
 use crate::wire::ask::MigrationId;
 use crate::wire::command::Command;
 use crate::wire::knock::{self, Knock};
@@ -111,7 +111,7 @@ impl Migration<'_> {
 
     /// Refuses the option where it could not work.
     pub(super) fn check_resume(&self) -> Result<()> {
-        let can = self.to_vmig && matches!(self.job.route.target(), Target::Address(_));
+        let can = self.to_vmig && self.job.route.target().has_channels();
         match self.resuming.on && !can {
             true => Err(refused(false)),
             false => Ok(()),

@@ -1,7 +1,7 @@
 //! Descriptors that clients hand over: by name for `fd:NAME`, and in numbered sets.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -9,7 +9,10 @@ use serde_json::{Value, json};
 use super::request::Refusal;
 use super::shape::{Shape, list, may, must, shown};
 use super::table::{Call, Outcome, done};
+use crate::error::Error;
+use crate::sys::io;
 use crate::thread::lock;
+use crate::transport::file::KeepsFdSets;
 
 /// Descriptors kept for all clients together.
 const FDS_MAX: usize = 128;
@@ -60,6 +63,24 @@ impl Fds {
         }
         Ok(done)
     }
+}
+
+impl KeepsFdSets for Fds {
+    fn open(&self, set: u64, writing: bool) -> Result<OwnedFd, Error> {
+        let kept = lock(&self.kept);
+        let Some(members) = kept.sets.get(&set) else {
+            return Err(Error::new(libc::ENOENT, format!("there is no fd set {set}: add-fd makes one")));
+        };
+        let Some(member) = members.iter().find(|member| is_open_for(&member.fd, writing)) else {
+            let way = if writing { "writing" } else { "reading" };
+            return Err(Error::new(libc::EBADF, format!("no descriptor of fd set {set} is open for {way}")));
+        };
+        member.fd.try_clone().map_err(|e| Error::from_io(format_args!("fd set {set}"), &e))
+    }
+}
+
+fn is_open_for(fd: &OwnedFd, writing: bool) -> bool {
+    io::access_of(fd.as_fd()).is_ok_and(|(reads, writes)| if writing { writes } else { reads })
 }
 
 /// Whether a command is one that a descriptor comes with.
@@ -118,7 +139,8 @@ pub fn gives_add() -> Shape {
     Shape::Object(vec![must("fdset-id", Shape::Int), must("fd", Shape::Int)])
 }
 
-/// `add-fd`: keeps the descriptor that came along in a set, and tells its number, which `fd:NUMBER` understands.
+/// `add-fd`: keeps the descriptor that came along in a set, which `file:/dev/fdset/SET` understands, and tells its number,
+/// which `fd:NUMBER` understands.
 pub fn add(call: &mut Call<'_>) -> Outcome {
     let fd = supplied(call)?;
     let asked = call.arguments.get("fdset-id");

@@ -25,7 +25,8 @@ fn address() -> Shape {
         ],
     };
     let file = Shape::Object(vec![must("filename", Shape::Str), must("offset", Shape::U64)]);
-    let cases = vec![("socket", Shape::Union(socket)), ("file", file)];
+    let exec = Shape::Object(vec![must("args", list(Shape::Str))]);
+    let cases = vec![("socket", Shape::Union(socket)), ("exec", exec), ("file", file)];
     Shape::Union(Union { tag: "transport", cases })
 }
 
@@ -101,19 +102,34 @@ fn where_to(call: &Call<'_>) -> Result<String, Refusal> {
 /// The short form of an address that has the shape of [`address`].
 fn uri_of(address: &Value) -> Result<String, Refusal> {
     let text = |name: &str| address[name].as_str().unwrap_or_default();
-    let kind = if address["transport"] == "file" { "file" } else { text("type") };
+    let kind = match address["transport"].as_str() {
+        Some("socket") | None => text("type"),
+        Some(transport) => transport,
+    };
     Ok(match kind {
         "inet" if text("host").contains(':') => format!("tcp:[{}]:{}", text("host"), text("port")),
         "inet" => format!("tcp:{}:{}", text("host"), text("port")),
         "unix" => format!("unix:{}", text("path")),
         "vsock" => format!("vsock:{}:{}", text("cid"), text("port")),
         "fd" => format!("fd:{}", text("str")),
+        "exec" => format!("exec:{}", command_line(&address["args"])?),
         // A comma in the name would be taken for the end of it.
         "file" if text("filename").contains(',') => {
             return Err(Refusal::new("Parameter 'filename' cannot have a comma in it"));
         }
         _ => format!("file:{},offset={}", text("filename"), address["offset"]),
     })
+}
+
+/// A program and its arguments, as the shell that `exec:` asks wants them.
+fn command_line(args: &Value) -> Result<String, Refusal> {
+    let args: Vec<&str> = args.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let quoted = |arg: &&str| format!("'{}'", arg.replace('\'', r"'\''"));
+    match args[..] {
+        [] => Err(Refusal::new("Parameter 'args' is empty: a program and its arguments are needed")),
+        ["/bin/sh", "-c", line] => Ok(line.to_owned()),
+        _ => Ok(args.iter().map(quoted).collect::<Vec<_>>().join(" ")),
+    }
 }
 
 /// Calls `start` with a URI that the library understands: named descriptors become numbers.
@@ -123,7 +139,7 @@ fn with_uri(call: &Call<'_>, uri: &str, start: impl FnOnce(&str) -> Result<(), R
             call.face.fds.consume(name, |number| start(&format!("fd:{number}")))
         }
         _ => {
-            let known = ["tcp:", "unix:", "fd:"].iter().any(|scheme| uri.starts_with(scheme));
+            let known = ["tcp:", "unix:", "fd:", "vsock:", "exec:", "file:"].iter().any(|scheme| uri.starts_with(scheme));
             if let (false, Err(_)) = (known, Uri::parse(uri)) {
                 return Err(Refusal::new(format!("unknown migration protocol: {}", shown(uri))));
             }
@@ -198,6 +214,8 @@ mod tests {
             (json!({"transport": "socket", "type": "unix", "path": "/a,b"}), "unix:/a,b"),
             (json!({"transport": "socket", "type": "vsock", "cid": "3", "port": "4"}), "vsock:3:4"),
             (json!({"transport": "socket", "type": "fd", "str": "x"}), "fd:x"),
+            (json!({"transport": "exec", "args": ["/bin/sh", "-c", "cat > f"]}), "exec:cat > f"),
+            (json!({"transport": "exec", "args": ["tee", "it's", "$c"]}), r"exec:'tee' 'it'\''s' '$c'"),
             (json!({"transport": "file", "filename": "f", "offset": 4096}), "file:f,offset=4096"),
         ] {
             assert_eq!(uri_of(&address).unwrap(), uri);

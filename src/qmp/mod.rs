@@ -48,7 +48,7 @@ const NAME_MAX: usize = 64;
 pub struct Face {
     /// Commands of the VMM. Before the guest: their `destroy` comes before the VMM's own.
     own: Mutex<BTreeMap<String, Arc<dyn Command>>>,
-    fds: fds::Fds,
+    fds: Arc<fds::Fds>,
     machine: Arc<Machine>,
 }
 
@@ -114,7 +114,8 @@ pub struct Qmp {
 impl Qmp {
     /// Nobody serves it yet.
     pub fn new(machine: Machine) -> Self {
-        let (own, fds) = Default::default();
+        let (own, fds) = <(_, Arc<fds::Fds>)>::default();
+        machine.keep_fd_sets(Arc::clone(&fds) as Arc<_>);
         Self { server: Mutex::default(), face: Arc::new(Face { own, fds, machine: Arc::new(machine) }) }
     }
 

@@ -31,6 +31,11 @@ impl<'a> Piece<'a> {
         Self(libc::iovec { iov_base: start.cast_mut().cast(), iov_len: len }, PhantomData)
     }
 
+    /// Where it starts, for whoever copies it.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.0.iov_base.cast_const().cast()
+    }
+
     /// Bytes in the piece.
     pub fn len(&self) -> usize {
         self.0.iov_len
@@ -67,7 +72,26 @@ impl<'a> Piece<'a> {
 #[repr(transparent)]
 pub struct Room<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
 
-impl Room<'_> {
+impl<'a> Room<'a> {
+    /// Room in our own memory.
+    pub fn of(bytes: &'a mut [u8]) -> Self {
+        Self(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }, PhantomData)
+    }
+
+    /// Copies as much of `bytes` as fits to its start; how much.
+    pub fn fill(&mut self, bytes: &[u8]) -> usize {
+        let n = bytes.len().min(self.len());
+        // SAFETY: the room is writable for n bytes (its constructor's promise) and no Rust reference to it exists, so it
+        // does not overlap with `bytes`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.iov_base.cast(), n) };
+        n
+    }
+
+    /// Where it starts, for whoever fills it.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.0.iov_base.cast()
+    }
+
     /// Room in somebody else's memory.
     ///
     /// # Safety
@@ -261,15 +285,27 @@ pub fn wait(
     wake: BorrowedFd<'_>,
     deadline: Option<Instant>,
 ) -> Result<Ready> {
+    wait_or_closed(fd, writing, (wake, None), deadline)
+}
+
+/// The same with one more descriptor that ends the wait as `wake` does.
+pub fn wait_or_closed(
+    fd: Option<BorrowedFd<'_>>,
+    writing: bool,
+    (wake, closed): (BorrowedFd<'_>, Option<BorrowedFd<'_>>),
+    deadline: Option<Instant>,
+) -> Result<Ready> {
     let events = if writing { libc::POLLOUT } else { libc::POLLIN };
+    let number = |fd: Option<BorrowedFd<'_>>| fd.map_or(-1, |fd| fd.as_raw_fd());
     let mut fds = [
         libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 },
-        libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events, revents: 0 },
+        libc::pollfd { fd: number(fd), events, revents: 0 },
+        libc::pollfd { fd: number(closed), events: libc::POLLIN, revents: 0 },
     ];
     loop {
         let timeout = deadline.map_or(-1, |at| millis_up(at.saturating_duration_since(Instant::now())));
-        // SAFETY: fds is a live array of two entries; poll ignores negative descriptors.
-        let n = unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) };
+        // SAFETY: fds is a live array of three entries; poll ignores negative descriptors.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), 3, timeout) };
         if n < 0 {
             let error = io::Error::last_os_error();
             if error.kind() == io::ErrorKind::Interrupted {
@@ -277,7 +313,7 @@ pub fn wait(
             }
             return Err(Error::from_io("poll", &error));
         }
-        if fds[0].revents != 0 {
+        if fds[0].revents != 0 || fds[2].revents != 0 {
             return Ok(Ready::Woken);
         }
         if fds[1].revents != 0 {
@@ -361,6 +397,16 @@ pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one live entry.
     unsafe { libc::poll(&raw mut polled, 1, 0) > 0 }
+}
+
+/// Bytes in a pipe that its reader did not take yet.
+pub fn unread(fd: BorrowedFd<'_>) -> Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut count) } < 0 {
+        return Err(Error::last_os("ioctl(FIONREAD)"));
+    }
+    Ok(usize::try_from(count).unwrap_or_default())
 }
 
 /// Whether the peer of a socket sends no more.

@@ -11,6 +11,7 @@ pub mod kvm_ring;
 pub mod kvm_x86;
 pub mod memory;
 pub mod pagemap;
+pub mod process;
 pub mod random;
 pub mod signal;
 pub mod sized;

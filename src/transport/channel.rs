@@ -11,7 +11,7 @@ use socket2::SockRef;
 
 use super::Channel;
 use crate::error::{Error, Result};
-use crate::sys::eventfd::Wake;
+use crate::sys::eventfd::{EventFd, Wake};
 use crate::sys::fdpass;
 use crate::sys::io::{self, FdKind, Piece, Ready, Room};
 use crate::thread::lock;
@@ -23,6 +23,8 @@ pub struct FdChannel {
     fd: Mutex<Option<Arc<OwnedFd>>>,
     kind: FdKind,
     wake: Arc<Wake>,
+    /// Of a pipe: raised when it is closed, because others may wait for it, and poll(2) would not tell them.
+    closed: Option<EventFd>,
     passes_fds: bool,
     /// Descriptors that arrive are kept.
     keeps_fds: AtomicBool,
@@ -43,9 +45,10 @@ impl FdChannel {
             io::set_nonblocking(fd.as_fd())?;
         }
         let passes_fds = kind == FdKind::Socket && fdpass::can_pass(fd.as_fd());
+        let closed = if kind == FdKind::Pipe { Some(EventFd::new()?) } else { None };
         let (fd, wake) = (Mutex::new(Some(Arc::new(fd))), Arc::clone(wake));
         let (keeps_fds, lost) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Self { fd, kind, wake, passes_fds, arrived: Mutex::default(), keeps_fds, lost })
+        Ok(Self { fd, kind, wake, closed, passes_fds, arrived: Mutex::default(), keeps_fds, lost })
     }
 
     /// Takes a copy of a caller's descriptor, which must be open for the direction.
@@ -65,8 +68,7 @@ impl FdChannel {
     }
 
     fn fd(&self) -> Result<Arc<OwnedFd>> {
-        let fd = lock(&self.fd).clone();
-        fd.ok_or_else(|| Error::new(libc::ESHUTDOWN, "the connection was closed on this side"))
+        lock(&self.fd).clone().ok_or_else(closed_here)
     }
 
     /// Reads once, keeping the descriptors that come along.
@@ -88,11 +90,7 @@ impl FdChannel {
 
     /// Takes note if nothing more can be expected of the connection.
     fn note(&self, result: Result<usize>) -> Result<usize> {
-        let lost = match &result {
-            Ok(n) => *n == 0,
-            Err(error) => error.errno() != libc::ECANCELED,
-        };
-        if lost {
+        if is_end(&result) {
             self.lost.store(true, Ordering::Release);
         }
         result
@@ -102,15 +100,22 @@ impl FdChannel {
         let mut fd = lock(&self.fd);
         match (self.kind, &*fd) {
             (FdKind::Socket, Some(fd)) => drop(SockRef::from(&**fd).shutdown(how)),
-            _ => *fd = None,
+            _ => {
+                *fd = None;
+                self.closed.iter().for_each(EventFd::set);
+            }
         }
     }
 
     fn wait(&self, fd: &OwnedFd, writing: bool, limit: Option<Duration>) -> Result<()> {
         let deadline = limit.map(|limit| Instant::now() + limit);
-        match io::wait(Some(fd.as_fd()), writing, self.wake.as_fd(), deadline)? {
+        let closed = self.closed.as_ref().map(|closed| closed.as_fd());
+        match io::wait_or_closed(Some(fd.as_fd()), writing, (self.wake.as_fd(), closed), deadline)? {
             Ready::Fd => Ok(()),
-            Ready::Woken => self.wake.check(),
+            Ready::Woken => self.wake.check().and_then(|()| match self.closed {
+                Some(_) => Err(closed_here()),
+                None => Ok(()),
+            }),
             Ready::TimedOut => {
                 let what = if writing { "took" } else { "sent" };
                 let what = format!("the peer {what} no byte for");
@@ -159,6 +164,18 @@ impl FdChannel {
     }
 }
 
+/// Whether nothing more can be expected of a connection that gave this.
+pub(super) fn is_end(result: &Result<usize>) -> bool {
+    match result {
+        Ok(n) => *n == 0,
+        Err(error) => error.errno() != libc::ECANCELED,
+    }
+}
+
+fn closed_here() -> Error {
+    Error::new(libc::ESHUTDOWN, "the connection was closed on this side")
+}
+
 impl Channel for FdChannel {
     fn read(&self, buf: &mut [u8], limit: Option<Duration>) -> Result<usize> {
         self.note(self.read_once(buf, limit))
@@ -203,8 +220,8 @@ impl Channel for FdChannel {
         self.kind == FdKind::Socket
     }
 
-    fn descriptor(&self) -> Result<Arc<OwnedFd>> {
-        self.fd()
+    fn descriptor(&self) -> Option<Arc<OwnedFd>> {
+        lock(&self.fd).clone()
     }
 
     fn passes_fds(&self) -> bool {

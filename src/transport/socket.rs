@@ -1,4 +1,4 @@
-//! TCP and unix sockets: connecting and listening.
+//! TCP, unix and vsock sockets: connecting and listening.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,8 +30,13 @@ fn addresses(uri: &Uri) -> Result<Vec<(SockAddr, String)>> {
             let address = SockAddr::unix(path).map_err(|e| Error::invalid(format!("unix:{path}: {e}")))?;
             Ok(vec![(address, format!("unix:{path}"))])
         }
-        Uri::Fd(fd) => Err(Error::invalid(format!("fd:{fd} is not an address"))),
+        Uri::Vsock { cid, port } => Ok(vec![(SockAddr::vsock(*cid, *port), vsock_uri(*cid, *port))]),
+        _ => Err(Error::invalid("this is not an address of a socket")),
     }
+}
+
+fn vsock_uri(cid: u32, port: u32) -> String {
+    format!("vsock:{cid}:{port}")
 }
 
 fn tcp_uri(address: SocketAddr) -> String {
@@ -49,7 +54,7 @@ fn socket(address: &SockAddr, words: &str) -> Result<Socket> {
 
 /// Small messages (replies, the last byte) must not wait for more data.
 fn prepare(socket: &Socket) {
-    // Unix sockets have neither; that is fine.
+    // Unix and vsock sockets have neither; that is fine.
     let _ = socket.set_tcp_nodelay(true);
     let _ = socket.set_keepalive(true);
 }
@@ -147,13 +152,19 @@ impl Listener {
     }
 
     fn bind(address: &SockAddr, words: String, uri: &Uri) -> Result<Self> {
+        // For vsock it is another number that lets the system choose.
+        let any_port = match uri {
+            Uri::Vsock { cid, port: 0 } => Some(SockAddr::vsock(*cid, libc::VMADDR_PORT_ANY)),
+            _ => None,
+        };
+        let address = any_port.as_ref().unwrap_or(address);
         let failed = |e: std::io::Error| Error::from_io(format!("listening on {words}"), &e);
         let socket = socket(address, &words)?;
         if let Uri::Unix { path } = uri {
             remove_stale(Path::new(path), address);
             // Only the owner may connect; bind takes the mode from the socket, so there is no moment without it.
             io::set_mode(socket.as_fd(), 0o600)?;
-        } else {
+        } else if let Uri::Tcp { .. } = uri {
             socket.set_reuse_address(true).map_err(failed)?;
             if address.domain() == Domain::IPV6 {
                 socket.set_only_v6(true).map_err(failed)?;
@@ -165,8 +176,11 @@ impl Listener {
             _ => None,
         };
         socket.listen(BACKLOG).map_err(failed)?;
-        let real = socket.local_addr().ok().and_then(|a| a.as_socket());
-        let address = real.map_or_else(|| words.clone(), tcp_uri);
+        let real = socket.local_addr().ok().and_then(|real| match real.as_vsock_address() {
+            Some((cid, port)) => Some(vsock_uri(cid, port)),
+            None => real.as_socket().map(tcp_uri),
+        });
+        let address = real.unwrap_or(words);
         Ok(Self { socket, address, _file: file })
     }
 

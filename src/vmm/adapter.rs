@@ -35,6 +35,10 @@ pub fn check_return(who: &str, value: c_int) -> Result<c_int> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Opaque(pub(super) *mut c_void);
 
+impl Opaque {
+    pub(super) const NULL: Self = Self(std::ptr::null_mut());
+}
+
 // SAFETY: never dereferenced here; the C contract of each callback says on which threads it is called.
 unsafe impl Send for Opaque {}
 // SAFETY: as above.

@@ -1,6 +1,8 @@
 //! The VMM as we see it: its hooks, its run state, its log.
 
 pub mod adapter;
+pub mod channel;
+pub mod channel_ops;
 pub mod command;
 pub mod dispatch;
 pub mod gate;

@@ -434,6 +434,8 @@ static void migrating(void)
     REFUSES(EINVAL, "handle", vmig_resume(NULL, "tcp::1"));
     REFUSES(EINVAL, "protocol 'smtp'", vmig_resume(m, "smtp:x"));
     REFUSES(EINVAL, "at an address", vmig_resume(m, "fd:1"));
+    REFUSES(EINVAL, "at an address", vmig_resume(m, "exec:cat"));
+    REFUSES(EINVAL, "at an address", vmig_resume(m, "file:x"));
     REFUSES(EINVAL, "no outgoing migration waits", vmig_resume(m, "tcp:127.0.0.1:1"));
     REFUSES(EINVAL, "handle", vmig_resolve(NULL, 0));
     REFUSES(EINVAL, "run is 2", vmig_resolve(m, 2));
@@ -633,10 +635,12 @@ static void qmp(void)
     vmig_string_free(answer);
 }
 
+#include "entry_channels.h"
+
 int main(void)
 {
     static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, sources, devices, migrating, observing,
-                                              sections, qmp };
+                                              sections, qmp, channels };
     char *text = malloc(1000), *very = malloc(70000);
     uint64_t before;
 

@@ -3,6 +3,7 @@
 
 #include <dirent.h>
 #include <locale.h>
+#include <sys/wait.h>
 
 static struct guest src, dst;
 
@@ -222,6 +223,56 @@ static void case_leaves_nothing(unsigned rounds)
     same_process(&process);
 }
 
+/* Commands and files: the guests are freed while a command runs, which would go on for ever, or after it ended. */
+static void with_command(unsigned way)
+{
+    make_pair();
+    switch (way % 5) {
+    case 0:
+        src.plot = plot_look;
+        CHECK(vmig_outgoing(src.m, "exec:cat >/dev/null") == 0 && vmig_wait(src.m, WAIT_MS) == 1, "a command");
+        CHECK(state_of(&src) == VMIG_STATE_COMPLETED, "completed");
+        break;
+    case 1:
+        CHECK(vmig_outgoing(src.m, "exec:exec sleep 1000") == 0, "one that takes nothing");
+        break;
+    case 2:
+        CHECK(vmig_incoming(dst.m, "exec:sleep 1000 | sleep 1000") == 0, "one that gives nothing");
+        usleep(20000);
+        break;
+    case 3:
+        CHECK(vmig_outgoing(src.m, "exec:exit 7") == 0 && vmig_wait(src.m, WAIT_MS) == 1, "one that fails");
+        CHECK(state_of(&src) == VMIG_STATE_FAILED && counts_on(&src), "failed");
+        break;
+    case 4:
+        CHECK(vmig_outgoing(src.m, "file:/dev/null") == 0 && vmig_wait(src.m, WAIT_MS) == 1, "a file");
+        CHECK(vmig_incoming(dst.m, "file:/dev/zero") == 0 && vmig_wait(dst.m, WAIT_MS) == 1, "zeros");
+        break;
+    }
+    guest_free(&src), guest_free(&dst);
+}
+
+static void case_commands(void)
+{
+    struct process process;
+    struct census before, after;
+
+    look(&process);
+    first_fd = (unsigned)dup(0);
+    close((int)first_fd);
+    for (unsigned i = 0; i < 5; i++)
+        with_command(i);
+    before = census();
+    for (unsigned i = 0; i < 20; i++)
+        with_command(i);
+    after = census();
+    CHECK(after.tasks == 3 && after.children == 0, "%u tasks, %u children", after.tasks - 2, after.children);
+    CHECK(after.fds == before.fds && after.fds == first_fd + 3, "%u fds before, %u after", before.fds, after.fds);
+    CHECK(waitpid(-1, NULL, WNOHANG) < 0 && errno == ECHILD, "no child, not even a dead one");
+    CHECK(looked > 0, "looked at threads from inside");
+    same_process(&process);
+}
+
 /* SIGPIPE has its default action here: one of them ends the program. */
 static void case_sigpipe(void)
 {
@@ -291,6 +342,8 @@ int main(int argc, char **argv)
     syscall(SYS_close_range, 3, ~0U, 0);    /* what we inherited is not the library's doing */
     if (!strcmp(name, "leaves-nothing"))
         case_leaves_nothing(argc > 2 ? (unsigned)atoi(argv[2]) : 70);
+    else if (!strcmp(name, "commands"))
+        case_commands();
     else if (!strcmp(name, "sigpipe"))
         case_sigpipe();
     else if (!strcmp(name, "several"))

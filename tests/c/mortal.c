@@ -9,15 +9,17 @@
  * process that holds it. Only a process that has the disk's lock may start the guest; the hooks release and reacquire move
  * it, and it refuses an epoch that is not higher than all before. So two guests at once, or an old copy that comes back, are found by the first step they make.
  * What is found goes to the board as words, and the process aborts.
- * Commands, beside those of program.h: look, check (pause, verify, resume), resolve 0|1, left (fds, threads), fail N (the
+ * Commands, beside those of program.h: look, check (pause, verify, resume), resolve 0|1, left (fds, threads, children: 1 if there is one, be it dead), fail N (the
  * N-th callback from now on fails), calls (callbacks since then). */
 #include "program.h"
+#include "own.h"
 
 #include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <sys/wait.h>
 
 enum { PAGE = 4096, PAGES = 512, BLOCK = PAGES / 2 * PAGE, SLOTS = 61, SLOT_PAGES = 8, WORDS = PAGE / 8 };
 enum { CHUNKS = 4, CHUNK = 1000, STEP_US = 100 };
@@ -446,6 +448,7 @@ static void setup(void)
     need(vmig_add_section(vmm.m, "gpu", 1, &gpu, &vmm.gpu, NULL), "gpu");
     need(vmig_on_run(vmm.m, 0, on_run, NULL, NULL), "run-state handler");
     vmig_bql_unlock(vmm.m);
+    need(own_add(vmm.m, called), "channel");
 }
 
 static int entries(const char *path)
@@ -459,6 +462,13 @@ static int entries(const char *path)
         count += e->d_name[0] != '.';
     closedir(dir);
     return count;
+}
+
+static int has_child(void)
+{
+    siginfo_t info;
+
+    return waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) == 0;
 }
 
 static void look(void)
@@ -495,7 +505,7 @@ static bool obey(void *unused, const char *verb, char *rest)
     else if (strcmp(verb, "resolve") == 0 && rest)
         answer(verb, vmig_resolve(vmm.m, atoi(rest)));
     else if (strcmp(verb, "left") == 0)
-        printf("left fds=%d threads=%d\n", entries("/proc/self/fd"), entries("/proc/self/task"));
+        printf("left fds=%d threads=%d children=%d\n", entries("/proc/self/fd"), entries("/proc/self/task"), has_child());
     else if (strcmp(verb, "fail") == 0 && rest)
         arm(atoi(rest));
     else if (strcmp(verb, "calls") == 0)

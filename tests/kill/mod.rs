@@ -2,5 +2,6 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub(crate) mod messages;
+pub(crate) mod over;
 pub(crate) mod relay;
 pub(crate) mod world;

@@ -94,14 +94,14 @@ const STUCK: Duration = Duration::from_secs(10);
 
 /// A socket address as a URI of the library says it.
 fn address(uri: &str) -> SockAddr {
-    match uri.strip_prefix("unix:") {
+    match uri.strip_prefix("unix:").or_else(|| uri.strip_prefix("own:")) {
         Some(path) => SockAddr::unix(path).unwrap(),
         None => uri.strip_prefix("tcp:").unwrap().parse::<SocketAddr>().unwrap().into(),
     }
 }
 
 impl Relay {
-    /// Stands before `destination`; unix or tcp as that is.
+    /// Stands before `destination`; of the same kind as that is.
     pub(crate) fn new(
         dir: &Path,
         destination: &str,
@@ -112,7 +112,8 @@ impl Relay {
         let there = address(destination);
         let own = match there.domain() {
             Domain::UNIX => {
-                format!("unix:{}", dir.join(format!("r{}", COUNT.fetch_add(1, Ordering::Relaxed))).display())
+                let scheme = destination.split(':').next().unwrap();
+                format!("{scheme}:{}", dir.join(format!("r{}", COUNT.fetch_add(1, Ordering::Relaxed))).display())
             }
             _ => "tcp:127.0.0.1:0".to_owned(),
         };

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::over::Over;
 use super::relay::{Fault, Point, Relay};
 use crate::program::Program;
 
@@ -104,7 +105,7 @@ pub(crate) enum Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
     pub(crate) channels: usize,
-    pub(crate) tcp: bool,
+    pub(crate) over: Over,
     /// Hashes are compared before the guest may leave.
     pub(crate) verify: bool,
     /// The source goes on when a connection breaks.
@@ -201,10 +202,12 @@ impl World {
         from.must(if shape.channels > 0 { "set multifd on" } else { "set multifd off" });
         from.must(&format!("set multifd-channels {}", shape.channels));
         from.must(if shape.verify { "set verify on" } else { "set verify off" });
-        let uri = self.listen(destination.as_mut().unwrap(), shape.tcp);
+        from.must("set return-path on");
+        let uri = self.listen(destination.as_mut().unwrap(), shape.over);
+        let uri = uri.unwrap_or_else(|| panic!("{shape:?}: the destination does not listen"));
         let relay = Relay::new(&self.dir, &uri, point, &BODIES);
         let starts = self.board.starts();
-        from.must(&format!("migrate {}", relay.uri));
+        from.must(&format!("migrate {}", shape.over.leads(&relay.uri, &self.bridge())));
         self.watch(&relay, point.fault, &mut source, &mut destination);
         self.await_settled(&mut source, &mut destination);
         let seen = relay.seen();
@@ -216,13 +219,14 @@ impl World {
     }
 
     /// One migration in which something fails at the source or at the destination.
-    pub(crate) fn strike(&mut self, at_source: bool, multifd: bool, way: Way) -> Struck {
-        let what = format!("{way:?} at the {}", if at_source { "source" } else { "destination" });
+    pub(crate) fn strike(&mut self, at_source: bool, over: Over, multifd: bool, way: Way) -> Struck {
+        let what = format!("{way:?} at the {}, over {over:?}", if at_source { "source" } else { "destination" });
         let (mut source, mut destination) = (self.source(), self.spawn(false));
         for program in [&mut source, &mut destination] {
             hasten(program);
             program.must(if multifd { "set multifd on" } else { "set multifd off" });
         }
+        source.must("set return-path on");
         let before = [left(&mut source), left(&mut destination)];
         let victim = if at_source { &mut source } else { &mut destination };
         let doors = Doors::of(&self.dir, victim);
@@ -230,11 +234,9 @@ impl World {
             Way::Door(door, call) => doors.arm(door, call),
             Way::Callback(call) => victim.must(&format!("fail {call}")),
         }
-        let path = self.dir.join(format!("d{}", self.processes));
-        let answer = destination.command(&format!("incoming unix:{}", path.display()));
-        let mut words = answer.clone();
-        if let Some(uri) = answer.strip_prefix("listening ") {
-            words = source.command(&format!("migrate {uri}"));
+        let mut words = String::new();
+        if let Some(uri) = self.listen(&mut destination, over) {
+            words = source.command(&format!("migrate {}", over.leads(&uri, &self.bridge())));
         }
         let (mut one, mut two) = (Some(source), Some(destination));
         self.await_settled(&mut one, &mut two);
@@ -254,21 +256,42 @@ impl World {
             failed |= is_source == at_source && error != "value none";
             words = format!("{words}\n{}: {error}", program.name);
         }
-        await_left(&what, &mut source, before[0]);
-        await_left(&what, &mut destination, before[1].map(|n| n + 1));
         let (mut source, mut destination) = (Some(source), Some(destination));
         let outcome = self.judge(&what, &mut source, &mut destination, self.board.starts());
+        // A side that does not know who has the guest goes on asking until it was told.
+        if let (Some(source), Some(destination)) = (&mut source, &mut destination) {
+            await_left(&what, source, before[0]);
+            // Connections of the VMM's own making have a thread that takes them in.
+            let threads = if over == Over::Own { 2 } else { 1 };
+            await_left(&what, destination, [before[1][0] + 1, before[1][1] + threads, 0]);
+        }
         self.go_on(&what, outcome, source, destination);
         Struck { hit, outcome, calls, words, failed }
     }
 
-    pub(crate) fn listen(&self, destination: &mut Program, tcp: bool) -> String {
-        let uri = match tcp {
-            true => "tcp:127.0.0.1:0".to_owned(),
-            false => format!("unix:{}", self.dir.join(format!("d{}", self.processes)).display()),
-        };
-        destination.send(&format!("incoming {uri}"));
-        destination.listening()
+    fn bridge(&self) -> PathBuf {
+        self.program.with_file_name("bridge")
+    }
+
+    /// Where somebody can connect; none: the destination failed before.
+    fn listen(&self, destination: &mut Program, over: Over) -> Option<String> {
+        let path = self.dir.join(format!("d{}", self.processes));
+        let answer = destination.command(&format!("incoming {}", over.listens(&path, &self.bridge())));
+        let address = answer.strip_prefix("listening ")?.to_owned();
+        if over != Over::ListeningCommand {
+            return Some(address);
+        }
+        let end = Instant::now() + PATIENCE;
+        while !path.exists() {
+            if self.look(destination).ended {
+                return None;
+            }
+            if Instant::now() > end {
+                destination.fail("its command does not listen");
+            }
+            std::thread::sleep(LOOK);
+        }
+        Some(format!("unix:{}", path.display()))
     }
 
     /// Until the source has settled or is dead; does at the point what the relay cannot.
@@ -449,10 +472,13 @@ impl World {
             Outcome::Moved | Outcome::ResolvedThere => (destination, source),
             Outcome::Lost => (None, source.or(destination)),
         };
-        if let Some(other) = other {
+        let alone = [usize::MAX, usize::MAX, 0];
+        if let Some(mut other) = other {
+            await_left(what, &mut other, alone);
             other.quit();
         }
         let Some(mut survivor) = survivor else { return };
+        await_left(what, &mut survivor, alone);
         self.check(what, &mut survivor);
         self.source = Some(self.move_on(what, survivor));
     }
@@ -484,7 +510,7 @@ impl World {
             program.command("set switchover-timeout 30000");
             program.command("set resume-timeout 0");
         }
-        let uri = self.listen(&mut fresh, false);
+        let uri = self.listen(&mut fresh, Over::Unix).unwrap_or_else(|| fresh.fail("it does not listen"));
         survivor.must(&format!("migrate {uri}"));
         let (mut one, mut two) = (Some(survivor), Some(fresh));
         self.await_settled(&mut one, &mut two);
@@ -529,26 +555,27 @@ impl Doors {
 }
 
 /// Kinds of calls in tests/c/doors.
-pub(crate) const DOORS: usize = 9;
+pub(crate) const DOORS: usize = 10;
 
-/// Descriptors and threads of a process.
-fn left(program: &mut Program) -> [usize; 2] {
+/// Descriptors, threads and children of a process.
+fn left(program: &mut Program) -> [usize; 3] {
     let line = program.command("left");
     let number = |key: &str| line.split(' ').find_map(|word| word.strip_prefix(key)?.parse().ok());
-    [number("fds=").unwrap(), number("threads=").unwrap()]
+    ["fds=", "threads=", "children="].map(|key| number(key).unwrap())
 }
 
 /// Nothing of a migration that ended is left behind, but what answers a source that asks what became of its guest: a
 /// descriptor and a thread at the destination. The last thread of a migration may take a moment.
-fn await_left(what: &str, program: &mut Program, most: [usize; 2]) {
+fn await_left(what: &str, program: &mut Program, most: [usize; 3]) {
     let end = Instant::now() + PATIENCE / 4;
     loop {
         let now = left(program);
-        if now[0] <= most[0] && now[1] <= most[1] {
+        if now.iter().zip(most).all(|(now, most)| *now <= most) {
             return;
         }
         if Instant::now() > end {
-            program.fail(&format!("{what}: at most {most:?} descriptors and threads may be left, not {now:?}"));
+            let text = "descriptors, threads and children may be left";
+            program.fail(&format!("{what}: at most {most:?} {text}, not {now:?}"));
         }
         std::thread::sleep(LOOK);
     }

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -17,13 +18,15 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* In the order of DOORS in tests/faults.rs. */
-enum door { READ, WRITE, POLL, MMAP, IOCTL, OPEN, STAT, SOCKET, THREAD, DOORS };
+enum door { READ, WRITE, POLL, MMAP, IOCTL, OPEN, STAT, SOCKET, THREAD, SPAWN, DOORS };
 
-static const int error_of[DOORS] = { EIO, EIO, ENOMEM, ENOMEM, EIO, EMFILE, EIO, ENOBUFS, EAGAIN };
+static const int error_of[DOORS] = { EIO, EIO, ENOMEM, ENOMEM, EIO, EMFILE, EIO, ENOBUFS, EAGAIN, ENOMEM };
 
 struct plan {
     _Atomic uint64_t door, call, hits, unused[5];
@@ -109,6 +112,42 @@ DOOR(SOCKET, int, fchmod, (int fd, mode_t mode), (fd, mode), -1)
 DOOR(THREAD, int, pthread_create,
      (pthread_t *thread, const pthread_attr_t *attr, void *(*body)(void *), void *opaque),
      (thread, attr, body, opaque), EAGAIN)
+
+DOOR(OPEN, int, pipe2, (int fds[2], int flags), (fds, flags), -1)
+DOOR(STAT, int, ftruncate64, (int fd, off64_t len), (fd, len), -1)
+DOOR(SPAWN, int, posix_spawn_file_actions_init, (posix_spawn_file_actions_t *actions), (actions), ENOMEM)
+DOOR(SPAWN, int, posix_spawn_file_actions_adddup2, (posix_spawn_file_actions_t *actions, int fd, int as),
+     (actions, fd, as), ENOMEM)
+DOOR(SPAWN, int, posix_spawn_file_actions_addclosefrom_np, (posix_spawn_file_actions_t *actions, int from),
+     (actions, from), ENOMEM)
+DOOR(SPAWN, int, posix_spawn,
+     (pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions, const posix_spawnattr_t *attributes,
+      char *const *argv, char *const *envp),
+     (pid, path, actions, attributes, argv, envp), ENOMEM)
+
+/* A child of ours is there to be waited for: only a signal can come in between. */
+int door_waitid(idtype_t type, id_t id, siginfo_t *info, int options);
+int door_waitid(idtype_t type, id_t id, siginfo_t *info, int options)
+{
+    if (!fails(SPAWN))
+        return waitid(type, id, info, options);
+    errno = EINTR;
+    return -1;
+}
+
+/* Rust's standard library, too, goes through it. */
+long door_syscall(long number, ...);
+long door_syscall(long number, ...)
+{
+    va_list args;
+    long a[6];
+
+    va_start(args, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(args, long);
+    va_end(args);
+    return number == SYS_pidfd_open && fails(OPEN) ? -1 : syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
 
 int door_ioctl(int fd, unsigned long request, ...);
 int door_ioctl(int fd, unsigned long request, ...)

@@ -1,0 +1,298 @@
+//! Migrations of a guest: started in either direction, asked about, ended, and decided by an operator.
+
+use std::sync::Arc;
+
+use super::{Machine, kvm_of};
+use crate::error::{Error, Result};
+use crate::incoming::door::Door;
+use crate::incoming::{self, Parts, TakeStock};
+use crate::options::Opt;
+use crate::outgoing::route::Route;
+use crate::outgoing::{self, Report};
+use crate::status::watch::{self, Teller};
+use crate::status::{Side, State, Status};
+use crate::switchover::Resolution;
+use crate::sys::eventfd::Wake;
+use crate::sys::random::random;
+use crate::thread::lock;
+use crate::trace;
+use crate::transport::Target;
+use crate::transport::uri::Uri;
+use crate::vmm::StopReason;
+use crate::wire::ask::MigrationId;
+
+impl Machine {
+    /// Starts to migrate to `uri`; returns at once.
+    pub fn outgoing(&self, uri: &str) -> Result<()> {
+        self.catch_up("migrate")?;
+        let uri = self.checked(uri)?;
+        let wake = Arc::new(Wake::new()?);
+        let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
+        let route = Arc::downgrade(&job.route);
+        self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
+        *lock(&self.route) = route;
+        *lock(&self.listening) = None;
+        Ok(())
+    }
+
+    /// Frees the thread of the last migration, which has ended. Its result went to the status.
+    pub(super) fn join_last(&self) {
+        let last = lock(&self.worker).take();
+        if let Some(last) = last {
+            self.leave_route();
+            let _ = last.join(None);
+        }
+    }
+
+    /// Asks the destination at `uri` what differs, and measures what a migration would wait for. Nothing is stopped or
+    /// changed on either side. \[free\]
+    pub fn check(&self, uri: &str) -> Result<Report> {
+        self.vmm.bql().require_free("check a migration")?;
+        self.catch_up("check a migration")?;
+        self.status.check_idle()?;
+        let uri = self.checked(uri)?;
+        // What happens is nobody's news.
+        let job = self.source_job(uri, Arc::new(Status::new()?), &Arc::new(Wake::new()?))?;
+        outgoing::check(&job)
+    }
+
+    /// An address that can be used: asked before a descriptor of ours could take the number that it names.
+    fn checked(&self, uri: &str) -> Result<Uri> {
+        let uri = Uri::parse(uri)?;
+        self.means.check(&uri)?;
+        Ok(uri)
+    }
+
+    /// What a migration from here needs, or why there can be none.
+    fn source_job(&self, uri: Uri, status: Arc<Status>, wake: &Arc<Wake>) -> Result<outgoing::Job> {
+        if self.vmm.reasons().contains(StopReason::NotOwner) || !self.keeper.phase().owns() {
+            return Err(Error::new(libc::EPERM, "the guest is not here: it left, or did not arrive yet"));
+        }
+        self.sections.check_unblocked()?;
+        if self.options.on(Opt::SwitchoverAck) && !self.options.on(Opt::ReturnPath) {
+            return Err(Error::invalid("option 'switchover-ack' needs option 'return-path'"));
+        }
+        if self.options.on(Opt::HandOver) && !self.options.on(Opt::ReturnPath) {
+            return Err(Error::invalid("option 'hand-over' needs option 'return-path'"));
+        }
+        self.check_resume_options()?;
+        if self.options.on(Opt::Checksum) && self.options.get(Opt::Peer) == 1 {
+            return Err(Error::invalid(
+                "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
+            ));
+        }
+        if self.options.on(Opt::AutoConverge) && !self.vmm.has_throttle() {
+            let text =
+                "option 'auto-converge' needs a way to slow the guest down: vmig_ops.throttle or vmig_ops.gate";
+            return Err(Error::invalid(text).by_option(Opt::AutoConverge.name()));
+        }
+        // Most commands only write; one that answers is waited for.
+        let answers = self.options.is_set(Opt::ReturnPath) && self.options.on(Opt::ReturnPath);
+        let stop_timeout = self.options.time(Opt::StopTimeout);
+        Ok(outgoing::Job {
+            route: Arc::new(Route::new(Target::new(uri, answers, &self.means, wake)?)?),
+            ram: self.ram.list(),
+            sections: self.sections.snapshot(),
+            kvm: kvm_of(&self.kvm, stop_timeout),
+            config: lock(&self.config).clone(),
+            dirty: Arc::clone(&self.dirty),
+            vmm: Arc::clone(&self.vmm),
+            status,
+            options: self.options.snapshot(),
+            live: Arc::clone(&self.options),
+            threads: Arc::clone(&self.threads),
+            wake: Arc::clone(wake),
+            keeper: Arc::clone(&self.keeper),
+            migration: MigrationId(random()?),
+        })
+    }
+
+    /// Listens at `uri` for a guest; returns at once.
+    pub fn incoming(&self, uri: &str) -> Result<()> {
+        self.catch_up("listen")?;
+        let uri = self.checked(uri)?;
+        self.status.check_idle()?;
+        let take_stock = self.take_stock();
+        let parts = take_stock()?;
+        self.dirty.rest();
+        let wake = Arc::new(Wake::new()?);
+        let door = Door::open(&self.reception, &uri, &self.means, &wake)?;
+        let before = self.vmm.expect_arrival()?;
+        let was = self.keeper.expect();
+        let address = door.address().map(str::to_owned);
+        let job = incoming::Job {
+            parts,
+            take_stock,
+            vmm: Arc::clone(&self.vmm),
+            status: Arc::clone(&self.status),
+            options: self.options.snapshot(),
+            threads: Arc::clone(&self.threads),
+            before,
+            wake: Arc::clone(&wake),
+            keeper: Arc::clone(&self.keeper),
+            was,
+            reception: Arc::clone(&self.reception),
+        };
+        let launched = self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, door));
+        launched.inspect_err(|_| {
+            self.vmm.nobody_arrived(before);
+            self.keeper.restore(was);
+        })?;
+        *lock(&self.listening) = address;
+        Ok(())
+    }
+
+    /// How a destination finds out what is registered, at the start and when the VMM has built itself.
+    fn take_stock(&self) -> Arc<TakeStock> {
+        let (ram, sections, kvm) = (Arc::clone(&self.ram), Arc::clone(&self.sections), Arc::clone(&self.kvm));
+        let stop_timeout = self.options.time(Opt::StopTimeout);
+        Arc::new(move || {
+            sections.check_unblocked()?;
+            Ok(Parts { ram: ram.list(), sections: sections.snapshot(), kvm: kvm_of(&kvm, stop_timeout) })
+        })
+    }
+
+    pub(super) fn leave_route(&self) {
+        if let Some(route) = lock(&self.route).upgrade() {
+            route.leave();
+        }
+    }
+
+    /// Starts the thread of a migration; the one before it has ended and is joined first.
+    fn launch(&self, side: Side, name: &str, wake: &Arc<Wake>, f: impl FnOnce() + Send + 'static) -> Result<()> {
+        {
+            // One migration at a time has a trace file, so who begins is decided with it.
+            let _one = lock(&self.worker);
+            let teller = self.start_trace(side)?;
+            self.status.begin_watched(side, self.options.on(Opt::Events), wake, teller)?;
+        }
+        self.join_last();
+        let mut worker = lock(&self.worker);
+        let (status, keeper) = (Arc::clone(&self.status), Arc::clone(&self.keeper));
+        let body = move || {
+            f();
+            Ok(())
+        };
+        let spawned = self.threads.spawn_with(name, body, move |panic| {
+            if !status.state().is_final() {
+                status.end(Err(panic.clone()));
+            }
+            // Nobody may wait for a driver that is gone.
+            keeper.rest();
+        });
+        match spawned {
+            Ok(handle) => {
+                *worker = Some(handle);
+                Ok(())
+            }
+            Err(error) => {
+                self.status.end(Err(error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts the thread that writes down what happens, if it is wanted. It ends when nobody tells it any more.
+    fn start_trace(&self, side: Side) -> Result<Option<Teller>> {
+        let Some(path) = self.options.trace_file() else { return Ok(None) };
+        self.status.check_idle()?;
+        let file = trace::open(&path)?;
+        let (teller, hearer) = watch::pair();
+        let (status, vmm) = (Arc::clone(&self.status), Arc::clone(&self.vmm));
+        self.threads.spawn("trace", move || {
+            // No reason to disturb a migration.
+            trace::write(file, side, &hearer, &status)
+                .map_err(|error| vmm.log().to("trace").warning(error))
+                .or(Ok(()))
+        })?;
+        Ok(Some(teller))
+    }
+
+    /// Ends a migration that runs, if it may still be ended. \[any\]
+    pub fn cancel(&self) -> Result<()> {
+        self.status.cancel()
+    }
+
+    /// What `resume-timeout` cannot go with.
+    fn check_resume_options(&self) -> Result<()> {
+        if !self.options.on(Opt::ResumeTimeout) {
+            return Ok(());
+        }
+        let text = match () {
+            () if self.options.get(Opt::Peer) == 1 => {
+                "option 'resume-timeout' needs a vmig at the other side, and option 'peer' says qemu"
+            }
+            () if !self.options.on(Opt::ReturnPath) => "option 'resume-timeout' needs option 'return-path'",
+            () if self.options.on(Opt::HandOver) => {
+                "options 'resume-timeout' and 'hand-over' do not go together: a unix socket to a process of this host does \
+                 not break while that process lives"
+            }
+            () => return Ok(()),
+        };
+        Err(Error::invalid(text).by_option(Opt::ResumeTimeout.name()))
+    }
+
+    /// Where a migration whose connection broke is to find its destination. \[any\]
+    pub fn resume(&self, uri: &str) -> Result<()> {
+        let uri = self.checked(uri)?;
+        let nowhere = || {
+            Error::invalid(
+                "a migration goes on at an address where its destination can listen, such as tcp:HOST:PORT",
+            )
+        };
+        if matches!(uri, Uri::Fd(_) | Uri::Exec(_) | Uri::File { .. }) {
+            return Err(nowhere());
+        }
+        let target = Target::new(uri, false, &self.means, &Arc::new(Wake::new()?))?;
+        if !target.has_channels() {
+            return Err(nowhere());
+        }
+        let now = self.status.snapshot();
+        let route = lock(&self.route).upgrade().filter(|_| now.side == Some(Side::Source));
+        match route.filter(|_| now.state == State::Reconnecting) {
+            Some(route) => {
+                route.change(target);
+                Ok(())
+            }
+            None => {
+                let text = "no outgoing migration waits for a connection here";
+                Err(Error::invalid(text).expected_got("state reconnecting at the source", now.state.name()))
+            }
+        }
+    }
+
+    /// The user's word to a migration that waits in pre-switchover. \[any\]
+    pub fn go_on(&self) -> Result<()> {
+        self.status.go_on()
+    }
+
+    /// The outcome of an unknown switchover was found out: the guest runs here (again), or it does not. \[free\]
+    pub fn resolve(&self, here: bool) -> Result<()> {
+        self.vmm.bql().require_free("resolve a switchover")?;
+        if self.keeper.may_resolve() {
+            let word = if here { Resolution::Run } else { Resolution::Discard };
+            if !self.vmm.dispatch().home().is_manual() {
+                return self.keeper.resolve(word);
+            }
+            self.keeper.ask(word)?;
+            return self.vmm.dispatch().pump(None, || self.keeper.take_answer()).unwrap_or(Ok(()));
+        }
+        self.catch_up("resolve a switchover")?;
+        if self.status.state() != State::SwitchoverUnknown {
+            return self.status.resolve(here);
+        }
+        if here {
+            // The operator knows that nobody else uses the memory.
+            self.ram.list().iter().for_each(|block| block.set_given(false));
+            self.vmm.stop(StopReason::User)?;
+            self.vmm.start(StopReason::Migration)?;
+            self.vmm.start(StopReason::NotOwner)?;
+            self.vmm.start(StopReason::User)?;
+        }
+        self.status.resolve(here)?;
+        if !here {
+            self.keeper.moved_without_votes(false);
+        }
+        Ok(())
+    }
+}
