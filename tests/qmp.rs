@@ -99,6 +99,16 @@ fn the_client_changes_parameters_in_flight() {
 }
 
 #[test]
+fn the_client_saves_to_a_file_of_an_fd_set() {
+    arrived(drive("set_of_descriptors"));
+}
+
+#[test]
+fn the_client_migrates_through_programs() {
+    arrived(drive("commands"));
+}
+
+#[test]
 fn the_client_hands_descriptors_over_and_speaks_out_of_band() {
     arrived(drive("descriptors"));
 }

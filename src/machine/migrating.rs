@@ -57,7 +57,7 @@ impl Machine {
     }
 
     /// An address that can be used: asked before a descriptor of ours could take the number that it names.
-    fn checked(&self, uri: &str) -> Result<Uri> {
+    pub fn checked(&self, uri: &str) -> Result<Uri> {
         let uri = Uri::parse(uri)?;
         self.means.check(&uri)?;
         Ok(uri)

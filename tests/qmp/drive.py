@@ -5,6 +5,7 @@ import asyncio
 import os
 import socket
 import sys
+import tempfile
 
 from qemu.qmp import ExecuteError, QMPClient
 
@@ -211,6 +212,47 @@ async def scenario_descriptors(source, destination):
     await source.until("MIGRATION completed")
     await destination.until("MIGRATION completed")
     assert await source.refused("closefd", {"fdname": "link"}) == "File descriptor named 'link' not found", "used up"
+
+
+async def scenario_set_of_descriptors(source, destination):
+    """The guest is saved to a file of an fd set behind a header, and comes back from there."""
+    await destination.run("migrate_cancel")
+    while (await destination.run("query-migrate"))["status"] != "cancelled":
+        await asyncio.sleep(0.01)
+    with tempfile.TemporaryFile() as file:
+        file.write(b"h" * 4096)
+        file.flush()
+        reading = open(f"/proc/self/fd/{file.fileno()}", "rb")
+        words = await source.refused("migrate", {"uri": "file:/dev/fdset/7"})
+        assert "there is no fd set 7" in words or "failed" in (await source.run("query-migrate"))["status"], words
+        for side, end in ((source, reading), (source, file), (destination, reading)):
+            side.qmp.send_fd_scm(end.fileno())
+            assert (await side.run("add-fd", {"fdset-id": 7}))["fdset-id"] == 7
+        reading.close()
+        addr = {"transport": "file", "filename": "/dev/fdset/7", "offset": 4096}
+        await source.run("migrate", {"channels": [{"channel-type": "main", "addr": addr}]})
+        await source.until("MIGRATION completed")
+        file.seek(0)
+        assert file.read(4096) == b"h" * 4096
+        await destination.run("migrate-incoming", {"uri": "file:/dev/fdset/7,offset=4096"})
+        await destination.until("MIGRATION completed")
+        assert await destination.status() == "running"
+
+
+async def scenario_commands(source, destination):
+    """Through a program and its arguments, which a shell must not touch."""
+    await destination.run("migrate_cancel")
+    while (await destination.run("query-migrate"))["status"] != "cancelled":
+        await asyncio.sleep(0.01)
+    with tempfile.TemporaryDirectory() as place:
+        path = f"{place}/it's $HOME"
+        addr = {"transport": "exec", "args": ["dd", f"of={path}", "status=none"]}
+        await source.run("migrate", {"channels": [{"channel-type": "main", "addr": addr}]})
+        await source.until("MIGRATION completed")
+        addr = {"transport": "exec", "args": ["cat", path]}
+        await destination.run("migrate-incoming", {"channels": [{"channel-type": "main", "addr": addr}]})
+        await destination.until("MIGRATION completed")
+        assert await destination.status() == "running"
 
 
 async def main(scenario, source_path, destination_path):
