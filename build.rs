@@ -44,6 +44,11 @@ const CHAPTERS: &[Chapter] = &[
         sources: &["src/capi/section.rs", "src/section/ops.rs", "src/section/stream.rs"],
         fragment: None,
     },
+    Chapter {
+        title: "testing your devices",
+        sources: &["src/capi/trial.rs", "src/section/trial/ops.rs"],
+        fragment: Some("src/section/trial/macros.h"),
+    },
 ];
 
 /// What stands before the first chapter: the grammar of the API, includes, VMIG_SIZED.

@@ -1413,6 +1413,99 @@ uint64_t vmig_get_u64(vmig_reader *input);
  * left ends; 0 for NULL. [cb] */
 size_t vmig_reader_left(vmig_reader *input);
 
+/* ---- 7. testing your devices ----------------------------------------------------------------------------------- */
+/* For the tests of a VMM: tries a registered device with everything a migration could do to it, and says what is wrong.
+ * Nothing is stopped, sent or received, so a test needs a guest with two hooks and the device, and no second process. It is
+ * in every build of the library, so that a device is tried with the code that will migrate it. */
+
+/* Flag of a test: two saves of one state may differ, as those of a device with VMIG_DEVICE_VARIES. They are not compared. */
+#define VMIG_TEST_VARIES 1
+
+/* A member of a device's struct: VMIG_MEMBER(type, member). A list of them ends with VMIG_MEMBER_END. */
+typedef struct vmig_member {
+    /* Where it is in the struct, in bytes. */
+    size_t offset;
+    /* Its size; 0 ends a list. */
+    size_t len;
+} vmig_member;
+
+/* What an earlier release saved, as `saved` of vmig_device_test got it. */
+typedef struct vmig_sample {
+    /* The bytes. NULL ends a list. */
+    const void *bytes;
+    /* How many; at most 256 MiB. */
+    size_t len;
+    /* Version of the device in that release. */
+    uint32_t version;
+    /* Zero. */
+    uint32_t reserved;
+} vmig_sample;
+
+/* How vmig_test_device() tries a device. Start it with VMIG_SIZED(vmig_device_test); everything else is optional, and
+ * each member makes the test find more. Callbacks run on the calling thread. */
+typedef struct vmig_device_test {
+    /* Size of the struct, in bytes: VMIG_SIZED(vmig_device_test). */
+    size_t size;
+    /* Of what is drawn where not every case is tried; 0: drawn as well. It is part of the log, and what was drawn once is
+     * drawn again with it. */
+    uint64_t seed;
+    /* Truncations and bit flips tried, of each; 0: all for some KiB of state, and the fewer the more there is. */
+    uint64_t cases;
+    /* sizeof of the struct that the device's pointer leads to: its bytes are compared, too, so that a member is found
+     * that is not in the table, and at the end they are what they were. 0: not looked at. Padding counts: allocate the
+     * struct zeroed. */
+    size_t memory;
+    /* Members of it that are no state and may change when it is saved or loaded, ended by VMIG_MEMBER_END: caches,
+     * statistics, and every pointer that `reset`, `pre_load`, `post_load` or `load` replaces, for an old one would be put
+     * back. Pointers of the table's own VMIG_PTR_ rows need not be named. NULL: none. */
+    const vmig_member *transient;
+    /* What earlier releases saved, ended by one without bytes: each must load. For tables without VMIG_FD and sections
+     * that are not iterative. NULL: none. */
+    const vmig_sample *samples;
+    /* Makes the device what it is when it was just switched on. What loading does not bring back afterwards is found:
+     * give the device another state first. Without it a field that `load` forgets looks as if it had been loaded. Returns 0
+     * or more, or a negative errno. `[bql]` */
+    int (*reset)(void *dev);
+    /* Called once with what the device was saved as, unless it is iterative: kept, it is a sample for later releases. */
+    void (*saved)(void *opaque, uint32_t version, const void *bytes, size_t len);
+    /* Takes a line of log, `level` being one of VMIG_LOG_*: ERROR for what is wrong, WARNING for what looks wrong or could
+     * not be tried, INFO for each test that is over, DEBUG for each case that begins. The last of these is the case in
+     * which a device crashed. Valid during the call. */
+    void (*log)(void *opaque, int level, const char *line);
+    /* What `saved` and `log` get. */
+    void *opaque;
+    /* Sum of VMIG_TEST_... flags. */
+    uint32_t flags;
+    /* Zero. */
+    uint32_t reserved;
+} vmig_device_test;
+
+/* A row of vmig_device_test.transient, and the last one. */
+#define VMIG_MEMBER(type, member) { offsetof(type, member), sizeof(((type *)0)->member) }
+#define VMIG_MEMBER_END { 0, 0 }
+
+/* Tries the device or section that was added with this name and instance. `how` NULL: with nothing but its callbacks.
+ *
+ * What is tried: that it is saved twice alike; that it takes what it was saved as, and is then saved alike, also after a
+ * `reset`; that a state which is cut off or has a bit changed, anywhere, is refused or does no harm (the device takes it, can
+ * be saved, takes that, and is saved alike); that versions it does not read are refused, and each it reads loads, made from
+ * the fields it had then; its parts absent, present, of other versions, and one nobody knows; samples of earlier releases;
+ * and that after each of its callbacks has failed once, and after vmig_put() has for lack of memory, it is as good as
+ * before and the error names it. For what a device does in its own memory run this with AddressSanitizer: a device that
+ * crashes is not caught, and the last DEBUG line of the log names the case. docs/devices-testing.md has more.
+ *
+ * Returns 0 if nothing is wrong. -EBADMSG: something is, the first such thing; vmig_errmsg() names the device, the test
+ * and, where it applies, byte, bit and field, bytes counted from the start of what the device was saved as. Either way the
+ * device is put back afterwards: loaded from what it was saved as at first, and its `memory` written as it was.
+ *
+ * Until it returns no other thread may use the device or add, remove or migrate anything; the guest must stand still.
+ * -ENOENT: there is no such device; -EOPNOTSUPP: it is the library's own (KVM's); -EINVAL: its is_active says no; -EBUSY:
+ * the guest runs (vmig_stop() it, or do not start it), or a migration does. [free] */
+int vmig_test_device(vmig *m,
+                     const char *name,
+                     uint32_t instance,
+                     const vmig_device_test *how);
+
 #ifdef __cplusplus
 }
 #endif

@@ -33,6 +33,7 @@ use crate::wire::{hello, ram as wire_ram};
 
 mod manual;
 mod migrating;
+mod trial;
 
 /// The option that is no setting of a migration, but says how the guest is owned.
 const EPOCH: &str = "epoch";

@@ -20,6 +20,7 @@ pub mod qmp;
 pub mod ram;
 pub mod run;
 pub mod section;
+pub mod trial;
 
 use std::ffi::{CStr, CString, c_char, c_int};
 

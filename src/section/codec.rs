@@ -12,11 +12,13 @@ use super::memory::{copy_in, int_at, pointer_at};
 use super::staged::Staged;
 use super::table::{Checked, Count, Field, Kind, Table};
 use crate::error::{Error, Result};
-use crate::wire::input::Input;
+use crate::wire::input::{Input, Slice};
 use crate::wire::output::Put;
 
 /// Type byte in front of a part (subsection).
 pub(super) const PART_MARK: u8 = 5;
+/// Fields of a body that can be told by name in a test of the device.
+const MARKS_MAX: usize = 65536;
 
 /// Appends the body of the device at `base` to `out`; on failure `out` is as it was. \[bql\]
 ///
@@ -62,9 +64,31 @@ pub fn parse_with_fds<'t>(
     fds: Option<&Inbox>,
 ) -> Result<Staged<'t>> {
     let (path, bytes, script) = (Path::default(), Vec::new(), Vec::new());
-    let mut parser = Parser { input, inbox: fds, path, bytes, script, fds: VecDeque::new() };
+    let mut parser = Parser { input, inbox: fds, path, bytes, script, fds: VecDeque::new(), marks: None };
     parser.table(table, version, false).map_err(|e| e.in_section(&table.name))?;
     Ok(Staged { table, version, bytes: parser.bytes, script: parser.script, fds: parser.fds })
+}
+
+/// Where a field begins in a body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Bytes before it.
+    pub at: u64,
+    /// The field, or the part whose header this is.
+    pub name: String,
+    /// File descriptors.
+    pub fd: bool,
+    /// Bytes without a meaning.
+    pub unused: bool,
+}
+
+/// Where the fields are in `body`, which was saved with the table; of very many the first.
+pub fn marks(table: &Checked, body: &[u8]) -> Result<Vec<Mark>> {
+    let (path, bytes, script) = (Path::default(), Vec::new(), Vec::new());
+    let (input, marks) = (&mut Slice::new(body), Some(Vec::new()));
+    let mut parser = Parser { input, inbox: None, path, bytes, script, fds: VecDeque::new(), marks };
+    parser.table(table, table.version, false)?;
+    Ok(parser.marks.unwrap_or_default())
 }
 
 /// Where the walk is, for errors: the structs around the current field.
@@ -82,6 +106,10 @@ impl<'t> Path<'t> {
 
     /// Names `field` and the structs around it in `error`.
     pub(super) fn blame(&self, error: Error, field: &Field) -> Error {
+        error.in_field(self.name(field))
+    }
+
+    fn name(&self, field: &Field) -> String {
         let mut path = String::new();
         for (outer, element) in &self.0 {
             path.push_str(&outer.name);
@@ -90,7 +118,7 @@ impl<'t> Path<'t> {
             }
             path.push('.');
         }
-        error.in_field(path + &field.name)
+        path + &field.name
     }
 }
 
@@ -276,6 +304,8 @@ struct Parser<'i, 't> {
     path: Path<'t>,
     bytes: Vec<u8>,
     script: Vec<u32>,
+    /// Where fields begin, if that is wanted.
+    marks: Option<Vec<Mark>>,
 }
 
 impl<'t> Parser<'_, 't> {
@@ -299,6 +329,10 @@ impl<'t> Parser<'_, 't> {
 
     fn field(&mut self, field: &'t Field, count: u32) -> Result<()> {
         let start = self.bytes.len();
+        if self.marks.is_some() && !matches!(field.kind, Kind::Struct(..)) {
+            let (fd, unused) = (matches!(field.kind, Kind::Fd), matches!(field.kind, Kind::Unused(_)));
+            self.mark(self.path.name(field), fd, unused);
+        }
         let taken = match &field.kind {
             Kind::Struct(inner, _) => {
                 for element in 0..count {
@@ -342,6 +376,13 @@ impl<'t> Parser<'_, 't> {
         Ok(())
     }
 
+    fn mark(&mut self, name: String, fd: bool, unused: bool) {
+        let at = self.input.position();
+        if let Some(marks) = self.marks.as_mut().filter(|marks| marks.len() < MARKS_MAX) {
+            marks.push(Mark { at, name, fd, unused });
+        }
+    }
+
     fn push(&mut self, value: u32) -> Result<()> {
         self.script.try_reserve(1).map_err(|_| Error::no_memory("device state", 4))?;
         self.script.push(value);
@@ -355,6 +396,9 @@ impl<'t> Parser<'_, 't> {
         }
         let mut seen = vec![false; table.parts.len()];
         while let Some(len) = self.part_ahead(table)? {
+            if self.marks.is_some() {
+                self.mark(format!("the header of a part of '{}'", table.name), false, false);
+            }
             let mut bytes = [0; 257];
             self.input.read(&mut bytes[..2 + len])?;
             let name = String::from_utf8_lossy(&bytes[2..2 + len]);

@@ -319,6 +319,16 @@ impl CHooks {
 }
 
 impl Hooks for CHooks {
+    fn has(&self, callback: &str) -> bool {
+        match callback {
+            "needed" => self.needed.is_some(),
+            "pre_save" => self.pre_save.is_some(),
+            "post_save" => self.post_save.is_some(),
+            "pre_load" => self.pre_load.is_some(),
+            _ => self.post_load.is_some(),
+        }
+    }
+
     fn needed(&self, device: *mut u8) -> Result<bool> {
         if self.needed.is_none() {
             return Ok(true);

@@ -12,6 +12,8 @@ use super::check::{self, BODY_MAX};
 use super::list::{Content, Entry};
 use super::ops::*;
 use super::stream::{Reader, Writer};
+use super::trial::Subject;
+use super::trial::faults::Faults;
 use super::{Apply, Part, Pending, Section};
 use crate::error::{Error, Result, returned};
 use crate::sys::sized::sized_copy;
@@ -35,6 +37,8 @@ pub struct Custom {
     owed: Mutex<Option<Error>>,
     /// `setup` or `load_setup` was called, so the cleanup after it is due.
     tried: AtomicBool,
+    /// What makes callbacks fail in a test of the section.
+    faults: Option<Arc<Faults>>,
 }
 
 /// The VMM's pointer; its `destroy` runs when the section is gone, if a list ever took it.
@@ -89,6 +93,7 @@ impl Custom {
             opaque,
             owed: Mutex::default(),
             tried: AtomicBool::new(false),
+            faults: None,
         })
     }
 
@@ -123,11 +128,17 @@ impl Custom {
     fn call(&self, callback: &str, f: Option<Call>, default: c_int) -> Result<c_int> {
         let Some(f) = f else { return Ok(default) };
         // SAFETY: the caller of `new` vouched that the callbacks accept the pointer.
-        self.returned(callback, unsafe { f(self.opaque.pointer) })
+        self.returned(callback, || unsafe { f(self.opaque.pointer) })
     }
 
-    fn returned(&self, callback: &str, value: c_int) -> Result<c_int> {
-        returned(&self.owner, callback, value).map_err(|e| e.in_section(&self.name))
+    /// Makes a call, through the faults of a test if there is one.
+    fn returned(&self, callback: &str, call: impl FnOnce() -> c_int) -> Result<c_int> {
+        let call = || returned(&self.owner, callback, call());
+        let value = match &self.faults {
+            Some(faults) => faults.around(&self.owner, callback, call),
+            None => call(),
+        };
+        value.map_err(|e| e.in_section(&self.name))
     }
 
     /// A question whose asker takes no error: the section then stays in, so that the next step reports it.
@@ -149,8 +160,9 @@ impl Custom {
         self.settle()?;
         let mut left = Pending::default();
         // SAFETY: the caller of `new` vouched for the callbacks; both numbers live through the call.
-        let value = unsafe { f(self.opaque.pointer, &raw mut left.must_precopy, &raw mut left.can_postcopy) };
-        self.returned(callback, value).map(|_| left)
+        let call = || unsafe { f(self.opaque.pointer, &raw mut left.must_precopy, &raw mut left.can_postcopy) };
+        self.returned(callback, call)?;
+        Ok(left)
     }
 
     fn write(
@@ -160,11 +172,9 @@ impl Custom {
         f: impl FnOnce(*mut c_void, &mut Writer) -> c_int,
     ) -> Result<c_int> {
         self.settle()?;
-        Writer::frame(out, |writer| {
-            let value = f(self.opaque.pointer, writer);
-            self.returned(callback, value)
-        })
-        .map_err(|e| e.in_section(&self.name))
+        let room = self.faults.as_ref().map_or(BODY_MAX, |faults| faults.room());
+        Writer::frame_within(out, room, |writer| self.returned(callback, || f(self.opaque.pointer, writer)))
+            .map_err(|e| e.in_section(&self.name))
     }
 
     fn load(&self, part: u32, version: u32, body: Vec<u8>) -> Result<()> {
@@ -173,11 +183,11 @@ impl Custom {
         };
         let mut reader = Reader::new(body);
         // SAFETY: the caller of `new` vouched for the callbacks; the reader lives through the call.
-        let value = unsafe { load(self.opaque.pointer, part, version, reader.handle()) };
+        let loaded = self.returned("load", || unsafe { load(self.opaque.pointer, part, version, reader.handle()) });
         // A read beyond the end explains a failure better than the errno `load` made of it.
         match reader.error() {
             Some(error) => Err(error.clone()),
-            None => self.returned("load", value).and_then(|_| reader.finish()),
+            None => loaded.and_then(|_| reader.finish()),
         }
     }
 }
@@ -329,6 +339,21 @@ impl Section for Custom {
             let start = end - body.len() as u64;
             self.load(code, version, body).map_err(|e| e.in_body_at(start).in_section(&self.name))
         }))
+    }
+
+    fn subject(&self, faults: &Arc<Faults>) -> Option<Subject<'_>> {
+        let opaque = Opaque { pointer: self.opaque.pointer, destroy: None, armed: AtomicBool::new(false) };
+        let copy = Self {
+            name: self.name.clone(),
+            owner: self.owner.clone(),
+            version: self.version,
+            ops: self.ops,
+            opaque,
+            owed: Mutex::default(),
+            tried: AtomicBool::new(false),
+            faults: Some(Arc::clone(faults)),
+        };
+        Some(Subject { section: Box::new(copy), device: None, at: self.opaque.pointer.cast() })
     }
 
     fn load_cleanup(&self, ok: bool) {

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use super::codec::{parse_with_fds, save, save_with_fds};
 use super::fds::{Inbox, Outbox};
 use super::staged::describe;
-use super::table::Checked;
+use super::table::{Checked, Table};
+use super::trial::Subject;
+use super::trial::faults::Faults;
+use super::trial::tables::under_test;
 use super::{Apply, Part, Section};
 use crate::error::{Error, Result};
 use crate::wire::input::Input;
@@ -53,6 +56,12 @@ impl Device {
     /// The device's table.
     pub fn table(&self) -> &Checked {
         &self.table
+    }
+
+    /// The same device, as if `table` described it: made from its own, with fields and parts of that only.
+    pub(super) fn as_if(&self, table: Table) -> Result<Self> {
+        // SAFETY: the caller of `new` vouched for the memory as its table describes it, of which this one describes a part.
+        unsafe { Self::new(table.checked()?, self.instance, self.base.0) }
     }
 
     /// Which of several devices of this name.
@@ -129,6 +138,11 @@ impl Section for Device {
         // SAFETY: the caller of `new` vouched for the memory, and what `parse` returns runs with the big lock held;
         // nothing is unregistered while a migration runs.
         Ok(Box::new(move || unsafe { staged.apply_placing(base.at(), &fds) }))
+    }
+
+    fn subject(&self, faults: &Arc<Faults>) -> Option<Subject<'_>> {
+        let section = self.as_if(under_test(&self.table, faults, 0)).ok()?;
+        Some(Subject { section: Box::new(section), device: Some(self), at: self.base.0 })
     }
 
     fn describe(&self, body: &[u8]) -> serde_json::Value {

@@ -15,6 +15,7 @@ pub mod shape;
 pub mod staged;
 pub mod stream;
 pub mod table;
+pub mod trial;
 
 #[cfg(test)]
 mod check_tests;
@@ -39,6 +40,8 @@ use crate::error::Result;
 use crate::wire::input::Input;
 use crate::wire::shape::Shape;
 use fds::{Inbox, Outbox};
+use trial::Subject;
+use trial::faults::Faults;
 
 /// Bytes still to be sent by a section.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -190,6 +193,12 @@ pub trait Section: Send + Sync {
         _fds: &Arc<Inbox>,
     ) -> Result<Apply<'a>> {
         self.parse(part, version, input)
+    }
+
+    /// The same state, for a test of the section, with callbacks that pass through `faults`. None: a section of the
+    /// library's own.
+    fn subject(&self, _faults: &Arc<Faults>) -> Option<Subject<'_>> {
+        None
     }
 
     /// Undoes `load_setup`, told whether the migration succeeded; exactly once. \[bql\]

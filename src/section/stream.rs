@@ -24,6 +24,8 @@ pub struct Writer {
     bytes: Vec<u8>,
     /// Where the body begins; `bytes` may hold other bodies before it.
     start: usize,
+    /// Bytes the body may have.
+    room: u64,
     error: Option<Error>,
 }
 
@@ -31,9 +33,18 @@ impl Writer {
     /// Appends a framed body to `out`, of which `fill` writes the bytes: be32 length, bytes. On failure `out` is as it
     /// was.
     pub fn frame<T>(out: &mut Vec<u8>, fill: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        Self::frame_within(out, BODY_MAX, fill)
+    }
+
+    /// The same, as if there were memory for `room` bytes only.
+    pub(super) fn frame_within<T>(
+        out: &mut Vec<u8>,
+        room: u64,
+        fill: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
         let before = out.len();
         out.u32(0);
-        let mut writer = Self { start: out.len(), bytes: std::mem::take(out), error: None };
+        let mut writer = Self { start: out.len(), bytes: std::mem::take(out), room, error: None };
         let filled = fill(&mut writer);
         *out = writer.bytes;
         // The sticky error came first and says more than the callback that noticed it.
@@ -63,6 +74,8 @@ impl Writer {
         let put = if len > BODY_MAX {
             Err(Error::new(libc::EFBIG, "the body is longer than its limit")
                 .expected_got(format!("at most {BODY_MAX} bytes"), len))
+        } else if len > self.room {
+            Err(Error::no_memory("a section's body", len))
         } else {
             self.bytes.try_reserve(bytes.len()).map_err(|_| Error::no_memory("a section's body", len))
         };

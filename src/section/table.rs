@@ -66,6 +66,10 @@ pub struct Field {
 
 /// What a device does around saving and loading. Called with the big lock held.
 pub trait Hooks: Send + Sync {
+    /// Whether the device has code for this callback, by its name here.
+    fn has(&self, _callback: &str) -> bool {
+        true
+    }
     /// Of a part: send it? Without the hook a part is always sent.
     fn needed(&self, _device: *mut u8) -> Result<bool> {
         Ok(true)

@@ -357,6 +357,14 @@ impl Vmm {
         Ok(())
     }
 
+    /// `EBUSY` if the guest runs, as far as is known: of a fresh one nobody knows.
+    pub fn check_still(&self, what: &str) -> Result<()> {
+        if self.is_running() && !self.fresh.load(Ordering::Relaxed) {
+            return Err(Error::new(libc::EBUSY, format!("cannot {what} while the guest runs: vmig_stop it first")));
+        }
+        Ok(())
+    }
+
     /// The guest is about to arrive from elsewhere. `EBUSY` if one runs here: its memory would be overwritten.
     ///
     /// Of a fresh guest no hook is called, for it never ran.
