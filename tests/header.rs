@@ -184,6 +184,25 @@ fn layouts() -> BTreeMap<String, Layout> {
             load_cleanup
         }
     );
+    layout!(t, section::trial::ops::vmig_member { offset, len });
+    layout!(t, section::trial::ops::vmig_sample { bytes, len, version, reserved });
+    layout!(
+        t,
+        section::trial::ops::vmig_device_test {
+            size,
+            seed,
+            cases,
+            memory,
+            transient,
+            samples,
+            reset,
+            saved,
+            log,
+            opaque,
+            flags,
+            reserved
+        }
+    );
     t
 }
 

@@ -10,7 +10,7 @@ impl Machine {
     pub fn try_device(&self, name: &str, instance: u32, plan: &mut Plan<'_>) -> Result<()> {
         const WHAT: &str = "test a device";
         // The callbacks are called right here, so in a VMM with one thread this must be that one.
-        self.vmm.dispatch().home().require_here(WHAT)?;
+        self.vmm.dispatch().home().require_outside(WHAT)?;
         self.vmm.bql().require_free(WHAT)?;
         self.status.check_idle()?;
         self.vmm.check_still(WHAT)?;

@@ -636,11 +636,12 @@ static void qmp(void)
 }
 
 #include "entry_channels.h"
+#include "entry_trial.h"
 
 int main(void)
 {
     static void (*const chapters[])(void) = { the_guest, lock_and_run, ram, sources, devices, migrating, observing,
-                                              sections, qmp, channels };
+                                              sections, tests, qmp, channels };
     char *text = malloc(1000), *very = malloc(70000);
     uint64_t before;
 

@@ -116,6 +116,8 @@ static int row(const vmig_field *f, const char *name, uint32_t kind, size_t offs
            f->width == width && f->count == count && f->reserved32 == 0 && f->reserved[0] == 0;
 }
 
+static const vmig_member members[] = { VMIG_MEMBER(struct dev, bytes), VMIG_MEMBER_END };
+
 int UNIT(void);
 int UNIT(void)
 {
@@ -145,6 +147,7 @@ int UNIT(void)
     CHECK(row(&f[2], "bytes_ptr", VMIG_KIND_BYTES, offsetof(struct dev, bytes_ptr), 1, 8));
     CHECK(!f[3].name && f[3].kind == VMIG_KIND_UNUSED && f[3].width == 9);
     CHECK(!f[4].name && f[4].kind == VMIG_KIND_END);
+    CHECK(members[0].offset == offsetof(struct dev, bytes) && members[0].len == 6 && !members[1].len);
     CHECK(point_fields[1].kind == VMIG_KIND_SINCE && point_fields[1].since == 2);
     return 0;
 }

@@ -51,9 +51,9 @@ impl Trial<'_> {
         None
     }
 
-    fn tell(&self, test: &str, tried: usize, all: u64, refused: usize) {
+    fn tell(&self, test: &str, tried: usize, all: u64, [refused, taken]: [usize; 2]) {
         let text =
-            format!("{test}: {tried} of {all} tried, {refused} refused, {} taken without harm", tried - refused);
+            format!("{test}: {tried} of {all} tried: {refused} times refused, {taken} times taken without harm");
         self.rig.say(Say::Step, &text);
     }
 
@@ -61,7 +61,7 @@ impl Trial<'_> {
     pub(super) fn cuts(&self) -> Result<()> {
         const TEST: &str = "truncation";
         let all = self.saved.iter().map(|(_, body)| body.len() as u64).sum();
-        let (mut tried, mut refused) = (0, 0);
+        let (mut tried, mut outcomes) = (0, [0; 2]);
         let mut state = self.saved.clone();
         for point in self.points(all) {
             let Some((index, at)) = self.find(point) else { continue };
@@ -69,7 +69,7 @@ impl Trial<'_> {
             let mut run = |body: Vec<u8>| -> Result<()> {
                 state[index].1 = body;
                 let outcome = self.case(TEST, &what, self.version(), &state, Must::Either)?;
-                (tried, refused) = (tried + 1, refused + usize::from(outcome == Outcome::Refused));
+                outcomes[usize::from(outcome != Outcome::Refused)] += 1;
                 Ok(())
             };
             let body = &self.saved[index].1;
@@ -78,8 +78,9 @@ impl Trial<'_> {
                 run(self.body(&body[FRAME..at])?)?;
             }
             state[index].1.clone_from(body);
+            tried += 1;
         }
-        self.tell(TEST, tried, all, refused);
+        self.tell(TEST, tried, all, outcomes);
         self.more()
     }
 
@@ -100,7 +101,7 @@ impl Trial<'_> {
         let bytes: u64 = self.saved.iter().map(|(_, body)| body.len() as u64).sum();
         let points = self.points(bytes * 8);
         let whole = points.len() as u64 == bytes * 8;
-        let (mut tried, mut refused) = (0, 0);
+        let (mut tried, mut outcomes) = (0, [0; 2]);
         let mut state: State = self.saved.clone();
         // For each byte in turn: somebody noticed that it changed.
         let mut noticed = vec![false; usize::try_from(if whole { bytes } else { 0 }).unwrap_or(0)];
@@ -115,14 +116,15 @@ impl Trial<'_> {
             state[index].1[at] ^= 1 << bit;
             let outcome = self.case(TEST, &what, self.version(), &state, Must::Either)?;
             state[index].1[at] ^= 1 << bit;
-            (tried, refused) = (tried + 1, refused + usize::from(outcome == Outcome::Refused));
+            outcomes[usize::from(outcome != Outcome::Refused)] += 1;
+            tried += 1;
             if outcome != (Outcome::Taken { differs: false })
                 && let Some(seen) = usize::try_from(point / 8).ok().and_then(|byte| noticed.get_mut(byte))
             {
                 *seen = true;
             }
         }
-        self.tell(TEST, tried, bytes * 8, refused);
+        self.tell(TEST, tried, bytes * 8, outcomes);
         self.unnoticed(&noticed);
         Ok(())
     }

