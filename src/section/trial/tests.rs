@@ -1,7 +1,6 @@
 use std::sync::Arc;
 
 use super::faults::{Faults, Moment, moments};
-use super::*;
 use crate::section::codec::{marks, save};
 use crate::section::codec_tests::with_count;
 use crate::section::table::{Count, Kind, Table};
