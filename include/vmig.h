@@ -1413,7 +1413,7 @@ uint64_t vmig_get_u64(vmig_reader *input);
  * left ends; 0 for NULL. [cb] */
 size_t vmig_reader_left(vmig_reader *input);
 
-/* ---- 7. testing your devices ----------------------------------------------------------------------------------- */
+/* ---- 12. testing your devices ---------------------------------------------------------------------------------- */
 /* For the tests of a VMM: tries a registered device with everything a migration could do to it, and says what is wrong.
  * Nothing is stopped, sent or received, so a test needs a guest with two hooks and the device, and no second process. It is
  * in every build of the library, so that a device is tried with the code that will migrate it. */

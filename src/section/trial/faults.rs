@@ -3,9 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::error::Result;
+use crate::error::{Result, returned};
 use crate::section::check::BODY_MAX;
-use crate::section::errno::returned;
 use crate::section::table::Hooks;
 use crate::thread::lock;
 

@@ -6,8 +6,7 @@ use std::ffi::{CString, c_char, c_int, c_void};
 use std::ops::Range;
 
 use super::{Memory, Plan, Reset, Sample, Say};
-use crate::error::{Error, Result};
-use crate::section::errno::returned;
+use crate::error::{Error, Result, returned};
 use crate::sys::sized::{SizedStruct, sized_copy};
 
 /// Members and samples read in search of the list's end before it is taken for missing.
