@@ -33,7 +33,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 WARN := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Werror
 # Programs of the tests, each one file; header_*.c are compiled by tests/header.rs in its own ways.
 C_TESTS := $(filter-out header_%,$(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c)))
-C_SOURCES := include/vmig.h $(wildcard c-examples/*.[ch] c-examples/*/* tests/c/*.[ch])
+C_SOURCES := include/vmig.h $(wildcard c-examples/*.[ch] c-examples/*/*.* c-examples/*/Makefile c-examples/*/*/* tests/c/*.[ch])
 # Functions whose callers inside the library are led through tests/c/doors in `make c-fault`.
 DOORS := accept4 bind connect eventfd fchmod fcntl fstat fstat64 fstatfs ftruncate64 getsockname getsockopt ioctl listen \
     lseek lseek64 lstat64 madvise memfd_create mmap mmap64 mprotect open open64 pipe2 poll posix_spawn \
@@ -97,6 +97,8 @@ define programs
 	$(if $(wildcard c-examples/vmm/Makefile),+$(MAKE) --no-print-directory -C c-examples/vmm OUT=$(1) \
 	    CFLAGS="$(CFLAGS) $(3)" VMIG_CFLAGS="-I$(CURDIR)/include" VMIG_LIBS="$(2) $(LIBS_PRIVATE)")
 	$(if $(RDMA),$(CC) $(WARN) $(CFLAGS) $(3) -Iinclude -o $(1)/rdma c-examples/rdma.c $(2) $(LIBS_PRIVATE) -pthread -lrdmacm)
+	+$(MAKE) --no-print-directory -C c-examples/emulator OUT=$(1) GUESTS_OPTIONAL=1 \
+	    CFLAGS="$(CFLAGS) $(3)" VMIG_CFLAGS="-I$(CURDIR)/include" VMIG_LIBS="$(2) $(LIBS_PRIVATE)"
 	for t in $(C_TESTS); do \
 	    $(CC) $(WARN) $(CFLAGS) $(3) -Iinclude -o $(1)/$$t tests/c/$$t.c $(2) $(LIBS_PRIVATE) -pthread; \
 	done

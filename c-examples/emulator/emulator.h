@@ -2,8 +2,9 @@
  *
  *   cpu.c      RV32IM with Zicsr, machine mode only
  *   machine.c  RAM, the console, the timer, the power switch; time
- *   glue.c     what makes it migratable: the only file that must know libvmig
- *   main.c     options, commands, the poll loop
+ *   glue.c     what makes it migratable
+ *   main.c     options, and the poll loop
+ *   commands.c what an operator may ask for
  *
  * Nothing here takes a lock, for there is nobody to lock out. */
 #ifndef EMULATOR_H
@@ -69,7 +70,7 @@ struct machine {
     uint16_t off_code;
     /* Called after each store of the guest, with its place in RAM; NULL: nobody needs to know. */
     void (*wrote)(struct machine *vm, uint32_t offset, uint32_t len);
-    uint64_t *page_log;                         /* a bit for each page, for a `wrote` that keeps one */
+    uint64_t *page_log;                         /* a bit for each page that was written, if machine_log() is `wrote` */
     struct vmig *migration;
 };
 
@@ -87,6 +88,9 @@ int machine_wait_ms(struct machine *vm);                        /* how long poll
 void machine_resume(struct machine *vm);
 void machine_pause(struct machine *vm);
 void machine_type(struct machine *vm, char c);
+void machine_log(struct machine *vm, uint32_t offset, uint32_t len);    /* a `wrote` that keeps a bitmap of pages */
+uint64_t machine_take_log(struct machine *vm, uint64_t word);           /* 64 pages of it, which are forgotten here */
+bool uart_is_sound(const struct uart *uart);
 uint64_t machine_hash(const struct machine *vm);
 bool device_read(struct machine *vm, uint32_t address, unsigned size, uint32_t *value);
 bool device_write(struct machine *vm, uint32_t address, unsigned size, uint32_t value);
@@ -102,4 +106,8 @@ static inline uint8_t *machine_ram(struct machine *vm, uint32_t address, unsigne
 
 /* glue.c */
 int migratable(struct machine *vm, const char *tracker);
+
+/* commands.c */
+bool command(struct machine *vm, char *line);                   /* false: quit */
+int arrive(struct machine *vm, const char *uri);                /* listens for a guest, and says where */
 #endif

@@ -43,7 +43,7 @@ void machine_resume(struct machine *vm)
 
 void machine_pause(struct machine *vm)
 {
-    count_time(vm);
+    machine_ticks(vm);                          /* counts up to now, if it ran at all */
     vm->running = false;
 }
 
@@ -74,6 +74,11 @@ void machine_type(struct machine *vm, char c)
 {
     if (vm->uart.rx_count < UART_FIFO)          /* typed too fast: lost, as on a real one */
         vm->uart.rx[vm->uart.rx_count++] = (uint8_t)c;
+}
+
+bool uart_is_sound(const struct uart *uart)
+{
+    return uart->rx_count <= UART_FIFO && uart->ier <= 1;
 }
 
 static uint8_t uart_take(struct uart *uart)
@@ -264,6 +269,22 @@ int machine_load(struct machine *vm, const char *image)
     }
     close(fd);
     return err ? err : n != 0 ? -EFBIG : have == 0 ? -ENOEXEC : 0;
+}
+
+/* ---- which pages were written ---- */
+
+void machine_log(struct machine *vm, uint32_t offset, uint32_t len)
+{
+    (void)len;                                  /* a store never reaches into a second page: it is aligned */
+    vm->page_log[offset >> (PAGE_SHIFT + 6)] |= 1ull << (offset >> PAGE_SHIFT & 63);
+}
+
+uint64_t machine_take_log(struct machine *vm, uint64_t word)
+{
+    uint64_t taken = vm->page_log[word];
+
+    vm->page_log[word] = 0;
+    return taken;
 }
 
 /* Of everything that must be the same after a move. */

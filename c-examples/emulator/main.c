@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include <vmig.h>
 
 static const char usage[] =
     "usage: emulator [options] [IMAGE], then one command per line on standard input\n"
@@ -102,13 +103,14 @@ static bool read_commands(struct machine *vm)
 /* The one thread: commands, the library's callbacks, and the guest, in turn. */
 static int loop(struct machine *vm, unsigned busy_ms)
 {
-    struct pollfd fds[] = { { .fd = STDIN_FILENO, .events = POLLIN }, { .fd = callbacks_fd(vm), .events = POLLIN } };
+    struct pollfd fds[] = { { .fd = STDIN_FILENO, .events = POLLIN },
+                            { .fd = vmig_dispatch_fd(vm->migration), .events = POLLIN } };
     int err;
 
     while (!vm->off) {
         if (poll(fds, 2, machine_wait_ms(vm)) < 0 && errno != EINTR)
             return -errno;
-        if (fds[1].revents && (err = run_callbacks(vm)) < 0)
+        if (fds[1].revents && (err = vmig_dispatch(vm->migration)) < 0)
             return err;
         if (fds[0].revents && !read_commands(vm))
             return 0;
@@ -125,18 +127,12 @@ static int begin(struct machine *vm, const struct options *o)
 
     for (size_t i = 0; i < o->settings; i++) {
         char *value = o->setting[i], *name = strsep(&value, " ");
-        if ((err = set_option(vm, name, value)) < 0)
+        if ((err = vmig_set(vm->migration, name, value)) < 0)
             return err;
     }
     if (o->incoming)
         return arrive(vm, o->incoming);
-    if (!o->image)
-        return 0;
-    if ((err = machine_load(vm, o->image)) < 0) {
-        fprintf(stderr, "emulator: %s: %s\n", o->image, strerror(-err));
-        return err;
-    }
-    return let_run(vm);
+    return o->image ? vmig_start(vm->migration) : 0;
 }
 
 int main(int argc, char **argv)
@@ -156,9 +152,13 @@ int main(int argc, char **argv)
         fprintf(stderr, "emulator: no memory for a guest of %u MiB\n", o.mem_mib);
         return 1;
     }
+    if (o.image && (err = machine_load(&vm, o.image)) < 0) {
+        fprintf(stderr, "emulator: %s: %s\n", o.image, strerror(-err));
+        return EXIT_USAGE;
+    }
     if ((err = migratable(&vm, o.tracker)) < 0 || (err = begin(&vm, &o)) < 0 || (err = loop(&vm, o.busy_ms)) < 0)
-        report_error("it ends");
-    forget_migration(&vm);
+        fprintf(stderr, "emulator: %s\n", vmig_errmsg());
+    vmig_free(vm.migration);
     machine_destroy(&vm);
     return err < 0 ? 1 : vm.off_code ? EXIT_GUEST : 0;
 }

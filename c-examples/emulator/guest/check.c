@@ -243,6 +243,10 @@ static void check_csrs(void)
     csr_put(mip, -1), check("mip cannot be written", csr_get(mip), 0);
     csr_put(mstatus, 0), check("mstatus", csr_get(mstatus), 0x1800);
     csr_put(mstatus, -1 & ~MSTATUS_MIE), check("mstatus.mpie", csr_get(mstatus), 0x1880);
+    csr_put(mstatus, 0x1880);           /* a trap where interrupts are off, and were on before */
+    __asm__ volatile("ecall" : : : "memory");
+    check("off inside, and were off", status_inside, 0x1800);
+    check("off again", csr_get(mstatus), 0x1880);
     csr_put(mcause, 0x8000000b), check("mcause", csr_get(mcause), 0x8000000b);
     csr_put(mtval, 77), check("mtval", csr_get(mtval), 77);
     __asm__ volatile("csrr %0, minstret\n nop\n nop\n csrr %1, minstret" : "=r"(low), "=r"(high));
@@ -308,7 +312,7 @@ static void check_interrupts(void)
     while (!interrupts[7])
         continue;
     check("time goes on", time_now() > begin + 50000, 1);
-    MTIME_HIGH = 5, MTIME_LOW = 0;
+    MTIME_HIGH = 5, MTIME_LOW = 1000000;
     check("mtime is written", MTIME_HIGH, 5);
     check("the csr of it", csr_get(timeh), 5);
 }
@@ -337,7 +341,7 @@ static void check_vectors(void)
     set_alarm(0);
     check("vectored timer", interrupts[7], 1);
     forget();
-    TRAPS("exceptions go to the first vector", 11, 0, "ecall", "r"(0));
+    TRAPS("exceptions go to the first vector", 3, epc, "ebreak", "r"(0));
     csr_put(mtvec, (uint32_t)(uintptr_t)trap_direct);
 }
 
@@ -356,6 +360,10 @@ static void check_console(void)
     while (!interrupts[11])
         wait_for_interrupt();
     check("why", UART[2], 0x04);
+    UART[1] = 0;
+    check("no interrupt that was not asked for", csr_get(mip), 0);
+    UART[1] = 1;
+    check("pending again", csr_get(mip), IRQ_EXTERNAL);
     while (!(UART[5] & 1))
         continue;
     check("the first typed", UART[0], 'x');
