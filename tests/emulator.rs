@@ -67,7 +67,8 @@ impl Place {
         let (mut counter, mut pass) = (0, 0);
         for line in whole.lines().filter(|line| !line.starts_with("echo ")) {
             let numbers = line.split_once(' ').and_then(|(n, p)| Some((n.parse::<u64>().ok()?, p.parse::<u64>().ok()?)));
-            let (n, p) = numbers.unwrap_or_else(|| panic!("not a line of the guest after {counter}: '{line}'"));
+            let rest = || &text[line.as_ptr() as usize - text.as_ptr() as usize..];
+            let (n, p) = numbers.unwrap_or_else(|| panic!("not a line of the guest after {counter}: {}", rest()));
             assert!(n == counter + 1 && p >= pass, "'{line}' follows '{counter} {pass}'");
             (counter, pass) = (n, p);
         }
@@ -266,6 +267,23 @@ fn a_destination_that_is_killed_costs_nothing() {
         place.must_be_whole();
         a.quit();
         b.quit();
+        fs::remove_file(&place.console).unwrap();
+    }
+}
+
+/// Its check finds one bit, in the first, the last and some other word of its memory.
+#[test]
+fn the_guest_notices_a_bit_that_changed() {
+    let Some(place) = Place::new() else { return };
+    for address in ["0x80010000", "0x8040abcd", "0x807fffff"] {
+        let mut a = place.guest(&[]);
+        place.must_be_whole();
+        assert!(a.command("corrupt 0x70000000").starts_with("error corrupt: "));
+        a.must(&format!("corrupt {address}"));
+        a.wait_end(3);
+        let word = u32::from_str_radix(&address[2..], 16).unwrap() & !3;
+        let text = place.text();
+        assert!(text.contains(&format!("guest: memory at {word:#010x} is ")), "{text}");
         fs::remove_file(&place.console).unwrap();
     }
 }

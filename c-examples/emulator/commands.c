@@ -63,6 +63,19 @@ static void type(struct machine *vm, const char *text)
     answer("type", 0);
 }
 
+/* For whoever doubts that the guest notices: a bit of its memory changes, and nobody is told. */
+static void corrupt(struct machine *vm, const char *address)
+{
+    uint8_t *at = machine_ram(vm, (uint32_t)strtoul(address, NULL, 0), 1);
+
+    if (!at) {
+        printf("error corrupt: there is no RAM at '%s'\n", address);
+        return;
+    }
+    *at ^= 0x10;
+    printf("ok\n");
+}
+
 bool command(struct machine *vm, char *line)
 {
     char *rest = line, *verb = strsep(&rest, " "), *argument = rest ? rest : "";
@@ -93,6 +106,8 @@ bool command(struct machine *vm, char *line)
         answer_info(vm);
     } else if (strcmp(verb, "type") == 0) {
         type(vm, argument);
+    } else if (strcmp(verb, "corrupt") == 0) {
+        corrupt(vm, argument);
     } else {
         printf("error %s: no such command\n", verb);
     }
