@@ -66,9 +66,9 @@ impl Place {
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let (mut counter, mut pass) = (0, 0);
         for line in whole.lines().filter(|line| !line.starts_with("echo ")) {
-            let numbers = line.split_once(' ').and_then(|(n, p)| Some((n.parse::<u64>().ok()?, p.parse::<u64>().ok()?)));
-            let rest = || &text[line.as_ptr() as usize - text.as_ptr() as usize..];
-            let (n, p) = numbers.unwrap_or_else(|| panic!("not a line of the guest after {counter}: {}", rest()));
+            let numbers =
+                line.split_once(' ').and_then(|(n, p)| Some((n.parse::<u64>().ok()?, p.parse::<u64>().ok()?)));
+            let (n, p) = numbers.unwrap_or_else(|| panic!("not a line of the guest after {counter}: {text}"));
             assert!(n == counter + 1 && p >= pass, "'{line}' follows '{counter} {pass}'");
             (counter, pass) = (n, p);
         }
@@ -222,7 +222,9 @@ fn a_destination_that_is_not_there_or_not_alike_is_named() {
     let Some(place) = Place::new() else { return };
     let mut a = place.guest(&["--set", "connect-timeout 2000"]);
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    for (uri, word) in [(format!("tcp:127.0.0.1:{port}"), "refused"), (place.address("unix", "nobody"), "No such file")] {
+    for (uri, word) in
+        [(format!("tcp:127.0.0.1:{port}"), "refused"), (place.address("unix", "nobody"), "No such file")]
+    {
         a.must(&format!("migrate {uri}"));
         a.must_end_in("failed");
         let why = a.command("error");
@@ -319,32 +321,35 @@ fn arithmetic() -> u32 {
         state ^= state << 5;
         state
     };
+    let signed = |bits: u32| i32::from_ne_bytes(bits.to_ne_bytes());
+    let bits = |signed: i32| u32::from_ne_bytes(signed.to_ne_bytes());
+    let low = |wide: u64| u32::try_from(wide & 0xffff_ffff).unwrap();
+    let low_of_signed = |wide: i64| low(u64::from_ne_bytes(wide.to_ne_bytes()));
     for i in 0..3000 {
         let (a, b) = (random(), random() >> (i % 32));
-        let (sa, sb) = (a.cast_signed(), b.cast_signed());
+        let (sa, sb) = (signed(a), signed(b));
         let divisor = if sb | 1 == -1 { 3 } else { sb | 1 };
         let wide = (u64::from(a) << 32 | u64::from(b)).wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(a.into());
-        let low = |wide: u64| (wide & 0xffff_ffff) as u32;
         for result in [
             a.wrapping_add(b),
             a.wrapping_sub(b),
             a.wrapping_mul(b),
-            low((i64::from(sa) * i64::from(sb)).cast_unsigned() >> 32),
+            low_of_signed((i64::from(sa) * i64::from(sb)) >> 32),
             low((u64::from(a) * u64::from(b)) >> 32),
-            (sa / divisor).cast_unsigned(),
-            (sa % divisor).cast_unsigned(),
+            bits(sa / divisor),
+            bits(sa % divisor),
             a / (b | 1),
             a % (b | 1),
             a << (b & 31),
             a >> (b & 31),
-            (sa >> (b & 31)).cast_unsigned(),
+            bits(sa >> (b & 31)),
             u32::from(sa < sb),
             u32::from(a < b),
             (a & b) ^ (a | !b),
             low(wide),
             low(wide >> 32),
             low(wide >> (b & 63)),
-            low((wide.cast_signed() >> (a & 63)).cast_unsigned()),
+            low_of_signed(i64::from_ne_bytes(wide.to_ne_bytes()) >> (a & 63)),
         ] {
             hash = (hash ^ result).wrapping_mul(0x0100_0193);
         }
