@@ -925,14 +925,15 @@ typedef struct vmig_check_report {
 
 /* Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. [any]
  *
- * | URI | where to |
- * |---|---|
- * | `tcp:HOST:PORT` | a socket; an IPv6 address stands in brackets; no host is loopback |
- * | `unix:PATH`, `vsock:CID:PORT` | a socket |
- * | `fd:NUMBER` | a connected socket, a pipe or a file the VMM opened. The library works on a duplicate; closing or not closing yours is up to you |
- * | `file:PATH` or `file:PATH,offset=BYTES` | a file, made if it is not there, cut off at the offset, and written from there on; what stands before is not touched. The offset may be 0x1000 or 10k |
- * | `exec:COMMAND` | the standard input of what `/bin/sh -c` runs |
- * | anything that vmig_add_channel() added | |
+ * Where to:
+ * - `tcp:HOST:PORT`: a socket; an IPv6 address stands in brackets; no host is loopback.
+ * - `unix:PATH`, `vsock:CID:PORT`: a socket.
+ * - `fd:NUMBER`: a connected socket, a pipe or a file the VMM opened. The library works on a duplicate; closing or not
+ *   closing yours is up to you.
+ * - `file:PATH` or `file:PATH,offset=BYTES`: a file, made if it is not there, cut off at the offset, and written from
+ *   there on; what stands before is not touched. The offset may be 0x1000 or 10k.
+ * - `exec:COMMAND`: the standard input of what `/bin/sh -c` runs.
+ * - Anything that vmig_add_channel() added.
  *
  * Over pipes and files nothing comes back, so success means only that all bytes were written; of a command, that it took
  * them and ended with status 0. One that fails before it has everything fails the migration, with its status and what it
