@@ -5,6 +5,8 @@
 mod common;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/qmp.rs"]
+mod qmp;
 
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -16,9 +18,8 @@ use std::time::{Duration, Instant};
 
 use common::{c_program, run, scratch, without_kvm, words};
 use program::Program;
+use qmp::{Client, PATIENCE};
 use serde_json::{Value, json};
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn case(name: &str) {
     let socket = scratch("qmp-c").join("qmp");
@@ -50,63 +51,6 @@ fn a_command_cannot_free_its_guest() {
 #[test]
 fn out_of_band_does_not_wait() {
     case("oob");
-}
-
-/// A connection that speaks lines.
-struct Client {
-    lines: BufReader<UnixStream>,
-}
-
-impl Client {
-    /// Connects, and reads the first line.
-    fn connect(path: &Path) -> (Client, Value) {
-        let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        let mut client = Client { lines: BufReader::new(stream) };
-        let first = client.hear();
-        (client, first)
-    }
-
-    /// The same, ready for commands.
-    fn ready(path: &Path) -> Client {
-        let (mut client, greeting) = Client::connect(path);
-        assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "{greeting}");
-        assert_eq!(client.ask(r#"{"execute":"qmp_capabilities"}"#), json!({"return": {}}));
-        client
-    }
-
-    fn say(&mut self, bytes: &[u8]) {
-        self.lines.get_mut().write_all(bytes).unwrap();
-    }
-
-    /// The next line that is no event.
-    fn hear(&mut self) -> Value {
-        loop {
-            let mut line = String::new();
-            assert!(self.lines.read_line(&mut line).unwrap() > 0, "the server hung up");
-            let value: Value = serde_json::from_str(&line).unwrap();
-            if value.get("event").is_none() {
-                return value;
-            }
-        }
-    }
-
-    fn ask(&mut self, line: &str) -> Value {
-        self.say(format!("{line}\n").as_bytes());
-        self.hear()
-    }
-
-    fn run(&mut self, command: &str) -> Value {
-        let mut answer = self.ask(&json!({"execute": command}).to_string());
-        assert!(answer.get("return").is_some(), "{command}: {answer}");
-        answer["return"].take()
-    }
-
-    /// Where the migration stands.
-    fn status(&mut self) -> String {
-        self.run("query-migrate")["status"].as_str().unwrap_or("none").to_owned()
-    }
 }
 
 /// The example VMM with a guest that runs, and where it serves QMP.

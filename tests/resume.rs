@@ -5,12 +5,16 @@
 mod common;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/qmp.rs"]
+mod qmp;
 #[path = "resume/relay.rs"]
 mod relay;
 
 use common::{c_program, scratch, seed};
 use program::Program;
+use qmp::Client;
 use relay::Relay;
+use serde_json::json;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -384,5 +388,51 @@ fn a_source_that_is_cancelled_out_of_reach_says_so_over_another_connection() {
     let why = value(&mut pair.destination, "error");
     assert!(why.contains("the source gave the attempt up"), "{why}");
     assert_eq!(value(&mut pair.destination, "memory"), "0");
+    pair.quit();
+}
+
+/// Serves QMP, and is connected to it.
+fn client(program: &mut Program, dir: &Path) -> Client {
+    let socket = dir.join(&program.name);
+    program.must(&format!("qmp unix:{}", socket.display()));
+    Client::ready(&socket)
+}
+
+#[test]
+fn a_broken_migration_goes_on_by_qmp() {
+    let mut pair = Pair::new("by-qmp", 2, 60_000);
+    let dir = scratch("by-qmp-sockets");
+    let (mut here, mut there) = (client(&mut pair.source, &dir), client(&mut pair.destination, &dir));
+    pair.begin();
+    for side in [&mut here, &mut there] {
+        let refused = side.try_run("migrate-recover", json!({"uri": "tcp:127.0.0.1:1"}));
+        assert_eq!(refused, Err("Migrate recover can only be run when postcopy is paused.".to_owned()));
+    }
+    // By each of the two ways QEMU has.
+    for (command, more) in [("migrate-recover", json!({})), ("migrate", json!({"resume": true}))] {
+        progresses(&mut pair.destination);
+        pair.relay.close(true);
+        pair.relay.cut_all();
+        until(&mut pair.source, "reconnecting");
+        until(&mut pair.destination, "reconnecting");
+        for side in [&mut here, &mut there] {
+            let now = side.run("query-migrate");
+            assert!(now["status"] == "reconnecting" && now["error-desc"].is_string(), "{now}");
+        }
+        let elsewhere = there.try_run("migrate-recover", json!({"uri": "tcp:127.0.0.1:1"}));
+        assert!(elsewhere.as_ref().is_err_and(|e| e.contains(&pair.address)), "{elsewhere:?}");
+        assert_eq!(there.try_run("migrate-recover", json!({"uri": pair.address})), Ok(json!({})));
+        let refused = here.try_run("migrate", json!({"uri": pair.address}));
+        assert_eq!(refused, Err("There's a migration process in progress".to_owned()));
+        assert!(here.try_run("migrate-recover", json!({"uri": "fd:3"})).is_err());
+        assert_eq!(pair.source.status_text("state"), "reconnecting");
+        let relay = Relay::new(&pair.address);
+        let mut arguments = json!({"uri": relay.uri});
+        arguments.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        assert_eq!(here.try_run(command, arguments), Ok(json!({})));
+        until(&mut pair.source, "active");
+        pair.relay = relay;
+    }
+    pair.arrives();
     pair.quit();
 }

@@ -7,12 +7,15 @@ mod common;
 mod program;
 #[path = "words/pair.rs"]
 mod pair;
+#[path = "common/qmp.rs"]
+mod qmp;
 #[path = "words/relay.rs"]
 mod relay;
 
 use common::scratch;
 use pair::{Pair, counts, hooks, refuses, start, until, value};
 use relay::{GO, PREPARE, READY, VOTE, Word};
+use serde_json::json;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
@@ -220,6 +223,36 @@ fn a_dead_destination_is_resolved_to_there() {
     pair.source.must_end_in("completed");
     refuses(&mut pair.source, "start", libc::EPERM);
     assert_eq!(hooks(&mut pair.source), "none");
+    pair.source.quit();
+}
+
+#[test]
+fn an_operator_decides_by_qmp() {
+    let mut pair = died("by-qmp", GO);
+    let socket = scratch("by-qmp-socket").join("qmp");
+    pair.source.must(&format!("qmp unix:{}", socket.display()));
+    let mut client = qmp::Client::ready(&socket);
+    assert_eq!(client.run("query-migrate")["status"], "switchover-unknown");
+    let wrong = client.try_run("vmig-resolve", json!({"decision": "maybe"}));
+    assert_eq!(wrong, Err("Parameter 'decision' does not accept value 'maybe'".to_owned()));
+    pair.source.must("fail reacquire");
+    let failed = client.try_run("vmig-resolve", json!({"decision": "run"}));
+    assert!(failed.as_ref().is_err_and(|e| e.contains("reacquire hook (epoch 3)")), "{failed:?}");
+    assert_eq!(client.run("query-migrate")["status"], "held");
+    pair.source.must("fail none");
+    assert_eq!(client.try_run("vmig-resolve", json!({"decision": "run"})), Ok(json!({})));
+    assert_eq!(client.status(), "failed");
+    counts(&mut pair.source, true);
+    let late = client.try_run("vmig-resolve", json!({"decision": "run"}));
+    assert!(late.as_ref().is_err_and(|e| e.contains("nothing to resolve")), "{late:?}");
+    pair.source.quit();
+
+    let mut pair = died("by-qmp-there", VOTE);
+    pair.source.must(&format!("qmp unix:{}", socket.display()));
+    let mut client = qmp::Client::ready(&socket);
+    assert_eq!(client.try_run("vmig-resolve", json!({"decision": "discard"})), Ok(json!({})));
+    assert_eq!(client.status(), "completed");
+    counts(&mut pair.source, false);
     pair.source.quit();
 }
 

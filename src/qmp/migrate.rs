@@ -10,6 +10,8 @@ use crate::status::{STATES, Side, State};
 
 const BUSY: &str = "There's a migration process in progress";
 const KINDS: [&str; 2] = ["main", "cpr"];
+/// VMIG_RUN and VMIG_DISCARD.
+const DECISIONS: [&str; 2] = ["run", "discard"];
 
 /// Addresses in their long form.
 fn address() -> Shape {
@@ -45,6 +47,10 @@ pub fn migrate(call: &mut Call<'_>) -> Outcome {
     let uri = where_to(call)?;
     let machine = &call.face.machine;
     let now = machine.status().snapshot();
+    if call.flag("resume") && (now.state, now.side) == (State::Reconnecting, Some(Side::Source)) {
+        machine.resume(&uri)?;
+        return done();
+    }
     if !now.state.is_final() {
         let arriving = now.side == Some(Side::Destination);
         return Err(Refusal::new(if arriving { "Guest is waiting for an incoming migration" } else { BUSY }));
@@ -170,7 +176,7 @@ pub fn go_on(call: &mut Call<'_>) -> Outcome {
     done()
 }
 
-/// `migrate-pause`: breaks the connection of a postcopy, which does not exist here.
+/// `migrate-pause`: breaks the connection of a postcopy, which does not exist here. A precopy's would be back at once.
 pub fn pause(_: &mut Call<'_>) -> Outcome {
     Err(Refusal::new("migrate-pause is currently only supported during postcopy-active or postcopy-recover state"))
 }
@@ -180,9 +186,36 @@ pub fn takes_recover() -> Shape {
     Shape::Object(vec![must("uri", Shape::Str)])
 }
 
-/// `migrate-recover`.
-pub fn recover(_: &mut Call<'_>) -> Outcome {
-    Err(Refusal::new("Migrate recover can only be run when postcopy is paused."))
+/// `migrate-recover`: a migration whose connection broke goes on at this address. QEMU wants that said at the destination,
+/// which listens anew; ours still listens where it did, and has nothing to do if that is what is asked for.
+pub fn recover(call: &mut Call<'_>) -> Outcome {
+    let machine = &call.face.machine;
+    let uri = call.text("uri").unwrap_or_default();
+    let now = machine.status().snapshot();
+    match (now.state, now.side) {
+        (State::Reconnecting, Some(Side::Source)) => machine.resume(uri)?,
+        (State::Reconnecting, _) => {
+            let address = machine.get("listen-address")?;
+            if Uri::parse(uri)? != Uri::parse(&address)? {
+                let text = format!("this side still listens at {address}: tell the source how to reach that");
+                return Err(Refusal::new(text));
+            }
+        }
+        _ => return Err(Refusal::new("Migrate recover can only be run when postcopy is paused.")),
+    }
+    done()
+}
+
+/// What `vmig-resolve` takes.
+pub fn takes_resolve() -> Shape {
+    Shape::Object(vec![must("decision", words(DECISIONS))])
+}
+
+/// `vmig-resolve`: the operator's word in the states `switchover-unknown` and `held`.
+pub fn resolve(call: &mut Call<'_>) -> Outcome {
+    let run = call.text("decision") == Some(DECISIONS[0]);
+    call.face.machine.resolve(run)?;
+    done()
 }
 
 /// `migrate-start-postcopy`.

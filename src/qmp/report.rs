@@ -92,7 +92,7 @@ pub fn migrate(call: &mut Call<'_>) -> Outcome {
 }
 
 fn tells_error(state: State) -> bool {
-    matches!(state, State::Failed | State::SwitchoverUnknown | State::Held)
+    matches!(state, State::Failed | State::SwitchoverUnknown | State::Held | State::Reconnecting)
 }
 
 fn source(now: &Snapshot, out: &mut Map<String, Value>) {

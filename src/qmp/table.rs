@@ -73,7 +73,7 @@ const fn oob(command: Command) -> Command {
 }
 
 /// All of them, by theme.
-pub static COMMANDS: [Command; 31] = [
+pub static COMMANDS: [Command; 32] = [
     command("qmp_capabilities", about::takes_enable, nothing, about::too_late),
     command("query-version", nothing, about::gives_version, about::version),
     command("query-commands", nothing, about::gives_names, about::commands),
@@ -90,6 +90,7 @@ pub static COMMANDS: [Command; 31] = [
     oob(command("migrate-pause", nothing, nothing, migrate::pause)),
     oob(command("migrate-recover", migrate::takes_recover, nothing, migrate::recover)),
     command("migrate-start-postcopy", nothing, nothing, migrate::start_postcopy),
+    command("vmig-resolve", migrate::takes_resolve, nothing, migrate::resolve),
     command("query-migrate", nothing, report::gives, report::migrate),
     command("migrate-set-capabilities", settings::takes_capabilities, nothing, settings::set_capabilities),
     command("query-migrate-capabilities", nothing, settings::gives_capabilities, settings::capabilities),

@@ -2,7 +2,7 @@
  *
  *   switchover FILL [PAGES]         FILL 0: a destination; PAGES of high memory, if not a few
  *
- * Commands: set OPTION VALUE, get OPTION, in URI, out URI, resume URI, start, stop, cancel, continue, resolve N, status, error,
+ * Commands: set OPTION VALUE, get OPTION, in URI, out URI, resume URI, start, stop, cancel, continue, resolve N, qmp URI, status, error,
  * fail HOOK|none, hold HOOK|none (it waits there: "note held"), hooks (what was called since the last time), counts (1 if
  * the guest counts on), parts (of the last downtime), reasons, hash, arrival (the hash when the guest was last started), memory (how many bytes of it are not zero), poke N (writes a byte of the low block and
  * tells nobody), twist 0|1 (the uart does not load what it is given), cancels N (so many threads cancel at once: "value"
@@ -230,6 +230,8 @@ static void obey(const char *verb, char *rest)
         answer(vmig_outgoing(g.m, rest));
     else if (!strcmp(verb, "resume"))
         answer(vmig_resume(g.m, rest));
+    else if (!strcmp(verb, "qmp"))
+        answer(vmig_qmp_listen(g.m, rest));
     else if (!strcmp(verb, "start"))
         answer(vmig_start(g.m));
     else if (!strcmp(verb, "stop"))
