@@ -1,7 +1,8 @@
-//! The tool `vmig`: looks into streams, and draws what the library wrote while it migrated.
+//! The tool `vmig`: looks into streams, draws what the library wrote while it migrated, and speaks QMP.
 
 mod inspect;
 mod printer;
+mod qmp;
 mod report;
 mod source;
 
@@ -9,12 +10,14 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use lexopt::{Arg, Parser, ValueExt};
 
 const USAGE: &str = "\
 usage: vmig inspect [--json] [--offset N] [--description FILE] FILE|-
        vmig report [-o PAGE] TRACE|-
+       vmig qmp [--wait] [--timeout SECONDS] SOCKET [COMMAND [KEY=VALUE...]]
        vmig --help | --version
 
 inspect   prints a migration stream, of vmig or of QEMU 10.0, as a tree: sections, guest memory in numbers, the
@@ -27,10 +30,18 @@ inspect   prints a migration stream, of vmig or of QEMU 10.0, as a tree: section
 report    draws what the library wrote to its option trace-file as one HTML page that needs nothing from elsewhere
             -o PAGE, --output PAGE   where to; without it the page goes to the standard output
 
-Exit status: 0 all is well; 1 the stream is damaged, or a file could not be read or written; 2 the command line makes no
-sense.
+qmp       speaks with the QMP server at SOCKET, a VMM's or a QEMU's: a path, unix:PATH or tcp:HOST:PORT. Without a command it
+          reads lines: COMMAND KEY=VALUE..., JSON as it is, help [COMMAND], wait, exit. Values are JSON if they look it;
+          A.B=VALUE is a member of an object. Events are printed as they come, and while a migration runs how far it is.
+            wait, --wait        follow the migration to its end; it must be a good one
+            --timeout SECONDS   how long an answer may take (60)
+
+Exit status: 0 all is well; 1 the stream is damaged, a file could not be read or written, a command of QMP was refused, or the
+migration that was waited for did not complete; 2 the command line makes no sense.
 ";
 
+/// Seconds that an answer over QMP may take.
+const QMP_TIMEOUT: u64 = 60;
 const NO_FILE: &str = "a file is missing; - is the standard input";
 
 /// What the command line asks for.
@@ -38,6 +49,7 @@ enum Command {
     Say(String),
     Inspect(inspect::Request),
     Report(report::Request),
+    Qmp(qmp::Request),
 }
 
 fn main() -> ExitCode {
@@ -53,6 +65,7 @@ fn main() -> ExitCode {
         Command::Say(text) => std::io::stdout().write_all(text.as_bytes()).map_err(|e| e.to_string()),
         Command::Inspect(request) => inspect::run(&request),
         Command::Report(request) => report::run(&request),
+        Command::Qmp(request) => qmp::run(&request),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -70,6 +83,7 @@ fn parse(mut args: Parser) -> Result<Command, lexopt::Error> {
         Arg::Long("version") | Arg::Short('V') => Ok(Command::Say(format!("vmig {}\n", env!("CARGO_PKG_VERSION")))),
         Arg::Value(name) if name == "inspect" => parse_inspect(args).map(Command::Inspect),
         Arg::Value(name) if name == "report" => parse_report(args).map(Command::Report),
+        Arg::Value(name) if name == "qmp" => parse_qmp(args).map(Command::Qmp),
         Arg::Value(name) => Err(format!("there is no command '{}'", name.to_string_lossy()).into()),
         other => Err(other.unexpected()),
     }
@@ -101,6 +115,29 @@ fn parse_report(mut args: Parser) -> Result<report::Request, lexopt::Error> {
     }
     request.file = file.ok_or(NO_FILE)?;
     Ok(request)
+}
+
+/// Options stand before the socket: behind it everything is the server's.
+fn parse_qmp(mut args: Parser) -> Result<qmp::Request, lexopt::Error> {
+    let (mut wait, mut secs) = (false, QMP_TIMEOUT);
+    while let Some(arg) = args.next()? {
+        match arg {
+            Arg::Long("wait") => wait = true,
+            Arg::Long("timeout") => secs = number(&args.value()?)?,
+            Arg::Value(address) => {
+                let address = address.string()?;
+                let words = args.raw_args()?.map(|word| word.string()).collect::<Result<_, _>>()?;
+                return Ok(qmp::Request {
+                    address,
+                    words,
+                    wait,
+                    timeout: Duration::from_secs(secs.clamp(1, 86_400)),
+                });
+            }
+            other => return Err(other.unexpected()),
+        }
+    }
+    Err("a socket is missing: a path, unix:PATH or tcp:HOST:PORT".into())
 }
 
 /// A number, decimal or after `0x`.

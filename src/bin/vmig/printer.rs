@@ -43,7 +43,7 @@ impl Fact {
 }
 
 /// Names of a stream end up on terminals: what these act on is shown, not sent.
-fn shown(text: &str) -> String {
+pub(crate) fn shown(text: &str) -> String {
     let acts = |c: char| c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     text.chars().map(|c| if acts(c) { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
