@@ -162,14 +162,7 @@ fn a_migration_is_followed_to_its_end() {
     gives(&pair.here, &["migrate-set-parameters", "max-bandwidth=0"]);
     out.read_to_string(&mut text).unwrap();
     assert!(follow.wait().unwrap().success(), "{text}");
-    let order = [
-        "{}\n",
-        "MIGRATION  status=setup\n",
-        "active  ",
-        "STOP\n",
-        "MIGRATION  status=completed\n",
-        "\ncompleted  in ",
-    ];
+    let order = ["{}\n", "MIGRATION  status=setup\n", "active  ", "STOP\n", "\ncompleted  in "];
     let mut rest = &text[..];
     for part in order {
         let at = rest.find(part).unwrap_or_else(|| panic!("no {part}, in its order, in {text}"));
@@ -305,6 +298,28 @@ fn what_is_no_server_or_goes_away_is_an_error() {
     let out = script(&flooding, b"query-status\n");
     let text = words(&out);
     assert!(text.contains("UTC  A\\u{1b}[2J\\u{202e}B  x=\\n\n") && !text.contains('\u{1b}'), "{text:.500}");
+}
+
+#[test]
+fn a_server_that_ends_with_its_migration_is_no_failure() {
+    let greeting = format!("{GREETING}\n").into_bytes();
+    let events = |last: &str| {
+        let one = |status: &str| format!("{{\"event\": \"MIGRATION\", \"data\": {{\"status\": \"{status}\"}}}}\n");
+        ["setup", "active", last].map(one).concat().into_bytes()
+    };
+    let answer = |id: u32, value: &str| format!("{{\"id\": {id}, \"return\": {value}}}\n").into_bytes();
+    for (last, good) in [("completed", true), ("device", false)] {
+        let answers = [
+            answer(1, "{}"),
+            answer(2, "{\"status\": \"active\"}"),
+            answer(3, "{}"),
+            [answer(4, "{\"status\": \"active\"}"), events(last)].concat(),
+        ];
+        let socket = server("ends", &greeting, &answers.each_ref().map(|a| &a[..]));
+        let out = shell(&[&socket, "wait"]);
+        assert_eq!(out.status.success(), good, "{}", words(&out));
+        assert_eq!(said(&out).contains("completed; the server closed the connection\n"), good, "{}", words(&out));
+    }
 }
 
 #[test]

@@ -22,6 +22,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const LINE: Duration = Duration::from_secs(5);
 /// With nothing to look at, how long a wait for the next thing takes.
 const IDLE: Duration = Duration::from_secs(3600);
+/// How long after an answer that it is over the event may come that says so.
+const EVENT: Duration = Duration::from_millis(500);
 /// Beyond a VMM's `switchover-timeout`, how long an unknown switchover may still decide itself.
 const MARGIN: Duration = Duration::from_secs(10);
 
@@ -52,6 +54,8 @@ struct Followed {
     next_look: Instant,
     next_line: Instant,
     last: Now,
+    /// What the last event said of it.
+    told: Option<String>,
     /// Since when nobody knows where the guest is.
     unknown: Option<Instant>,
     /// How long that may be so.
@@ -185,7 +189,12 @@ impl Shell {
         }
         self.screen.say(&screen::event(message))?;
         match &mut self.followed {
-            Some(followed) => followed.next_look = Instant::now(),
+            Some(followed) => {
+                followed.next_look = Instant::now();
+                if message["event"] == "MIGRATION" {
+                    followed.told = message["data"]["status"].as_str().map(str::to_owned);
+                }
+            }
             None if message["event"] == "MIGRATION" => self.look_for_one(false)?,
             None => (),
         }
@@ -206,8 +215,8 @@ impl Shell {
             Some(followed) => followed.waited_for |= waited_for,
             None => {
                 let (next_look, next_line) = (now, now);
-                let last = Now::default();
-                self.followed = Some(Followed { next_look, next_line, last, unknown: None, unknown_max, waited_for });
+                let (last, told, unknown) = Default::default();
+                self.followed = Some(Followed { next_look, next_line, last, told, unknown, unknown_max, waited_for });
             }
         }
         Ok(())
@@ -226,12 +235,34 @@ impl Shell {
             return Err("this server has no query-migrate".to_owned());
         }
         while self.followed.is_some() {
-            self.tell_events()?;
-            let until =
-                self.followed.as_ref().map_or(LOOK, |f| f.next_look.saturating_duration_since(Instant::now()));
-            match self.link.hear(until)? {
-                None => self.look()?,
-                Some(message) => self.hear(&message)?,
+            if let Err(why) = self.look_or_hear() {
+                self.tell_events()?;
+                // A VMM whose guest has left may end at once.
+                match self.followed.as_ref().and_then(|followed| followed.told.as_deref()) {
+                    Some("completed") => return self.screen.say(&format!("completed; {why}")),
+                    _ => return Err(why),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn look_or_hear(&mut self) -> Result<(), String> {
+        self.tell_events()?;
+        let until = self.followed.as_ref().map_or(LOOK, |f| f.next_look.saturating_duration_since(Instant::now()));
+        match self.link.hear(until)? {
+            None => self.look(),
+            Some(message) => self.hear(&message),
+        }
+    }
+
+    /// It is over: the event that says so comes before our own words, where there are events.
+    fn hear_of_end(&mut self, status: &str) -> Result<(), String> {
+        let end = Instant::now() + EVENT;
+        while self.followed.as_ref().is_some_and(|f| f.told.as_ref().is_some_and(|told| told != status)) {
+            match self.link.hear(end.saturating_duration_since(Instant::now())) {
+                Ok(Some(message)) => self.hear(&message)?,
+                Ok(None) | Err(_) => return Ok(()),
             }
         }
         Ok(())
@@ -245,8 +276,11 @@ impl Shell {
         let answer = self.run("query-migrate")?;
         // What led to this comes first.
         self.tell_events()?;
-        let Some(followed) = &mut self.followed else { return Ok(()) };
         let (now, at) = (Now::of(&answer), Instant::now());
+        if !now.runs() {
+            self.hear_of_end(&now.status)?;
+        }
+        let Some(followed) = &mut self.followed else { return Ok(()) };
         followed.next_look = at + LOOK;
         followed.unknown = (now.status == "switchover-unknown").then(|| followed.unknown.unwrap_or(at));
         let stuck = followed.unknown.is_some_and(|since| since.elapsed() >= followed.unknown_max);
