@@ -4,6 +4,7 @@ use std::process::Command;
 use std::{env, fs};
 
 use vmig::options::{Opt, TABLE, Type};
+use vmig::status::STATES;
 
 mod common;
 
@@ -76,4 +77,81 @@ fn the_integration_of_the_readme_compiles() {
     common::run(
         Command::new("gcc").current_dir(&dir).args(flags).arg(format!("-I{}/include", root())).arg("readme.c"),
     );
+}
+
+fn page(name: &str) -> String {
+    fs::read_to_string(format!("{}/docs/{name}", root())).unwrap()
+}
+
+/// What stands in the first column of a page's tables, in backticks.
+fn rows(page: &str) -> Vec<&str> {
+    let first = page.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
+    first.flat_map(|cell| cell.split('`').skip(1).step_by(2)).collect()
+}
+
+/// Every text that the sources give to `in_phase`.
+fn phases() -> Vec<String> {
+    let files = common::source::files(&common::root().join("src"));
+    let mut all: Vec<String> = files
+        .iter()
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .flat_map(|text| {
+            let found =
+                text.split("in_phase(\"").skip(1).filter_map(|rest| Some(rest.split_once("\")")?.0.to_owned()));
+            found.collect::<Vec<_>>()
+        })
+        .collect();
+    all.sort();
+    all.dedup();
+    all
+}
+
+#[test]
+fn who_runs_it_finds_every_state_option_and_phase() {
+    let (operating, options) = (page("operating.md"), page("options.md"));
+    let (told, listed) = (rows(&operating), rows(&options));
+    for state in STATES {
+        assert!(told.contains(&state.name()), "operating.md has no row for the state '{}'", state.name());
+    }
+    let phases = phases();
+    assert!(phases.len() > 10, "{phases:?}");
+    for phase in &phases {
+        assert!(told.contains(&phase.as_str()), "operating.md has no row for the phase '{phase}'");
+    }
+    assert!(operating.contains("(options.md)"), "where the options are");
+    for row in &TABLE {
+        assert!(listed.contains(&row.name), "options.md has no row for '{}'", row.name);
+        let waits = row.name.ends_with("-timeout");
+        assert!(
+            !waits || operating.contains(&format!("`{}`", row.name)),
+            "operating.md has no word on '{}'",
+            row.name
+        );
+    }
+    assert!(!told.contains(&"no-such-state") && rows("| `a`, `b` | `c` |\nx `d`\n") == ["a", "b"]);
+}
+
+#[test]
+fn documents_lead_to_what_is_there() {
+    let pages = common::source::files(&common::root().join("docs"));
+    let mut links = 0;
+    for path in pages.iter().filter(|path| path.extension().is_some_and(|e| e == "md")) {
+        let text = fs::read_to_string(path).unwrap();
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let (file, anchor) = target.split_once('#').unwrap_or((target, ""));
+            if file.contains("://") {
+                continue;
+            }
+            links += 1;
+            let there = if file.is_empty() { path.clone() } else { path.with_file_name(file) };
+            let text = fs::read_to_string(&there).unwrap_or_else(|e| panic!("{}: {target}: {e}", path.display()));
+            let letter = |c: char| c.is_ascii_alphanumeric() || c == '-';
+            let name =
+                |head: &str| head.to_lowercase().replace(' ', "-").chars().filter(|c| letter(*c)).collect::<String>();
+            let heads = text.lines().filter_map(|line| line.strip_prefix('#'));
+            let known = heads.map(|head| name(head.trim_start_matches('#').trim())).any(|head| head == anchor);
+            assert!(anchor.is_empty() || known, "{}: {target}: no such heading", path.display());
+        }
+    }
+    assert!(links > 20, "only {links} links");
 }
