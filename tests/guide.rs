@@ -49,7 +49,8 @@ fn file_of(block: &Block) -> (&str, &str) {
 
 /// The page as one script. What the commands of block n print goes to the file `n` of `out`.
 fn script(blocks: &[Block], out: &Path) -> String {
-    let mut script = String::from("set -eu\n");
+    // A guide that fails half-way leaves nobody running.
+    let mut script = String::from("set -eu\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n");
     for (number, block) in blocks.iter().enumerate() {
         match block.kind.as_str() {
             "c" => {

@@ -9,17 +9,17 @@ mod program;
 mod qmp;
 
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{c_program, run, scratch, without_kvm, words};
 use program::Program;
 use qmp::{Client, PATIENCE};
-use serde_json::{Value, json};
+use serde_json::json;
 
 fn case(name: &str) {
     let socket = scratch("qmp-c").join("qmp");
