@@ -257,6 +257,9 @@ fn server(name: &str, first: &[u8], answers: &[&[u8]]) -> String {
     path.to_str().unwrap().to_owned()
 }
 
+/// A name, what the server says first, its answers, and a word of the error.
+type Case<'a> = (&'a str, &'a [u8], Vec<&'a [u8]>, &'a str);
+
 #[test]
 fn what_is_no_server_or_goes_away_is_an_error() {
     let greeting = format!("{GREETING}\r\n").into_bytes();
@@ -267,7 +270,7 @@ fn what_is_no_server_or_goes_away_is_an_error() {
         b"{\"event\": \"A\\u001b[2J\\u202eB\", \"timestamp\": {\"seconds\": 1e300}, \"data\": {\"x\": \"\\n\"}}\n";
     let flood =
         [&event.repeat(3000)[..], b"{\"id\": 77, \"return\": 5}\n{\"return\": {\"ok\": 1}, \"id\": 2}\n"].concat();
-    let cases: [(&str, &[u8], Vec<&[u8]>, &str); 11] = [
+    let cases: [Case<'_>; 11] = [
         ("silent", b"", vec![], "closed the connection"),
         ("smtp", b"220 mail\r\n", vec![], "does not speak QMP: 220 mail"),
         ("binary", b"\xff\x00\x1b[2J\n", vec![], "does not speak QMP: "),

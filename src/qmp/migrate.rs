@@ -7,6 +7,7 @@ use super::shape::{Shape, Union, list, may, must, shown, words};
 use super::table::{Call, Outcome, done};
 use crate::machine::Machine;
 use crate::status::{STATES, Side, State};
+use crate::transport::uri::Uri;
 
 const BUSY: &str = "There's a migration process in progress";
 const KINDS: [&str; 2] = ["main", "cpr"];
@@ -144,7 +145,8 @@ fn with_uri(call: &Call<'_>, uri: &str, start: impl FnOnce(&str) -> Result<(), R
             call.face.fds.consume(name, |number| start(&format!("fd:{number}")))
         }
         _ => {
-            let known = ["tcp:", "unix:", "fd:", "vsock:", "exec:", "file:"].iter().any(|scheme| uri.starts_with(scheme));
+            let known =
+                ["tcp:", "unix:", "fd:", "vsock:", "exec:", "file:"].iter().any(|scheme| uri.starts_with(scheme));
             if let (false, Err(_)) = (known, call.face.machine.checked(uri)) {
                 return Err(Refusal::new(format!("unknown migration protocol: {}", shown(uri))));
             }
