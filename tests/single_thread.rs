@@ -4,6 +4,8 @@
 mod program;
 
 mod common;
+#[path = "resume/relay.rs"]
+mod relay;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -12,6 +14,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use program::Program;
+use relay::Relay;
 
 /// Longer than a sleepy VMM is given to dispatch, and much longer than a busy one needs.
 const SLEEP_MS: u32 = 900;
@@ -92,6 +95,155 @@ fn freeing_the_guest_amid_a_migration_waits_for_nobody() {
         b.ended_in();
         b.quit();
     }
+}
+
+fn until(vmm: &mut Program, state: &str) {
+    let end = Instant::now() + program::MOVE;
+    while vmm.status_text("state") != state {
+        if Instant::now() > end {
+            let why = vmm.command("error");
+            vmm.fail(&format!("it is not {state}: {why}"));
+        }
+    }
+}
+
+/// A guest on its way to a destination, through a network that can break, and too slow a way to arrive.
+fn under_way(dir: &Path, channels: usize, options: &[&str]) -> (Program, Program, Relay) {
+    let (mut a, mut b) = (single("a", dir, "guest"), single("b", dir, "empty"));
+    a.must("set resume-timeout 60000");
+    a.must(if channels == 0 { "set multifd off" } else { "set multifd-channels 2" });
+    // Slow enough not to arrive; without that limit it does at once, however busy the machine is.
+    for option in ["max-bandwidth 4M", "downtime-limit 1500"].iter().chain(options) {
+        a.must(&format!("set {option}"));
+    }
+    b.send("incoming tcp:127.0.0.1:0");
+    let relay = Relay::new(&b.listening());
+    a.must(&format!("migrate {}", relay.uri));
+    until(&mut a, "active");
+    (a, b, relay)
+}
+
+/// The guest arrives, whole, and everything that was begun on either side has ended.
+fn arrives(mut a: Program, mut b: Program) {
+    a.must("set max-bandwidth 0");
+    a.must_end_in("completed");
+    b.must_end_in("completed");
+    assert!(a.command("throttled").contains("value, ") || a.command("throttled").contains(" 0, "));
+    must_live(&mut b);
+    b.must("pause");
+    b.must("check");
+    for vmm in [&mut a, &mut b] {
+        assert_eq!(fact(vmm, "setups"), fact(vmm, "cleanups"), "each setup has its cleanup");
+    }
+    assert_eq!(fact(&mut a, "running"), 0);
+    a.quit();
+    b.quit();
+}
+
+/// Both sides lose the connection and have another.
+fn breaks(a: &mut Program, b: &mut Program, relay: &Relay, cut: impl Fn()) {
+    let setups = |vmm: &mut Program| fact(vmm, "setups");
+    let (here, there, end) = (setups(a), setups(b), Instant::now() + program::MOVE);
+    let links = relay.links();
+    cut();
+    while relay.links() == links || setups(a) == here || setups(b) == there {
+        if Instant::now() > end {
+            let why = a.command("error");
+            a.fail(&format!("there is no other connection: {why}"));
+        }
+    }
+    until(a, "active");
+    until(b, "active");
+}
+
+#[test]
+fn connections_break_and_all_callbacks_come_again_on_the_one_thread() {
+    for channels in [0, 2] {
+        let dir = common::scratch("single-breaks");
+        let (mut a, mut b, relay) = under_way(&dir, channels, &[]);
+        for turn in 0..4 {
+            breaks(&mut a, &mut b, &relay, || match turn % 2 {
+                0 => relay.cut(relay.links() - 1),
+                _ => relay.cut_after(1 + 50_000 * turn),
+            });
+            must_live(&mut a);
+            // Only this connection's are under way.
+            assert_eq!(fact(&mut a, "setups") - fact(&mut a, "cleanups"), 1);
+            assert_eq!(fact(&mut b, "setups") - fact(&mut b, "cleanups"), 1);
+            assert_eq!((fact(&mut a, "halts"), fact(&mut b, "built")), (0, 1), "the guest runs on");
+        }
+        assert!(fact(&mut b, "setups") >= 5);
+        arrives(a, b);
+    }
+}
+
+#[test]
+fn a_connection_that_breaks_while_the_one_thread_stops_the_guest_is_resumed() {
+    for channels in [0, 2] {
+        let dir = common::scratch("single-stop");
+        let (mut a, mut b, relay) = under_way(&dir, channels, &[]);
+        for turn in 1..=2 {
+            a.must("hold");
+            a.must("set max-bandwidth 0");
+            a.await_news(&format!("note stopped {turn}"));
+            relay.cut_all();
+            a.must("now go on");
+            let end = Instant::now() + program::MOVE;
+            while fact(&mut a, "running") == 0 || a.status_text("state") != "active" {
+                assert!(Instant::now() < end, "{}", a.command("error"));
+            }
+            must_live(&mut a);
+            assert_eq!((fact(&mut a, "halts"), fact(&mut b, "running")), (turn, 0), "taken back, and runs on");
+        }
+        arrives(a, b);
+    }
+}
+
+/// Waits until the throttle hook was told just this, and the status says so.
+fn throttled(vmm: &mut Program, steps: &str) {
+    let end = Instant::now() + program::MOVE;
+    loop {
+        let told = vmm.command("throttled");
+        let (hook, _) = told.rsplit_once(',').unwrap_or_else(|| vmm.fail(&told));
+        if told == steps {
+            return;
+        }
+        assert!(steps.starts_with(hook) && Instant::now() < end, "{told}, not {steps}");
+    }
+}
+
+#[test]
+fn a_guest_that_is_slowed_down_is_let_go_while_there_is_no_connection() {
+    let dir = common::scratch("single-slow");
+    let options = ["auto-converge on", "max-bandwidth 16M", "downtime-limit 20", "max-cpu-throttle 30"];
+    let (mut a, mut b, relay) = under_way(&dir, 0, &options);
+    throttled(&mut a, "value 20 30, now 30");
+    for steps in ["value 20 30 0", "value 20 30 0 30 0"] {
+        relay.close(true);
+        relay.cut_all();
+        until(&mut a, "reconnecting");
+        until(&mut b, "reconnecting");
+        throttled(&mut a, &format!("{steps}, now 0"));
+        relay.close(false);
+        until(&mut a, "active");
+        throttled(&mut a, &format!("{steps} 30, now 30"));
+    }
+    a.must("set downtime-limit 1500");
+    arrives(a, b);
+}
+
+#[test]
+fn freeing_the_guest_between_two_connections_waits_for_nobody() {
+    let dir = common::scratch("single-free");
+    let (mut a, mut b, relay) = under_way(&dir, 2, &[]);
+    relay.close(true);
+    relay.cut_all();
+    until(&mut a, "reconnecting");
+    until(&mut b, "reconnecting");
+    must_live(&mut a);
+    // Each has a connection's callbacks to end.
+    a.quit();
+    b.quit();
 }
 
 /// A client's line and the answer to it; `vmm` runs its loop meanwhile.

@@ -7,6 +7,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::farewell::Farewell;
@@ -257,12 +258,15 @@ impl Migration<'_> {
             self.job.status.fail(words.clone());
             return Err(words);
         }
+        // It may take long, and nothing is sent meanwhile that the guest could be too fast for.
+        self.speed_up();
+        self.job.status.counters.throttle.store(0, Ordering::Relaxed);
         let mut why = why.in_phase("iterate");
         loop {
             self.job.status.lose_link(why.clone())?;
             self.publish();
             match self.try_again(deadline).and_then(|()| self.job.status.advance(State::Active)) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return self.slow_down_again(),
                 Err(error) => why = error.in_phase("reconnect"),
             }
             let words = self.unlink();

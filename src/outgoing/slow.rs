@@ -16,6 +16,8 @@ const PERIOD: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(super) struct Slow {
     throttle: Throttle,
+    /// What the VMM was told last.
+    told: u32,
     began: Option<Instant>,
     dirtied: u64,
     sent_before: u64,
@@ -51,15 +53,31 @@ impl Migration<'_> {
                 .log()
                 .to("outgoing")
                 .info(format_args!("the guest dirties memory too fast: throttled by {percent} %"));
-            self.job.status.counters.throttle.store(percent.into(), Ordering::Relaxed);
-            self.job.vmm.throttle(percent)?;
+            self.slow_to(percent)?;
         }
         Ok(())
     }
 
+    fn slow_to(&mut self, percent: u32) -> Result<()> {
+        self.job.status.counters.throttle.store(percent.into(), Ordering::Relaxed);
+        self.slow.told = percent;
+        self.job.vmm.throttle(percent)
+    }
+
+    /// Behind a connection that broke, for which the guest was let go: it is as slow as before, and what it did meanwhile
+    /// does not count against it.
+    pub(super) fn slow_down_again(&mut self) -> Result<()> {
+        let sent = self.resuming.before.bytes + self.accounted;
+        (self.slow.began, self.slow.dirtied, self.slow.sent_before) = (Some(Instant::now()), 0, sent);
+        match self.slow.throttle.percent() {
+            percent if percent != self.slow.told => self.slow_to(percent),
+            _ => Ok(()),
+        }
+    }
+
     /// The guest may run at full speed again, here or wherever it is; the status still says how slow it was.
     pub(super) fn speed_up(&mut self) {
-        if self.slow.throttle.percent() == 0 {
+        if std::mem::take(&mut self.slow.told) == 0 {
             return;
         }
         let vmm = Arc::clone(&self.job.vmm);

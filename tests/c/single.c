@@ -7,7 +7,7 @@
  * each step. Every callback checks that it is on the one thread, not amid guest code and not inside another, and that what
  * could wait is refused there. What is wrong ends the program with words.
  * What the guest writes is reported by vmig_dirty in even pages, and in odd ones by a dirty source.
- * Commands, beside those of program.h: run, wait (vmig_wait), counter, facts, listen URI (vmig_qmp_listen), sleepy N MS (after N more callbacks nothing is
+ * Commands, beside those of program.h: run, hold (the next stop hook says "note stopped N" and waits for a line), wait (vmig_wait), counter, facts, throttled, listen URI (vmig_qmp_listen), sleepy N MS (after N more callbacks nothing is
  * dispatched for so long), check (all of memory; the guest must stand still). */
 #include "program.h"
 
@@ -32,9 +32,10 @@ static struct vmm {
     uint8_t gpu[CHUNKS * CHUNK];
     unsigned gpu_left, gpu_got;
     long tid;
-    bool running, amid_guest, inside, quit;
+    bool running, amid_guest, inside, quit, hold;
     uint64_t written[PAGES / 64];       /* odd pages, since the source was asked */
-    unsigned calls, cleanups, setups, starts, stops, syncs, clears, records;
+    unsigned calls, cleanups, setups, starts, stops, syncs, clears, records, halts;
+    char throttled[256];                /* what the hook was told, in order */
     long stop_naps, saved_naps;         /* how often the migration's thread had slept then */
     unsigned sleepy_after, sleepy_ms;
     unsigned destroyed, built;
@@ -146,9 +147,19 @@ static int called(int result)
 
 static int stop(void *opaque)
 {
+    char c;
+
     (void)opaque;
     MUST(vmm.running);
-    vmm.running = false, vmm.stop_naps = naps();
+    vmm.running = false, vmm.halts++, vmm.stop_naps = naps();
+    if (vmm.hold) {
+        printf("note stopped %u\n", vmm.halts);
+        while (read(0, &c, 1) == 1 && c != '\n')
+            continue;
+        vmm.hold = false;
+        MUST(vmig_set(vmm.m, "max-bandwidth", "4M") == 0);      /* not once more before it is told to */
+        printf("ok\n");
+    }
     return called(0);
 }
 
@@ -172,6 +183,15 @@ static int config(void *opaque, const void *blob, size_t len)
     device.name = "spare", device.version = 1, device.fields = fields;
     MUST(vmig_add_device(vmm.m, &device, 0, &spare) == 0 && vmig_remove_device(vmm.m, &spare) == 0);
     vmm.built++;
+    return called(0);
+}
+
+static int throttle(void *opaque, uint32_t percent)
+{
+    size_t used = strlen(vmm.throttled);
+
+    (void)opaque;
+    snprintf(vmm.throttled + used, sizeof vmm.throttled - used, " %" PRIu32, percent);
     return called(0);
 }
 
@@ -291,7 +311,7 @@ static void build(void)
     vmm.tid = syscall(SYS_gettid);
     vmm.ram = map_ram(RAM_BYTES);
     ops.stop = stop, ops.start = start, ops.config = config, ops.announce = announce, ops.log_record = log_record, ops.destroy = gone;
-    ops.release = with_epoch, ops.reacquire = with_epoch;
+    ops.throttle = throttle, ops.release = with_epoch, ops.reacquire = with_epoch;
     need(vmig_new(&ops, &vmm, &vmm.m), "new");
     need(vmig_set(vmm.m, "dispatch", "manual"), "dispatch=manual");
     need(vmig_set_config(vmm.m, "build", 5), "configuration");
@@ -326,13 +346,19 @@ static bool command(const char *verb, char *rest)
     } else if (strcmp(verb, "counter") == 0) {
         printf("value %" PRIu64 "\n", vmm.rtc.steps);
     } else if (strcmp(verb, "facts") == 0) {
-        printf("value running=%d one-go=%d built=%u records=%u syncs=%u clears=%u source-on=%u\n", vmm.running,
-               vmm.stop_naps > 0 && vmm.stop_naps == vmm.saved_naps, vmm.built, vmm.records, vmm.syncs, vmm.clears,
-               vmm.starts - vmm.stops);
+        printf("value running=%d one-go=%d built=%u records=%u syncs=%u clears=%u source-on=%u halts=%u setups=%u "
+               "cleanups=%u\n", vmm.running, vmm.stop_naps > 0 && vmm.stop_naps == vmm.saved_naps, vmm.built, vmm.records,
+               vmm.syncs, vmm.clears, vmm.starts - vmm.stops, vmm.halts, vmm.setups, vmm.cleanups);
     } else if (strcmp(verb, "listen") == 0) {
         answer(verb, vmig_qmp_listen(vmm.m, rest));
     } else if (strcmp(verb, "sleepy") == 0) {
         vmm.sleepy_after = vmm.calls + (unsigned)strtoul(rest, &rest, 10), vmm.sleepy_ms = (unsigned)strtoul(rest, NULL, 10);
+        printf("ok\n");
+    } else if (strcmp(verb, "throttled") == 0) {
+        need(vmig_get_status(vmm.m, &s), "status");
+        printf("value%s, now %" PRIu64 "\n", vmm.throttled, s.throttle);
+    } else if (strcmp(verb, "hold") == 0) {
+        vmm.hold = true;
         printf("ok\n");
     } else if (strcmp(verb, "check") == 0) {
         for (uint64_t i = 0; i < WORDS; i++)
