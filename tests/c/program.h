@@ -109,6 +109,45 @@ static inline void serve(vmig *m, bool (*own)(void *opaque, const char *verb, ch
     }
 }
 
+/* Obeys the whole lines that came, without stdio between us and poll(2); false: it is over. */
+static inline bool obey_input(vmig *m, bool (*own)(void *opaque, const char *verb, char *rest), void *opaque)
+{
+    static char line[512];
+    static size_t have;
+    ssize_t got = read(0, line + have, sizeof line - 1 - have);
+    char *end;
+
+    if (got <= 0)
+        return false;
+    line[have += (size_t)got] = '\0';
+    while ((end = strchr(line, '\n'))) {
+        char *rest = line, *verb;
+        *end = '\0';
+        verb = strsep(&rest, " ");
+        if (strcmp(verb, "quit") == 0)
+            return false;
+        if (!own(opaque, verb, rest) && !common_command(m, verb, rest))
+            printf("error %s: no such command\n", verb);
+        have -= (size_t)(end + 1 - line);
+        memmove(line, end + 1, have + 1);
+    }
+    return true;
+}
+
+/* One turn of a loop with dispatch=manual: waits for commands and callbacks, as poll(2) does, and serves them. */
+static inline bool serve_some(vmig *m, bool (*own)(void *opaque, const char *verb, char *rest), void *opaque, int wait_ms)
+{
+    struct pollfd fds[] = { { .fd = 0, .events = POLLIN }, { .fd = vmig_dispatch_fd(m), .events = POLLIN } };
+
+    if (poll(fds, 2, wait_ms) < 0)
+        return errno == EINTR;
+    if (fds[0].revents && !obey_input(m, own, opaque))
+        return false;
+    if (fds[1].revents)
+        need(vmig_dispatch(m), "dispatch");
+    return true;
+}
+
 static inline uint64_t hash_bytes(const void *bytes, uint64_t len)
 {
     const uint64_t *word = bytes;

@@ -32,7 +32,7 @@ static struct vmm {
     uint8_t gpu[CHUNKS * CHUNK];
     unsigned gpu_left, gpu_got;
     long tid;
-    bool running, amid_guest, inside, quit, hold;
+    bool running, amid_guest, inside, hold;
     uint64_t written[PAGES / 64];       /* odd pages, since the source was asked */
     unsigned calls, cleanups, setups, starts, stops, syncs, clears, records, halts;
     char throttled[256];                /* what the hook was told, in order */
@@ -334,10 +334,11 @@ static void build(void)
     need(vmig_on_run(vmm.m, 0, on_run, &vmm, gone), "handler");
 }
 
-static bool command(const char *verb, char *rest)
+static bool command(void *opaque, const char *verb, char *rest)
 {
     vmig_status s = VMIG_SIZED(vmig_status);
 
+    (void)opaque;
     if (strcmp(verb, "run") == 0) {
         answer(verb, vmig_start(vmm.m));
     } else if (strcmp(verb, "wait") == 0) {
@@ -373,47 +374,22 @@ static bool command(const char *verb, char *rest)
     return true;
 }
 
-/* Whole lines of what came, without stdio between us and poll(2). */
-static void obey(void)
-{
-    static char line[512];
-    static size_t have;
-    ssize_t got = read(0, line + have, sizeof line - 1 - have);
-    char *end;
-
-    if (got <= 0) {
-        vmm.quit = true;
-        return;
-    }
-    line[have += (size_t)got] = '\0';
-    while (!vmm.quit && (end = strchr(line, '\n'))) {
-        char *rest = line, *verb;
-        *end = '\0';
-        verb = strsep(&rest, " ");
-        if (strcmp(verb, "quit") == 0)
-            vmm.quit = true;
-        else if (!command(verb, rest) && !common_command(vmm.m, verb, rest))
-            printf("error %s: no such command\n", verb);
-        have -= (size_t)(end + 1 - line);
-        memmove(line, end + 1, have + 1);
-    }
-}
-
 static void loop(void)
 {
     static uint64_t asleep_until;
+    bool on = true;
 
-    while (!vmm.quit) {
+    while (on) {
         if (vmm.sleepy_ms && vmm.calls >= vmm.sleepy_after)
             asleep_until = now_ms() + vmm.sleepy_ms, vmm.sleepy_ms = 0;
-        bool asleep = now_ms() < asleep_until;
-        struct pollfd fds[] = { { .fd = 0, .events = POLLIN }, { .fd = vmig_dispatch_fd(vmm.m), .events = POLLIN } };
-        MUST(poll(fds, asleep ? 1 : 2, vmm.running ? 0 : asleep ? 10 : -1) >= 0);
-        if (fds[0].revents)
-            obey();
-        if (!asleep && fds[1].revents)
-            need(vmig_dispatch(vmm.m), "dispatch");
-        if (vmm.running)
+        if (now_ms() < asleep_until) {
+            struct pollfd commands = { .fd = 0, .events = POLLIN };
+            MUST(poll(&commands, 1, vmm.running ? 0 : 10) >= 0);
+            on = !commands.revents || obey_input(vmm.m, command, NULL);
+        } else {
+            on = serve_some(vmm.m, command, NULL, vmm.running ? 0 : -1);
+        }
+        if (on && vmm.running)
             interpret();
     }
 }

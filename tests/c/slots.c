@@ -1,6 +1,9 @@
 /* A KVM VMM whose RAM is shown through slots in awkward ways, and which can change them behind the library's back.
  *                                                                                       SPDX: MIT OR Apache-2.0
- *   slots [hook] [incoming] [ring=ENTRIES]    "hook": switch logging by the hook log_dirty, else the library does it
+ *   slots [hook] [incoming] [ring=ENTRIES] [gate] [manual]
+ *     hook      switch logging by the hook log_dirty, else the library does it
+ *     gate      no logic to pause the vCPU, which goes through the library's gate
+ *     manual    one thread besides the vCPU's, and all callbacks on it
  *
  * The guest runs in ring 3 and increments words all over its RAM. Commands: see program.h and own_command(). Exit status
  * 77: there is no usable KVM here. */
@@ -35,9 +38,10 @@ struct machine {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    bool go, parked, quit, hook;
+    bool go, parked, quit, hook, manual;
+    vmig_gate *gate;
     uint64_t ring;
-    _Atomic uint64_t batches, switched, full;
+    _Atomic uint64_t batches, switched, full, stops;
 };
 
 /* rdi: base, rsi: pages of the main view, r9: base of the alias, r10: pages there; rax: random; rbx, r8: constants. */
@@ -96,7 +100,7 @@ static int set_slot(struct machine *vm, uint32_t number, uint64_t pages, uint32_
 static void park_or_go(struct machine *vm)
 {
     pthread_mutex_lock(&vm->lock);
-    while (!vm->go && !vm->quit) {
+    while (!vm->go && !vm->quit && !vm->gate) {
         vm->parked = true;
         pthread_cond_broadcast(&vm->changed);
         pthread_cond_wait(&vm->changed, &vm->lock);
@@ -128,15 +132,14 @@ static void emulate_write(struct machine *vm)
     _exit(3);
 }
 
-static void *vcpu_thread(void *opaque)
+/* Until the run is interrupted: by a signal, or by immediate_exit, which completes what the guest was at. */
+static void run_guest(struct machine *vm)
 {
-    struct machine *vm = opaque;
-
-    for (park_or_go(vm); !vm->quit;) {
+    for (;;) {
         if (ioctl(vm->vcpu, KVM_RUN, 0) < 0) {
             if (errno != EINTR && errno != EAGAIN)
                 die("KVM_RUN");
-            park_or_go(vm);
+            return;
         } else if (vm->run->exit_reason == KVM_EXIT_IO) {
             vm->batches++;
         } else if (vm->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL) {
@@ -149,11 +152,27 @@ static void *vcpu_thread(void *opaque)
             _exit(3);
         }
     }
+}
+
+static void *vcpu_thread(void *opaque)
+{
+    struct machine *vm = opaque;
+
+    while (vm->gate && vmig_gate_enter(vm->gate, 0, &vm->run->immediate_exit) == 0) {
+        run_guest(vm);
+        need(vmig_gate_exit(vm->gate, 0), "vmig_gate_exit");
+    }
+    for (park_or_go(vm); !vm->gate && !vm->quit; park_or_go(vm))
+        run_guest(vm);
     return NULL;
 }
 
 static void pause_vcpu(struct machine *vm)
 {
+    if (vm->gate) {
+        need(vmig_gate_close(vm->gate), "vmig_gate_close");
+        return;
+    }
     pthread_mutex_lock(&vm->lock);
     vm->go = false;
     __atomic_store_n(&vm->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
@@ -165,6 +184,10 @@ static void pause_vcpu(struct machine *vm)
 
 static void resume_vcpu(struct machine *vm)
 {
+    if (vm->gate) {
+        need(vmig_gate_open(vm->gate), "vmig_gate_open");
+        return;
+    }
     pthread_mutex_lock(&vm->lock);
     vm->go = true;
     pthread_cond_broadcast(&vm->changed);
@@ -276,9 +299,13 @@ static void make_ram(struct machine *vm)
 
 /* ---- what the library calls ---- */
 
-static int stop(void *vm)
+static int stop(void *opaque)
 {
-    pause_vcpu(vm);
+    struct machine *vm = opaque;
+
+    if (!vm->gate)
+        pause_vcpu(vm);
+    vm->stops++;
     return 0;
 }
 
@@ -296,7 +323,8 @@ static int start(void *opaque)
     struct machine *vm = opaque;
 
     printf("hashed %" PRIx64 "\n", hash_ram(vm));
-    resume_vcpu(vm);
+    if (!vm->gate)
+        resume_vcpu(vm);
     return 0;
 }
 
@@ -421,6 +449,8 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         printf("batches %" PRIu64 "\n", vm->batches);
     } else if (strcmp(verb, "switched") == 0) {
         printf("switched %" PRIu64 "\n", vm->switched);
+    } else if (strcmp(verb, "stops") == 0) {
+        printf("stops %" PRIu64 "\n", vm->stops);
     } else if (strcmp(verb, "full") == 0) {
         printf("full %" PRIu64 "\n", vm->full);
     } else if (strcmp(verb, "tracker") == 0) {
@@ -444,40 +474,78 @@ static bool own_command(void *opaque, const char *verb, char *rest)
     return true;
 }
 
+static bool understands(struct machine *vm, const char *word, bool *arrives, bool *gated)
+{
+    const struct { const char *word; bool *is; } flags[] = {
+        { "hook", &vm->hook }, { "manual", &vm->manual }, { "incoming", arrives }, { "gate", gated },
+    };
+
+    if (strncmp(word, "ring=", 5) == 0)
+        return (vm->ring = strtoull(word + 5, NULL, 10)) > 0;
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
+        if (strcmp(word, flags[i].word) == 0)
+            return *flags[i].is = true;
+    return false;
+}
+
+static void make_gate(struct machine *vm)
+{
+    vmig_gate_config config = VMIG_SIZED(vmig_gate_config);
+
+    config.vcpus = 1, config.signal = SIGUSR1, config.timeout_ms = 60000;      /* its handler is ours */
+    need(vmig_gate_new(&config, &vm->gate), "vmig_gate_new");
+}
+
+/* The guest is stopped for good. */
+static void end_vcpu(struct machine *vm)
+{
+    if (vm->gate)
+        need(vmig_gate_end(vm->gate), "vmig_gate_end");
+    else
+        pause_vcpu(vm);
+    pthread_mutex_lock(&vm->lock);
+    vm->quit = true;
+    pthread_cond_broadcast(&vm->changed);
+    pthread_mutex_unlock(&vm->lock);
+    pthread_join(vm->thread, NULL);
+}
+
 int main(int argc, char **argv)
 {
     static struct machine vm = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
     struct sigaction kick = { .sa_handler = on_kick };
     vmig_ops ops = VMIG_SIZED(vmig_ops);
-    bool arrives = false;
+    bool arrives = false, gated = false;
 
     for (int i = 1; i < argc; i++)
-        if (strncmp(argv[i], "ring=", 5) == 0)
-            vm.ring = strtoull(argv[i] + 5, NULL, 10);
-        else
-            *(strcmp(argv[i], "hook") == 0 ? &vm.hook : &arrives) = true;
+        if (!understands(&vm, argv[i], &arrives, &gated))
+            return 2;
     setvbuf(stdout, NULL, _IOLBF, 0);
     sigaction(SIGUSR1, &kick, NULL);
     make_vm(&vm);
     make_ram(&vm);
     if (!arrives)
         boot(&vm);
-    ops.stop = stop, ops.start = start, ops.log_dirty = vm.hook ? log_dirty : NULL;
+    if (gated)
+        make_gate(&vm);
+    ops.stop = stop, ops.start = start, ops.log_dirty = vm.hook ? log_dirty : NULL, ops.gate = vm.gate;
     need(vmig_new(&ops, &vm, &vm.m), "vmig_new");
+    if (vm.manual)
+        need(vmig_set(vm.m, "dispatch", "manual"), "dispatch=manual");
     register_all(&vm);
     if (pthread_create(&vm.thread, NULL, vcpu_thread, &vm))
         return 1;
     if (!arrives)
         need(vmig_start(vm.m), "vmig_start");
     printf("ready\n");
-    serve(vm.m, own_command, &vm);
-    pause_vcpu(&vm);
-    pthread_mutex_lock(&vm.lock);
-    vm.quit = true;
-    pthread_cond_broadcast(&vm.changed);
-    pthread_mutex_unlock(&vm.lock);
-    pthread_join(vm.thread, NULL);
+    if (vm.manual)
+        while (serve_some(vm.m, own_command, &vm, -1))
+            continue;
+    else
+        serve(vm.m, own_command, &vm);
+    end_vcpu(&vm);
     vmig_free(vm.m);
+    vmig_gate_free(vm.gate);
     printf("freed: ");
     answer_logging(&vm);
     return 0;
