@@ -5,19 +5,30 @@
 //! single thread (`dispatch=manual`) needs none: its thread has it always, and nobody else ever.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_utils::sync::{Parker, Unparker};
-
+use self::ticket::TicketLock;
 use crate::error::{Error, Result};
 use crate::sys::clock::monotonic_ns;
 use crate::thread::home::Home;
 use crate::thread::{current_token, lock};
 
-/// How often the next in line looks again before it sleeps: about a microsecond, less than waking a thread costs.
-const SPINS_MAX: u32 = 64;
+/// What the ticket lock is made of; its model test compiles the same file with loom's.
+mod sync {
+    pub(super) use std::hint::spin_loop;
+    pub(super) use std::sync::Mutex;
+    pub(super) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+    pub(super) use crossbeam_utils::sync::{Parker, Unparker};
+
+    pub(super) use crate::thread::{current_token, lock};
+
+    /// How often the next in line looks again before it sleeps: about a microsecond, less than waking a thread costs.
+    pub(super) const SPINS_MAX: u32 = 64;
+}
+mod ticket;
 
 /// A lock the VMM brings.
 pub trait RawLock: Send + Sync {
@@ -83,7 +94,7 @@ struct Counters {
 impl Bql {
     /// The library's own lock.
     pub fn new() -> Self {
-        Self::with(Kind::Own(TicketLock::default()))
+        Self::with(Kind::Own(TicketLock::new()))
     }
 
     /// The VMM's lock.
@@ -109,7 +120,7 @@ impl Bql {
     /// Whether somebody has the lock now, or the VMM alone can know.
     pub fn is_taken(&self) -> bool {
         match &self.kind {
-            Kind::Own(own) => own.owner.load(Ordering::Relaxed) != 0,
+            Kind::Own(own) => own.owner() != 0,
             Kind::External { .. } => true,
         }
     }
@@ -148,7 +159,7 @@ impl Bql {
         }
         match &self.kind {
             Kind::Own(own) => {
-                self.counters.released(own.since_ns.load(Ordering::Relaxed));
+                self.counters.released(own.since_ns());
                 own.release();
             }
             Kind::External { raw, holders } => {
@@ -175,7 +186,7 @@ impl Bql {
             return self.home.is_here();
         }
         match &self.kind {
-            Kind::Own(own) => own.owner.load(Ordering::Relaxed) == current_token(),
+            Kind::Own(own) => own.owner() == current_token(),
             Kind::External { raw, holders } => raw.held().unwrap_or_else(|| {
                 let token = current_token();
                 lock(holders).iter().any(|holder| holder.token == token)
@@ -323,70 +334,7 @@ impl Counters {
     }
 }
 
-/// Tickets are drawn by an atomic add and served in that order; a thread whose turn it is not sleeps under its number.
-#[derive(Default)]
-struct TicketLock {
-    next: AtomicU64,
-    serving: AtomicU64,
-    /// Token of the thread being served; 0: none. Each thread only asks whether it is itself, so relaxed will do.
-    owner: AtomicUsize,
-    since_ns: AtomicU64,
-    sleepers: Mutex<Vec<(u64, Unparker)>>,
-}
-
-impl TicketLock {
-    /// The ticket, and how long its turn took if it did not come at once.
-    fn acquire(&self) -> (u64, Option<u64>) {
-        let ticket = self.next.fetch_add(1, Ordering::SeqCst);
-        let asked_ns = monotonic_ns();
-        let mut since_ns = asked_ns;
-        let contended = self.serving.load(Ordering::SeqCst) != ticket;
-        if contended {
-            if !self.spin(ticket) {
-                self.sleep(ticket);
-            }
-            since_ns = monotonic_ns();
-        }
-        self.owner.store(current_token(), Ordering::Relaxed);
-        self.since_ns.store(since_ns, Ordering::Relaxed);
-        (ticket, contended.then(|| since_ns.saturating_sub(asked_ns)))
-    }
-
-    fn spin(&self, ticket: u64) -> bool {
-        for _ in 0..SPINS_MAX {
-            match ticket - self.serving.load(Ordering::SeqCst) {
-                0 => return true,
-                1 => std::hint::spin_loop(),
-                _ => return false,
-            }
-        }
-        false
-    }
-
-    /// Either this sees the new `serving`, or `release` finds the entry: both orders of the two mutex sections end so.
-    fn sleep(&self, ticket: u64) {
-        let parker = Parker::new();
-        lock(&self.sleepers).push((ticket, parker.unparker().clone()));
-        while self.serving.load(Ordering::SeqCst) != ticket {
-            parker.park();
-        }
-        lock(&self.sleepers).retain(|(other, _)| *other != ticket);
-    }
-
-    fn release(&self) {
-        self.owner.store(0, Ordering::Relaxed);
-        let turn = self.serving.load(Ordering::Relaxed) + 1;
-        self.serving.store(turn, Ordering::SeqCst);
-        if self.next.load(Ordering::SeqCst) != turn {
-            let sleepers = lock(&self.sleepers);
-            let sleeper = sleepers.iter().find(|(ticket, _)| *ticket == turn).map(|(_, unparker)| unparker.clone());
-            drop(sleepers);
-            if let Some(unparker) = sleeper {
-                unparker.unpark();
-            }
-        }
-    }
-}
-
+#[cfg(test)]
+mod model_tests;
 #[cfg(test)]
 mod tests;

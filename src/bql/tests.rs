@@ -14,7 +14,7 @@ fn own(bql: &Bql) -> &TicketLock {
 
 /// Threads that drew a ticket and are not served yet, plus the one that is.
 fn in_line(bql: &Bql) -> u64 {
-    own(bql).next.load(Ordering::SeqCst) - own(bql).serving.load(Ordering::SeqCst)
+    own(bql).in_line()
 }
 
 fn until(what: &str, ready: impl Fn() -> bool) {
@@ -84,7 +84,7 @@ fn under_stress_nobody_overtakes_and_nobody_shares() {
     });
     assert_eq!(overtaken.into_inner(), 0);
     assert_eq!(newest.into_iter().max(), Some(THREADS * ROUNDS - 1));
-    assert!(lock(&own(&bql).sleepers).is_empty());
+    assert!(own(&bql).nobody_sleeps());
 }
 
 #[test]
@@ -194,12 +194,12 @@ impl RawLock for Arc<Theirs> {
         self.lock.release();
     }
     fn held(&self) -> Option<bool> {
-        self.tells.then(|| self.lock.owner.load(Ordering::Relaxed) == current_token())
+        self.tells.then(|| self.lock.owner() == current_token())
     }
 }
 
 fn theirs(tells: bool) -> (Arc<Theirs>, Bql) {
-    let raw = Arc::new(Theirs { lock: TicketLock::default(), tells });
+    let raw = Arc::new(Theirs { lock: TicketLock::new(), tells });
     let bql = Bql::external(Box::new(Arc::clone(&raw)));
     (raw, bql)
 }
