@@ -49,7 +49,10 @@ unsafe impl SizedStruct for vmig_check_report {
 /// Returns how many differences there are, 0: none. Fills `*report` (NULL: not wanted), and stores in `*differences`
 /// (NULL: not wanted) a JSON array of them, each as vmig_get_error() writes it; free it with vmig_string_free(). The
 /// features, limits, RAM, devices and CPUs compared are those of vmig_outgoing(). A destination that would build itself
-/// (vmig_ops.config) from a configuration given here is not asked to: then RAM, devices and CPUs are not compared.
+/// (vmig_ops.config) from a configuration given here is not asked to: then RAM, devices and CPUs are not compared. One more
+/// in the list is a dirty tracker that would be refused here, with the reason (option `dirty-tracker`; the kernel or a sysctl
+/// forbids write protection; nobody would see writes to a block). It is not started for this, so that a single block which
+/// the kernel does not let it protect is found by vmig_outgoing() only.
 ///
 /// Run-state handlers and what only a stopped guest can save are not tried, because nothing is stopped for this: of them
 /// the report has what the last stop and start took. CPUID, TSC and MSRs are compared if the guest was last started by

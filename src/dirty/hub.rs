@@ -95,6 +95,11 @@ impl Hub {
         Ok(set)
     }
 
+    /// Whether writes to `list` could be tracked as `choice` says, or why not. Nothing of the guest is touched.
+    pub fn rehearse(&self, list: &RamList, choice: Choice) -> Result<()> {
+        self.lock().plan(list, choice).map(drop)
+    }
+
     /// What tracks now or tracked last: a sum of [`Kind::bit`](super::Kind::bit) (or
     /// [`NOTHING_BIT`](super::choice::NOTHING_BIT)), and in words. Empty: nothing ever did.
     pub fn in_use(&self) -> (u32, String) {
@@ -171,15 +176,20 @@ impl Inner {
         }
     }
 
-    /// Starts the trackers that `choice` takes for `list`; says which they are.
-    fn begin(&mut self, list: &RamList, choice: Choice) -> Result<(u32, String)> {
+    /// The trackers that `choice` takes for `list`.
+    fn plan(&mut self, list: &RamList, choice: Choice) -> Result<Plan> {
         let Self { trackers, write_protect, .. } = self;
         let probed = std::cell::RefCell::new(write_protect);
-        let plan = Plan::new(choice, trackers, list, &|| {
+        Plan::new(choice, trackers, list, &|| {
             let mut probed = probed.borrow_mut();
             let found = probed.get_or_insert_with(|| WriteProtect::new().map(Arc::new));
             found.clone().map(|tracker| tracker as Arc<dyn Tracker>)
-        })?;
+        })
+    }
+
+    /// Starts them; says which they are.
+    fn begin(&mut self, list: &RamList, choice: Choice) -> Result<(u32, String)> {
+        let plan = self.plan(list, choice)?;
         for (i, (tracker, blocks)) in plan.parts.iter().enumerate() {
             if let Err(error) = tracker.start(blocks) {
                 plan.trackers().take(i).for_each(|t| t.stop());

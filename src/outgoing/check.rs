@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::sections::Rehearsal;
 use super::total::TotalTime;
 use super::{HandOver, Job, Migration, hand};
+use crate::dirty::choice::Choice;
 use crate::error::{Error, Result};
 use crate::options::Opt;
 use crate::ram::survey::Survey;
@@ -15,7 +16,7 @@ use crate::wire::hello::{self, Answer};
 /// What was found.
 #[derive(Debug)]
 pub struct Report {
-    /// Everything that differs between the two sides.
+    /// Everything that differs between the two sides, and a dirty tracker that would be refused here.
     pub differences: Vec<Error>,
     /// Time to connect.
     pub connect: Duration,
@@ -46,11 +47,13 @@ pub fn check(job: &Job) -> Result<Report> {
     let mut migration = Migration::new(job, Arc::clone(&channel), TotalTime::none(), answer_by);
     let asked = migration.ask();
     channel.shutdown();
+    let tracked = job.dirty.rehearse(migration.hand.rest(), Choice::of(&job.options));
     let (answer, hello) = asked.map_err(|e| e.in_phase("hello").on_side("source"))?;
     let devices = job.vmm.with_bql("a rehearsal", || migration.sections.rehearse())?;
     let [stop, start] = job.vmm.took();
     match answer {
-        Answer::Checked(differences, compare) => {
+        Answer::Checked(mut differences, compare) => {
+            differences.extend(tracked.err().map(|why| why.in_phase("setup").on_side("source")));
             let compare = Duration::from_nanos(compare);
             Ok(Report { differences, connect, hello, compare, devices, stop, start })
         }

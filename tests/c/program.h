@@ -59,6 +59,18 @@ static inline void answer_listening(vmig *m, const char *uri)
     vmig_string_free(address);
 }
 
+static inline void answer_compare(vmig *m, const char *uri)
+{
+    char *list = NULL;
+    int count = vmig_check(m, uri, NULL, &list);
+
+    if (count < 0)
+        answer("check", count);
+    else
+        printf("value %d %s\n", count, list);
+    vmig_string_free(list);
+}
+
 static inline void set_option(vmig *m, char *rest)
 {
     char *value = rest, *name = strsep(&value, " ");
@@ -73,6 +85,8 @@ static inline bool common_command(vmig *m, const char *verb, char *rest)
         answer(verb, vmig_outgoing(m, rest));
     else if (strcmp(verb, "incoming") == 0)
         answer_listening(m, rest);
+    else if (strcmp(verb, "compare") == 0)
+        answer_compare(m, rest);
     else if (strcmp(verb, "cancel") == 0)
         answer(verb, vmig_cancel(m));
     else if (strcmp(verb, "pause") == 0)
