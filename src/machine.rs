@@ -18,8 +18,7 @@ use crate::kvm::{self, Kvm};
 use crate::metrics::{self, Labels, Numbers};
 use crate::options::{Opt, Options};
 use crate::outgoing::route::Route;
-use crate::ram::{BlockSpec, Ram};
-use crate::section::builtin;
+use crate::ram::Ram;
 use crate::section::list::{Content, Entry, SectionList};
 use crate::status::Status;
 use crate::switchover::keeper::Keeper;
@@ -29,34 +28,20 @@ use crate::transport::Means;
 use crate::transport::custom::Scheme;
 use crate::transport::file::{FdSets, KeepsFdSets};
 use crate::vmm::{Level, Moment, Phase, Reasons, Vmm};
-use crate::wire::{hello, ram as wire_ram};
+use crate::wire::hello;
 
 mod manual;
 mod migrating;
+mod parts;
 mod trial;
+
+pub use parts::KvmSlot;
 
 /// The option that is no setting of a migration, but says how the guest is owned.
 const EPOCH: &str = "epoch";
 /// Priority of the handler that completes the vCPUs' last exits and reads their clock: first of all at the stop, since
 /// other handlers may want to see what the vCPUs did; last of all at the start.
 const KVM_HANDLER_PRIORITY: i32 = i32::MAX;
-
-/// A slot of KVM memory, as registered.
-#[derive(Clone, Debug)]
-pub struct KvmSlot<'a> {
-    /// Number, address space in the upper half.
-    pub number: u32,
-    /// Flags without dirty logging.
-    pub flags: u32,
-    /// Name of the RAM block it shows.
-    pub ram: &'a str,
-    /// Where in the block it starts.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Guest-physical address.
-    pub gpa: u64,
-}
 
 /// KVM's part of a guest.
 struct WithKvm {
@@ -87,6 +72,9 @@ pub struct Machine {
     ring: OnceLock<Arc<KvmRing>>,
     /// What a destination is sent to build itself from.
     config: Mutex<Option<Arc<[u8]>>>,
+    /// Held while what is registered changes, and by a migration from the moment it looks at that until everybody knows
+    /// that it runs: what is added is part of it, or is refused.
+    changing: Arc<Mutex<()>>,
     /// Thread of the present or last migration.
     worker: Mutex<Option<Handle<()>>>,
     listening: Mutex<Option<String>>,
@@ -119,6 +107,7 @@ impl Machine {
             sources: Mutex::default(),
             ring: OnceLock::new(),
             config: Mutex::default(),
+            changing: Arc::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
             route: Mutex::default(),
@@ -157,43 +146,6 @@ impl Machine {
         metrics::text(&numbers, labels)
     }
 
-    /// What is registered is what migrates: nothing may change while a migration runs. \[bql\]
-    fn check_registering(&self, what: &str) -> Result<()> {
-        self.vmm.bql().require_held(what)?;
-        self.status.check_may_register().map_err(|e| e.context(format_args!("cannot {what} now")))
-    }
-
-    /// The same for what goes away: with one thread, callbacks that are left for it come first. \[bql\]
-    fn check_removing(&self, what: &str) -> Result<()> {
-        self.check_registering(what)?;
-        // While one runs, the VMM builds itself in a callback that its thread waits for.
-        if self.vmm.dispatch().home().is_manual() && self.status.check_idle().is_ok() {
-            // The last migration's thread keeps what it had for another moment, and must not be the last that does.
-            self.join_last();
-            self.run_left(what)?;
-        }
-        Ok(())
-    }
-
-    /// Registers guest RAM. \[bql\]
-    pub fn add_ram(&self, spec: BlockSpec) -> Result<()> {
-        self.check_registering("add RAM")?;
-        self.ram.add(spec).map(drop)
-    }
-
-    /// Forgets guest RAM and its KVM slots. \[bql\]
-    pub fn remove_ram(&self, name: &str) -> Result<()> {
-        self.check_removing("remove RAM")?;
-        // What was left on when a guest left may still guard this memory.
-        self.dirty.rest();
-        let block = self.ram.find(name);
-        self.ram.remove(name)?;
-        if let (Some(block), Some(kvm)) = (block, &*lock(&self.kvm)) {
-            kvm.tracker.remove_block(&block);
-        }
-        Ok(())
-    }
-
     /// A device wrote guest RAM. Wait-free. \[any\]
     pub fn mark_dirty(&self, host: u64, len: u64) {
         self.ram.mark(host, len);
@@ -201,7 +153,7 @@ impl Machine {
 
     /// Takes over vCPUs, interrupt controllers, clock and dirty log of a KVM guest. \[bql\]
     pub fn use_kvm(&self, vm_fd: c_int, vcpu_fds: &[c_int]) -> Result<()> {
-        self.check_registering("use KVM")?;
+        let _one = self.check_registering("use KVM")?;
         let mut slot = lock(&self.kvm);
         if slot.is_some() {
             return Err(Error::new(libc::EEXIST, "vmig_use_kvm was called before for this guest"));
@@ -256,47 +208,6 @@ impl Machine {
             Ok(())
         };
         self.vmm.has_log_dirty().then(|| Box::new(switch) as Switch)
-    }
-
-    /// Registers a KVM memory slot, whose dirty log is then read. \[bql\]
-    pub fn add_kvm_slot(&self, slot: &KvmSlot<'_>) -> Result<()> {
-        self.check_registering("add a KVM slot")?;
-        let kvm = lock(&self.kvm);
-        let Some(kvm) = &*kvm else {
-            return Err(Error::invalid("call vmig_use_kvm before registering KVM slots"));
-        };
-        let Some(block) = self.ram.find(slot.ram) else {
-            let text = format!("KVM slot {}: there is no RAM block '{}'", slot.number, slot.ram.escape_default());
-            return Err(Error::new(libc::ENOENT, text));
-        };
-        kvm.tracker.add_slot(slot.number, slot.flags, &block, slot.offset, slot.len, slot.gpa)
-    }
-
-    /// Forgets a KVM memory slot. \[bql\]
-    pub fn remove_kvm_slot(&self, number: u32) -> Result<()> {
-        self.check_removing("remove a KVM slot")?;
-        match &*lock(&self.kvm) {
-            Some(kvm) => kvm.tracker.remove_slot(number),
-            None => Err(Error::new(libc::ENOENT, format!("KVM slot {number} is not registered"))),
-        }
-    }
-
-    /// Registers a device or section. \[bql\]
-    pub fn add_section(&self, entry: Entry) -> Result<()> {
-        self.check_registering("add a device")?;
-        let reserved = [wire_ram::NAME, builtin::TIMER.0, builtin::GLOBAL_STATE.0];
-        if reserved.contains(&entry.name.as_str()) {
-            let text = format!("'{}' is a section of the library itself; take another name", entry.name);
-            return Err(Error::new(libc::EEXIST, text));
-        }
-        self.sections.add(entry).map(drop)
-    }
-
-    /// Forgets a device or section by its key; returns it, so that its last callback runs without any lock of ours
-    /// but the big one. \[bql\]
-    pub fn remove_section(&self, key: usize) -> Result<Vec<Entry>> {
-        self.check_removing("remove a device")?;
-        self.sections.remove(key)
     }
 
     /// Adds a kind of connection.

@@ -113,7 +113,14 @@ impl Status {
     /// `EBUSY` while a migration runs, unless it waits for the VMM to build itself.
     pub fn check_may_register(&self) -> Result<()> {
         let shared = self.lock();
-        if shared.registering { Ok(()) } else { check_idle(&shared) }
+        if shared.registering {
+            return Ok(());
+        }
+        check_idle(&shared).map_err(|busy| {
+            let what =
+                "what migrates was settled when it began; wait until it is over (vmig_wait) or end it (vmig_cancel)";
+            Error::new(busy.errno(), format!("{}: {what}", busy.text()))
+        })
     }
 
     /// Lets the VMM register while a migration runs, or no longer.

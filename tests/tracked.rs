@@ -194,6 +194,41 @@ fn a_tracker_that_is_not_there_is_refused_by_name() {
     destination.quit();
 }
 
+/// Before anything is stopped or tracked, somebody who asks hears which tracker would be refused, and why.
+#[test]
+fn a_tracker_that_would_be_refused_is_named_before() {
+    let dir = scratch("asked");
+    let (_destination, address) = waiting(&dir, "private");
+    let ask = |source: &mut Program, tracker: &str| {
+        source.must(&format!("set dirty-tracker {tracker}"));
+        source.command(&format!("compare {address}"))
+    };
+    let mut denied = start(&dir, "denied", &["private", "nobody", "denied"]);
+    for tracker in ["write-protect", "auto"] {
+        let said = ask(&mut denied, tracker);
+        assert!(said.starts_with("value 1 ") && said.contains("\"side\":\"source\""), "{said}");
+        assert!(said.contains("a seccomp filter") && said.contains("dirty-tracker"), "{tracker}: {said}");
+    }
+    for tracker in ["callback", "none"] {
+        assert_eq!(ask(&mut denied, tracker), "value 0 []");
+    }
+    let said = ask(&mut denied, "kvm-ring");
+    assert!(said.starts_with("value 1 ") && said.contains("the library knows of no KVM guest"), "{said}");
+    assert_eq!(denied.command("tracker"), "tracker 0 ", "nothing was tracked");
+    runs(&mut denied);
+    denied.quit();
+    if without_write_protect() {
+        return;
+    }
+    let mut source = start(&dir, "source", &["private"]);
+    for tracker in ["auto", "write-protect"] {
+        assert_eq!(ask(&mut source, tracker), "value 0 []");
+    }
+    // The guest's memory is nobody's still.
+    assert_eq!(source.command("guard"), "guard 1");
+    source.quit();
+}
+
 /// Whatever a source does wrong, the migration fails with its name, the guest runs on, and the next attempt is well.
 #[test]
 fn a_source_that_fails_or_lies_harms_nobody() {
@@ -251,9 +286,15 @@ fn nothing_changes_while_a_migration_runs() {
     let mut source = start(&dir, "source", &["private"]);
     let (mut destination, address) = waiting(&dir, "private");
     slow(&mut source, &address);
-    for command in ["add more", "remove spare", "add-source", "remove-source"] {
+    for (command, what) in [
+        ("add more", "add RAM block 'more'"),
+        ("remove spare", "remove RAM block 'spare'"),
+        ("add-source", "add dirty source 'device's'"),
+        ("remove-source", "remove a dirty source"),
+    ] {
         let answer = source.command(command);
-        assert!(answer.contains("now: a migration is in progress"), "{command}: {answer}");
+        let why = format!("cannot {what} now: a migration is in progress (state active): what migrates was settled");
+        assert!(answer.contains(&why) && answer.contains("vmig_cancel"), "{command}: {answer}");
     }
     source.must("cancel");
     source.must_end_in("cancelled");
@@ -274,24 +315,40 @@ fn nothing_changes_while_a_migration_runs() {
     destination.quit();
 }
 
+/// Whoever tracks: what the kernel says of a hole comes before anybody looks into it.
 #[test]
 fn memory_that_goes_away_is_an_error() {
-    if without_write_protect() {
-        return;
-    }
     let dir = scratch("gone");
-    for (command, why) in [
-        ("unmap", "a part of RAM block 'spare' at or after offset 0x0 is not mapped any more"),
-        ("replace", "the memory of RAM block 'spare' at or after offset 0x0 was replaced by another mapping"),
+    let protects = !without_write_protect();
+    let unmapped = "a part of RAM block 'spare' at or after offset";
+    for (words, option, command, why) in [
+        (&["private"][..], "multifd on", "unmap", unmapped),
+        (&["private"][..], "multifd off", "unmap", unmapped),
+        (
+            &["private"][..],
+            "multifd on",
+            "replace",
+            "the memory of RAM block 'spare' at or after offset 0x0 was replaced by another mapping",
+        ),
+        (&["private", "marks"][..], "multifd on", "unmap", unmapped),
+        (&["private", "marks"][..], "multifd off", "unmap", unmapped),
+        (&["private", "marks"][..], "checksum crc32c", "unmap", unmapped),
+        (&["shared", "clear"][..], "zero-page-detection legacy", "unmap", unmapped),
     ] {
-        let mut source = start(&dir, "source", &["private"]);
-        let (mut destination, address) = waiting(&dir, "private");
+        if words.len() == 1 && !protects {
+            continue;
+        }
+        let mut source = start(&dir, "source", words);
+        let (mut destination, address) = waiting(&dir, words[0]);
+        source.must(&format!("set {option}"));
         slow(&mut source, &address);
         source.must(command);
+        // Nobody writes there, so that it is looked at again only because somebody says so.
+        source.must("touch");
         source.must("set max-bandwidth 0");
         source.must_end_in("failed");
         let error = source.command("error");
-        assert!(error.contains(why), "{command}: {error}");
+        assert!(error.contains(why), "{words:?}, {option}, {command}: {error}");
         destination.must_end_in("failed");
         runs(&mut source);
         source.quit();

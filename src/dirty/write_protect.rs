@@ -57,7 +57,7 @@ impl Piece {
         let host = |page: usize| block.host_address(page as u64 * PAGE);
         let range = host(part.pages.start)..host(part.pages.end);
         if part.mapping.is_none() {
-            return Err(gone(block, &range));
+            return Err(block.gone(&part.pages));
         }
         let private = matches!(part.backing, Backing::Private);
         let page = if private { PAGE } else { memory::page_size_at(range.start).unwrap_or(0) };
@@ -140,12 +140,6 @@ impl Watched {
         Ok(())
     }
 
-    /// Refuses a block that is not all there: for the kernel a hole was never written.
-    fn check_mapped(&self, pages: &Range<usize>) -> Result<()> {
-        let range = self.addresses(pages);
-        if memory::is_mapped(&range) { Ok(()) } else { Err(gone(&self.block, &range)) }
-    }
-
     fn failed(&self, range: &Range<u64>, error: &io::Error) -> Error {
         let name = self.block.name();
         let errno = error.raw_os_error().unwrap_or(libc::EIO);
@@ -163,7 +157,8 @@ impl Watched {
     /// Tells everything written since it was cleared.
     fn sync(&mut self, tables: &Pagemap, found: &mut Found<'_>) -> Result<()> {
         let pages = self.block.pages();
-        self.check_mapped(&(0..pages))?;
+        // For the kernel a hole was never written.
+        self.block.check_mapped(&(0..pages))?;
         let mut told = std::mem::take(&mut self.told);
         for (told, seen) in told.iter_mut().zip(&mut self.seen) {
             *told |= std::mem::take(seen);
@@ -192,7 +187,7 @@ impl Watched {
             if words_of(&mut self.told, &pages).iter().all(|w| *w == 0) {
                 continue;
             }
-            self.check_mapped(&pages)?;
+            self.block.check_mapped(&pages)?;
             if !self.naps.falls_asleep(chunk) {
                 let mut seen = std::mem::take(&mut self.seen);
                 let told = &self.told;
@@ -222,15 +217,6 @@ fn set(words: &mut [u64], pages: &Range<usize>) {
         words[word] |= (u64::MAX >> (WORD_BITS - count)) << bit;
         at += count;
     }
-}
-
-fn gone(block: &Block, range: &Range<u64>) -> Error {
-    let (name, from) = (block.name(), range.start.saturating_sub(block.host_address(0)));
-    let text = format!(
-        "a part of RAM block '{name}' at or after offset {from:#x} is not mapped any more: remove the block before its \
-         memory is unmapped"
-    );
-    Error::new(libc::EFAULT, text).in_section("ram")
 }
 
 impl WriteProtect {

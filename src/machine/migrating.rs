@@ -1,14 +1,17 @@
 //! Migrations of a guest: started in either direction, asked about, ended, and decided by an operator.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
-use super::{Machine, kvm_of};
+use super::{Machine, WithKvm, kvm_of};
 use crate::error::{Error, Result};
 use crate::incoming::door::Door;
 use crate::incoming::{self, Parts, TakeStock};
 use crate::options::Opt;
 use crate::outgoing::route::Route;
 use crate::outgoing::{self, Report};
+use crate::ram::Ram;
+use crate::section::list::SectionList;
 use crate::status::watch::{self, Teller};
 use crate::status::{Side, State, Status};
 use crate::switchover::Resolution;
@@ -27,9 +30,10 @@ impl Machine {
         self.catch_up("migrate")?;
         let uri = self.checked(uri)?;
         let wake = Arc::new(Wake::new()?);
+        let one = lock(&self.changing);
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
         let route = Arc::downgrade(&job.route);
-        self.launch(Side::Source, "live_migration", &wake, move || outgoing::run(&job))?;
+        self.launch(one, (Side::Source, "live_migration"), &wake, move || outgoing::run(&job))?;
         *lock(&self.route) = route;
         *lock(&self.listening) = None;
         Ok(())
@@ -112,17 +116,21 @@ impl Machine {
         self.catch_up("listen")?;
         let uri = self.checked(uri)?;
         self.status.check_idle()?;
-        let take_stock = self.take_stock();
-        let parts = take_stock()?;
+        self.sections.check_unblocked()?;
         self.dirty.rest();
         let wake = Arc::new(Wake::new()?);
         let door = Door::open(&self.reception, &uri, &self.means, &wake)?;
         let before = self.vmm.expect_arrival()?;
         let was = self.keeper.expect();
         let address = door.address().map(str::to_owned);
+        let nobody_came = |_: &Error| {
+            self.vmm.nobody_arrived(before);
+            self.keeper.restore(was);
+        };
+        let one = lock(&self.changing);
         let job = incoming::Job {
-            parts,
-            take_stock,
+            parts: self.parts().inspect_err(nobody_came)?,
+            take_stock: self.take_stock(),
             vmm: Arc::clone(&self.vmm),
             status: Arc::clone(&self.status),
             options: self.options.snapshot(),
@@ -133,23 +141,25 @@ impl Machine {
             was,
             reception: Arc::clone(&self.reception),
         };
-        let launched = self.launch(Side::Destination, "incoming", &wake, move || incoming::run(&job, door));
-        launched.inspect_err(|_| {
-            self.vmm.nobody_arrived(before);
-            self.keeper.restore(was);
-        })?;
+        let launched = self.launch(one, (Side::Destination, "incoming"), &wake, move || incoming::run(&job, door));
+        launched.inspect_err(nobody_came)?;
         *lock(&self.listening) = address;
         Ok(())
     }
 
-    /// How a destination finds out what is registered, at the start and when the VMM has built itself.
+    /// How a destination finds out what is registered when the VMM has built itself.
     fn take_stock(&self) -> Arc<TakeStock> {
         let (ram, sections, kvm) = (Arc::clone(&self.ram), Arc::clone(&self.sections), Arc::clone(&self.kvm));
-        let stop_timeout = self.options.time(Opt::StopTimeout);
+        let (stop_timeout, changing) = (self.options.time(Opt::StopTimeout), Arc::clone(&self.changing));
         Arc::new(move || {
-            sections.check_unblocked()?;
-            Ok(Parts { ram: ram.list(), sections: sections.snapshot(), kvm: kvm_of(&kvm, stop_timeout) })
+            let _one = lock(&changing);
+            parts(&ram, &sections, &kvm, stop_timeout)
         })
+    }
+
+    /// What is registered; while `changing` is held.
+    fn parts(&self) -> Result<Parts> {
+        parts(&self.ram, &self.sections, &self.kvm, self.options.time(Opt::StopTimeout))
     }
 
     pub(super) fn leave_route(&self) {
@@ -158,14 +168,22 @@ impl Machine {
         }
     }
 
-    /// Starts the thread of a migration; the one before it has ended and is joined first.
-    fn launch(&self, side: Side, name: &str, wake: &Arc<Wake>, f: impl FnOnce() + Send + 'static) -> Result<()> {
+    /// Starts the thread of a migration, for which `one` was held since it looked at what is registered; the one before it
+    /// has ended and is joined first.
+    fn launch(
+        &self,
+        one: MutexGuard<'_, ()>,
+        (side, name): (Side, &str),
+        wake: &Arc<Wake>,
+        f: impl FnOnce() + Send + 'static,
+    ) -> Result<()> {
         {
             // One migration at a time has a trace file, so who begins is decided with it.
             let _one = lock(&self.worker);
             let teller = self.start_trace(side)?;
             self.status.begin_watched(side, self.options.on(Opt::Events), wake, teller)?;
         }
+        drop(one);
         self.join_last();
         let mut worker = lock(&self.worker);
         let (status, keeper) = (Arc::clone(&self.status), Arc::clone(&self.keeper));
@@ -295,4 +313,9 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+fn parts(ram: &Ram, sections: &SectionList, kvm: &Mutex<Option<WithKvm>>, stop_timeout: Duration) -> Result<Parts> {
+    sections.check_unblocked()?;
+    Ok(Parts { ram: ram.list(), sections: sections.snapshot(), kvm: kvm_of(kvm, stop_timeout) })
 }

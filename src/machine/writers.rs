@@ -36,7 +36,8 @@ impl Machine {
 
     /// Adds something else that knows of writes. \[bql\]
     pub fn add_dirty_source(&self, source: Source) -> Result<()> {
-        self.check_registering("add a dirty source")?;
+        let what = format!("add dirty source '{}'", source.given_name());
+        let _one = self.check_registering(what)?;
         let mut sources = lock(&self.sources);
         if sources.len() == SOURCES_MAX {
             return Err(Error::new(libc::ENOSPC, format!("a guest has at most {SOURCES_MAX} dirty sources")));
@@ -55,7 +56,7 @@ impl Machine {
     /// Forgets a dirty source by its pointer; returns it, so that its last callback runs without any lock of ours but the
     /// big one. \[bql\]
     pub fn remove_dirty_source(&self, opaque: *mut c_void) -> Result<Arc<Source>> {
-        self.check_removing("remove a dirty source")?;
+        let _one = self.check_removing("remove a dirty source")?;
         let mut sources = lock(&self.sources);
         let Some(at) = sources.iter().position(|source| source.is_of(opaque)) else {
             return Err(Error::new(libc::ENOENT, "no dirty source with this opaque pointer was added"));

@@ -67,9 +67,12 @@ impl Batch {
     }
 
     /// All that is done with pages before they are sent, once.
-    fn prepare(&mut self, shared: &Shared) {
-        let Some(block) = self.block.as_ref().filter(|_| !self.prepared) else { return };
+    fn prepare(&mut self, shared: &Shared) -> Result<()> {
+        let Some(block) = self.block.as_ref().filter(|_| !self.prepared) else { return Ok(()) };
         self.prepared = true;
+        if let (Some(first), Some(last)) = (self.pages.iter().min(), self.pages.iter().max()) {
+            block.check_mapped(&(*first..last + 1))?;
+        }
         if shared.find_zeros {
             let zeros = &mut self.zeros;
             self.pages.retain(|page| {
@@ -84,6 +87,7 @@ impl Batch {
             let runs = self.pages.chunk_by(|a, b| a + 1 == *b).map(|run| block.piece(run[0], run.len()));
             self.sum = copy_and_sum(runs, &mut self.copy);
         }
+        Ok(())
     }
 }
 
@@ -288,10 +292,10 @@ impl Lanes {
     }
 
     /// Gives a filled (or unused) batch to the lanes.
-    pub(super) fn send(&self, mut batch: Batch) {
+    pub(super) fn send(&self, mut batch: Batch) -> Result<()> {
         // Copying and summing is done here where the lanes have enough to do, so that they only write.
         if self.shared.checksum && !self.shared.lock().queue.is_empty() {
-            batch.prepare(&self.shared);
+            batch.prepare(&self.shared)?;
         }
         let mut state = self.shared.lock();
         match batch.is_empty() {
@@ -303,6 +307,7 @@ impl Lanes {
         if idle {
             self.shared.work.notify_one();
         }
+        Ok(())
     }
 
     /// Waits until every page given so far is written, followed by one sync packet on every channel.
@@ -423,7 +428,7 @@ impl Lane<'_> {
 
     /// One packet: the header, and runs of contiguous pages as they lie in guest memory.
     fn send(&mut self, batch: &mut Batch) -> Result<()> {
-        batch.prepare(self.shared);
+        batch.prepare(self.shared)?;
         let Some(block) = &batch.block else { return Err(Error::invalid("a batch without a block")) };
         self.shared.zero.fetch_add(batch.zeros.len() as u64, Ordering::Relaxed);
         // Beside pages they cost nothing.

@@ -230,6 +230,7 @@ impl RamSender {
     /// Sends one batch of at most about `most` pages, and at least one. False: no page is dirty.
     pub(super) fn send_batch(&mut self, set: &DirtySet, out: &mut StreamOutput, most: u64) -> Result<bool> {
         let most = usize::try_from(most).unwrap_or(BATCH).clamp(1, BATCH);
+        self.stretches.check_mapped(set)?;
         match self.lanes.is_some() {
             true => self.send_packet(set, out, most.min(PAGES_MAX)),
             false => self.send_records(set, out, most),
@@ -273,7 +274,7 @@ impl RamSender {
         }
         batch.block = here.map(|index| Arc::clone(set.block(index)));
         if let Some(lanes) = &self.lanes {
-            lanes.send(batch);
+            lanes.send(batch)?;
         }
         out.write(&self.heads)?;
         Ok(stretches > 0)

@@ -118,6 +118,17 @@ impl Stretches {
         Ok(Some(Stretch { block: run.block, first, pages, absent }))
     }
 
+    /// Before more of what was taken is read, which may be some time after: refuses memory that is gone.
+    pub(super) fn check_mapped(&self, set: &DirtySet) -> Result<()> {
+        let runs = self.cursor.runs();
+        match (runs.get(self.run), runs.last()) {
+            (Some(first), Some(last)) if self.owed > 0 => {
+                set.block(first.block).check_mapped(&(first.first..last.first + last.pages))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn take(&mut self, set: &DirtySet, here: Option<usize>, most: usize) -> Result<bool> {
         let most = if self.presence.is_empty() { most } else { TAKEN_MAX };
         let more = match here {
@@ -127,6 +138,7 @@ impl Stretches {
         self.owed = self.cursor.runs().iter().map(|run| run.pages).sum();
         (self.run, self.at) = (0, 0);
         if more {
+            self.check_mapped(set)?;
             self.ask();
         }
         Ok(more)

@@ -196,6 +196,22 @@ impl Block {
         unsafe { Room::raw(start, count * PAGE_BYTES) }
     }
 
+    /// Refuses pages that are not all there any more: who looks at them dies.
+    pub fn check_mapped(&self, pages: &Range<usize>) -> Result<()> {
+        let (start, len) = self.span(pages);
+        if memory::is_mapped(&(start..start + len)) { Ok(()) } else { Err(self.gone(pages)) }
+    }
+
+    /// What is said of them.
+    pub fn gone(&self, pages: &Range<usize>) -> Error {
+        let (name, from) = (&self.name, pages.start as u64 * PAGE);
+        let text = format!(
+            "a part of RAM block '{name}' at or after offset {from:#x} is not mapped any more: remove the block before \
+             its memory is unmapped"
+        );
+        Error::new(libc::EFAULT, text).in_section("ram")
+    }
+
     /// Whether a page reads as all zeros just now.
     pub fn is_zero(&self, page: usize) -> bool {
         // SAFETY: a whole page of the block, mapped while it is registered; it may change.

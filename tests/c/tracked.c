@@ -7,13 +7,17 @@
  *     device    writers report nothing, but a device does, by a source of its own; it writes through another mapping
  *     silent    a source that adds nothing; for faults
  *     nobody    without privileges
+ *     denied    without userfaultfd(2), by a seccomp filter
  *     incoming  prints what arrived, and does not write before
  *
  * Two blocks: "ram", which the threads write, and "spare", which nobody does. Commands: program.h and own_command(). Exit
  * status 77: the memory asked for is not to be had. */
 #include "program.h"
 #include <pthread.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -196,7 +200,10 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         answer_tracker(vm);
     else if (strcmp(verb, "unmap") == 0 || strcmp(verb, "replace") == 0)
         remap(vm, *verb == 'r');
-    else if (strcmp(verb, "guard") == 0)
+    else if (strcmp(verb, "touch") == 0) {          /* the whole block is said to be written */
+        vmig_dirty(vm->m, vm->spare, SPARE_BYTES);
+        printf("ok\n");
+    } else if (strcmp(verb, "guard") == 0)
         printf("guard %d\n", (guarding = guard(vm)) >= 0);
     else if (strcmp(verb, "unguard") == 0) {
         close(guarding);
@@ -208,6 +215,21 @@ static bool own_command(void *opaque, const char *verb, char *rest)
     } else
         return source_command(vm, verb, rest);
     return true;
+}
+
+/* As the rules of a container may be. */
+static void deny_userfaultfd(void)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_userfaultfd, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog filter = { sizeof code / sizeof *code, code };
+
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) < 0)
+        exit(77);
 }
 
 static void build(struct machine *vm, int argc, char **argv, vmig_ops *ops)
@@ -229,6 +251,8 @@ static void build(struct machine *vm, int argc, char **argv, vmig_ops *ops)
         /* A process that was always nobody's may read its own /proc; one that became it must ask. */
         if (strcmp(argv[i], "nobody") == 0 && (setuid(65534) < 0 || prctl(PR_SET_DUMPABLE, 1) < 0))
             exit(77);
+        if (strcmp(argv[i], "denied") == 0)
+            deny_userfaultfd();
     }
     vm->ram = map(vm, RAM_BYTES, &vm->alias), vm->spare = map(vm, SPARE_BYTES, NULL);
     if (!vm->arrived)
