@@ -281,6 +281,7 @@ int main(int argc, char **argv)
         need(vmig_start(vm.m), "start");
     printf("ready\n");
     serve(vm.m, own_command, &vm);
+    (void)vmig_stop(vm.m);              /* who writes reports it, and there is nobody to report to soon */
     vmig_free(vm.m);
     printf("note freed starts=%d stops=%d\n", vm.starts, vm.stops);
     pthread_mutex_lock(&vm.lock);
