@@ -418,6 +418,19 @@ typedef struct vmig_kvm_slot {
     uint64_t gpa;
 } vmig_kvm_slot;
 
+/* How fast a vCPU dirties memory, and may. Known while a migration runs with KVM's dirty rings, or a limit is set; 0
+ * otherwise. */
+typedef struct vmig_vcpu_dirt {
+    /* Size of the struct: VMIG_SIZED(vmig_vcpu_dirt). */
+    size_t size;
+    /* Bytes per second it may dirty, by vmig_set_vcpu_dirty_limit() or a migration: the lower one. 0: no limit. */
+    uint64_t limit;
+    /* Bytes per second it dirtied in the last whole second. */
+    uint64_t rate;
+    /* Percent of that second in which it stood at its full ring because of its limit. */
+    uint64_t throttle;
+} vmig_vcpu_dirt;
+
 /* Registers a block of guest RAM. -EEXIST if the name is taken or the memory overlaps another block's; -EBUSY while a
  * migration runs; -EINVAL, -EACCES or -EPERM if the block is not a mapping of the file it names by VMIG_RAM_FD, or of
  * one that cannot be handed over; the text says what differs. [bql] */
@@ -464,11 +477,26 @@ int vmig_use_kvm(vmig *m,
 int vmig_add_kvm_slot(vmig *m,
                       const vmig_kvm_slot *slot);
 
-/* A vCPU left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: empties the dirty rings of all vCPUs, so that it can go on. Only for
- * VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU: vmig_use_kvm() finds the rings and takes
- * them over, and nobody else may then take from them. Call it for every such exit, whether a migration runs or not. Fast,
- * and waits for nothing but other threads that do the same. -EINVAL: there are no rings. [any][cb] */
-int vmig_dirty_ring_full(vmig *m);
+/* vCPU `vcpu` (as vmig_use_kvm() was given them) left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: makes room in its dirty ring,
+ * so that it can go on. Only for VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU:
+ * vmig_use_kvm() finds the rings and takes them over, and nobody else may then take from them. Call it for every such exit,
+ * whether a migration runs or not, on the vCPU's thread. A vCPU beyond its dirty limit waits here, 10 ms at most: KVM then
+ * says again that the ring is full, and the VMM's loop may look in between whether the guest is to pause. -EINVAL: there
+ * are no rings, or no such vCPU. [any][cb] */
+int vmig_dirty_ring_full(vmig *m,
+                         unsigned int vcpu);
+
+/* Limits how fast a vCPU dirties memory, in bytes per second; 0: no longer. `vcpu` -1: all of them. With a migration or
+ * without one: writes are logged as long as there is a limit, and the limit stays until it is lifted. vCPUs below their
+ * limit are not slowed down; one beyond it stands at its full ring, some milliseconds at a time, and is to be stopped with
+ * a kick of its thread as ever. A migration may limit them further (option `dirty-limit`), for as long as it runs. -EINVAL:
+ * there are no rings, or no such vCPU; -EBUSY: a migration is just beginning or ending. [free] */
+int vmig_set_vcpu_dirty_limit(vmig *m,
+                              int vcpu,
+                              uint64_t bytes_per_second);
+
+/* Fills `*out`. -EINVAL: there are no dirty rings, or no such vCPU. [any][cb] */
+int vmig_get_vcpu_dirt(vmig *m, unsigned int vcpu, vmig_vcpu_dirt *out);
 
 /* Forgets a KVM memory slot. -ENOENT: it is not registered; -EBUSY while a migration runs. [bql] */
 int vmig_remove_kvm_slot(vmig *m, uint32_t slot);
@@ -871,6 +899,12 @@ typedef struct vmig_status {
     /* Sum of VMIG_TRACKER_...: who finds the pages that are written, of the last migration from here. 0 until there is
      * one, and in a destination. vmig_get(m, "dirty-tracker-in-use") names RAM blocks, too. */
     uint64_t trackers;
+    /* Bytes per second that each vCPU may dirty, by this migration (option `dirty-limit`, or the ladder); 0: no limit. */
+    uint64_t dirty_limit;
+    /* How long the guest may be stopped: option `downtime-limit`, or longer by the ladder. */
+    uint64_t downtime_limit;
+    /* Steps of the ladder that were taken (option `ladder`). */
+    uint64_t ladder;
 } vmig_status;
 
 /* How long a guest stands still at the switchover, in nanoseconds: the parts in their order, and all of it. */

@@ -2,7 +2,9 @@
 //!
 //! Time is passed in. The model is QEMU's: windows of 100 ms, and a threshold of bandwidth x downtime limit.
 
+pub mod dirty_limit;
 pub mod downtime;
+pub mod ladder;
 pub mod throttle;
 #[cfg(test)]
 mod history_tests;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::pacing::downtime::Downtime;
+use crate::pacing::ladder::Step;
 use crate::sys::eventfd::{EventFd, Wake};
 use crate::thread::lock;
 use feed::Feed;
@@ -196,6 +197,17 @@ impl Status {
         let mut shared = self.lock();
         let snapshot = self.snapshot_of(&shared);
         shared.watch.iteration(&snapshot, shared.events);
+        if shared.events && shared.news.len() < NEWS_MAX {
+            shared.news.push_back(snapshot);
+            self.readable.set();
+        }
+    }
+
+    /// The ladder took a step.
+    pub fn tell_step(&self, step: Step) {
+        let mut shared = self.lock();
+        let snapshot = self.snapshot_of(&shared);
+        shared.watch.step(&snapshot, step);
         if shared.events && shared.news.len() < NEWS_MAX {
             shared.news.push_back(snapshot);
             self.readable.set();

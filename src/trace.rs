@@ -101,6 +101,9 @@ impl<W: Write> Writer<W> {
         match event {
             Event::State(now) => self.line("state", now.elapsed, numbers(now)),
             Event::Iteration(now) => self.numbers("iteration", now),
+            Event::Step(at, step) => {
+                self.line("ladder", *at, object(json!({"step": step.name(), "value": step.value()})))
+            }
             Event::Blackout(at, downtime) => {
                 let mut actual = parts(&downtime.actual);
                 actual["total"] = nanos(downtime.total).into();
@@ -213,17 +216,19 @@ mod tests {
             status.advance(crate::status::State::Active).unwrap();
             status.counters.remaining.store(77, std::sync::atomic::Ordering::Relaxed);
             status.tell();
+            status.tell_step(crate::pacing::ladder::Step::Throttle(20));
             status.set_downtime(crate::pacing::downtime::Downtime {
                 total: Duration::from_millis(3),
                 ..Default::default()
             });
             status.end(Err(Error::invalid("broken\nin two").in_section("uart")));
         });
-        let events = ["begin", "state", "state", "iteration", "blackout", "error", "state", "end"];
+        let events = ["begin", "state", "state", "iteration", "ladder", "blackout", "error", "state", "end"];
         assert_eq!(words(&lines, "event"), events);
         assert_eq!(words(&lines, "state"), ["setup", "active", "active", "failed"]);
-        assert_eq!((&lines[3]["remaining"], &lines[4]["actual"]["total"]), (&77.into(), &3_000_000.into()));
-        assert_eq!((&lines[5]["section"], &lines[7]["left-out"]), (&"uart".into(), &0.into()));
+        assert_eq!((&lines[3]["remaining"], &lines[5]["actual"]["total"]), (&77.into(), &3_000_000.into()));
+        assert_eq!((&lines[4]["step"], &lines[4]["value"]), (&"throttle".into(), &20.into()));
+        assert_eq!((&lines[6]["section"], &lines[8]["left-out"]), (&"uart".into(), &0.into()));
         let times: Vec<_> = lines.iter().map(|line| line["t"].as_u64().unwrap()).collect();
         assert!(times.is_sorted(), "{times:?}");
     }

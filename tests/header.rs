@@ -68,6 +68,7 @@ fn layouts() -> BTreeMap<String, Layout> {
     layout!(t, capi::ram::vmig_ram { size, name, host, len, gpa, flags, fd, fd_offset });
     layout!(t, vmig::dirty::callback::vmig_dirty_bitmap { size, ram, host, first, pages, bits });
     layout!(t, vmig::dirty::callback::vmig_dirty_source { size, name, flags, start, sync, clear, stop, destroy });
+    layout!(t, capi::ram::vmig_vcpu_dirt { size, limit, rate, throttle });
     layout!(t, capi::ram::vmig_kvm_slot { size, slot, flags, ram, offset, len, gpa });
     layout!(
         t,
@@ -90,7 +91,10 @@ fn layouts() -> BTreeMap<String, Layout> {
             downtime,
             eta,
             throttle,
-            trackers
+            trackers,
+            dirty_limit,
+            downtime_limit,
+            ladder
         }
     );
     layout!(

@@ -142,6 +142,12 @@ pub struct vmig_status {
     /// Sum of VMIG_TRACKER_...: who finds the pages that are written, of the last migration from here. 0 until there is
     /// one, and in a destination. vmig_get(m, "dirty-tracker-in-use") names RAM blocks, too.
     pub trackers: u64,
+    /// Bytes per second that each vCPU may dirty, by this migration (option `dirty-limit`, or the ladder); 0: no limit.
+    pub dirty_limit: u64,
+    /// How long the guest may be stopped: option `downtime-limit`, or longer by the ladder.
+    pub downtime_limit: u64,
+    /// Steps of the ladder that were taken (option `ladder`).
+    pub ladder: u64,
 }
 
 // SAFETY: repr(C), size first, integers, no padding.
@@ -233,6 +239,9 @@ fn status_of(now: &Snapshot, trackers: u32) -> vmig_status {
         eta: now.eta,
         throttle: now.throttle,
         trackers: u64::from(trackers),
+        dirty_limit: now.dirty_limit,
+        downtime_limit: now.downtime_limit,
+        ladder: now.ladder,
     }
 }
 

@@ -4,7 +4,7 @@
 //! a device's by vmig_dirty() or a dirty source. Option `dirty-tracker` chooses; docs/dirty-tracking.md says what each
 //! sees.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use super::guest::vmig;
@@ -15,7 +15,7 @@ use crate::machine::KvmSlot;
 use crate::ram::BlockSpec;
 use crate::ram::handed::MemoryFile;
 use crate::sys::io;
-use crate::sys::sized::{SizedStruct, sized_copy};
+use crate::sys::sized::{SizedStruct, sized_copy, sized_fill};
 
 /// Flag of a block: every write to it is reported with vmig_dirty(); no other tracking is needed.
 pub const VMIG_RAM_MARKED: u32 = 1;
@@ -228,15 +228,78 @@ pub unsafe extern "C" fn vmig_add_kvm_slot(m: *mut vmig, slot: *const vmig_kvm_s
     })
 }
 
-/// A vCPU left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: empties the dirty rings of all vCPUs, so that it can go on. Only for
-/// VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU: vmig_use_kvm() finds the rings and takes
-/// them over, and nobody else may then take from them. Call it for every such exit, whether a migration runs or not. Fast,
-/// and waits for nothing but other threads that do the same. -EINVAL: there are no rings. \[any\]\[cb\]
+/// vCPU `vcpu` (as vmig_use_kvm() was given them) left KVM_RUN with KVM_EXIT_DIRTY_RING_FULL: makes room in its dirty ring,
+/// so that it can go on. Only for VMMs that enabled KVM_CAP_DIRTY_LOG_RING, before they made their first vCPU:
+/// vmig_use_kvm() finds the rings and takes them over, and nobody else may then take from them. Call it for every such exit,
+/// whether a migration runs or not, on the vCPU's thread. A vCPU beyond its dirty limit waits here, 10 ms at most: KVM then
+/// says again that the ring is full, and the VMM's loop may look in between whether the guest is to pause. -EINVAL: there
+/// are no rings, or no such vCPU. \[any\]\[cb\]
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn vmig_dirty_ring_full(m: *mut vmig) -> c_int {
+pub unsafe extern "C" fn vmig_dirty_ring_full(m: *mut vmig, vcpu: c_uint) -> c_int {
     enter("vmig_dirty_ring_full", || {
+        let vcpu = usize::try_from(vcpu).unwrap_or(usize::MAX);
         // SAFETY: the C contract of handles.
-        unsafe { guest(m) }?.dirty_ring_full()?;
+        unsafe { guest(m) }?.ring()?.ring_full(vcpu)?;
+        Ok(0)
+    })
+}
+
+/// Limits how fast a vCPU dirties memory, in bytes per second; 0: no longer. `vcpu` -1: all of them. With a migration or
+/// without one: writes are logged as long as there is a limit, and the limit stays until it is lifted. vCPUs below their
+/// limit are not slowed down; one beyond it stands at its full ring, some milliseconds at a time, and is to be stopped with
+/// a kick of its thread as ever. A migration may limit them further (option `dirty-limit`), for as long as it runs. -EINVAL:
+/// there are no rings, or no such vCPU; -EBUSY: a migration is just beginning or ending. \[free\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_set_vcpu_dirty_limit(m: *mut vmig, vcpu: c_int, bytes_per_second: u64) -> c_int {
+    enter("vmig_set_vcpu_dirty_limit", || {
+        let all = vcpu == -1;
+        let one = usize::try_from(vcpu).ok();
+        if one.is_none() && !all {
+            return Err(Error::invalid(format!("there is no vCPU {vcpu}; -1 stands for all of them")));
+        }
+        // SAFETY: the C contract of handles.
+        unsafe { guest(m) }?.ring()?.set_limit(one, bytes_per_second)?;
+        Ok(0)
+    })
+}
+
+/// How fast a vCPU dirties memory, and may. Known while a migration runs with KVM's dirty rings, or a limit is set; 0
+/// otherwise.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmig_vcpu_dirt {
+    /// Size of the struct: VMIG_SIZED(vmig_vcpu_dirt).
+    pub size: usize,
+    /// Bytes per second it may dirty, by vmig_set_vcpu_dirty_limit() or a migration: the lower one. 0: no limit.
+    pub limit: u64,
+    /// Bytes per second it dirtied in the last whole second.
+    pub rate: u64,
+    /// Percent of that second in which it stood at its full ring because of its limit.
+    pub throttle: u64,
+}
+
+// SAFETY: repr(C), size first, integers, no padding.
+unsafe impl SizedStruct for vmig_vcpu_dirt {
+    const NAME: &'static str = "vmig_vcpu_dirt";
+    const REQUIRED: usize = size_of::<usize>();
+}
+
+/// Fills `*out`. -EINVAL: there are no dirty rings, or no such vCPU. \[any\]\[cb\]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmig_get_vcpu_dirt(m: *mut vmig, vcpu: c_uint, out: *mut vmig_vcpu_dirt) -> c_int {
+    enter("vmig_get_vcpu_dirt", || {
+        // SAFETY: the C contract of handles.
+        let all = unsafe { guest(m) }?.ring()?.dirt();
+        let found = usize::try_from(vcpu).ok().and_then(|vcpu| all.get(vcpu));
+        let dirt = found.ok_or_else(|| Error::invalid(format!("there is no vCPU {vcpu}: there are {}", all.len())))?;
+        let now = vmig_vcpu_dirt {
+            size: size_of::<vmig_vcpu_dirt>(),
+            limit: dirt.limit,
+            rate: dirt.speed.rate,
+            throttle: dirt.speed.percent,
+        };
+        // SAFETY: the C contract: NULL or a sized struct.
+        unsafe { sized_fill(out, &now) }?;
         Ok(0)
     })
 }

@@ -4,31 +4,41 @@
 //! again when its entry is reset, and kept (`kept`) until the next sync tells it. So that no vCPU stands at a full ring,
 //! a thread takes what there is once a ring is a quarter full, not earlier: a page that is written all the time costs a
 //! fault for each reset. A vCPU that found its ring full (`KVM_EXIT_DIRTY_RING_FULL`) hands over through its VMM, and goes
-//! on when all rings are empty.
+//! on when its ring has room.
+//!
+//! A vCPU with a dirty limit (`limit`) has its ring emptied no faster than the limit says, but for syncs, which take
+//! everything: so whoever writes too fast stands at a full ring, a moment at a time, and nobody else is slowed down.
 //!
 //! What KVM itself writes outside of any vCPU is in no ring; where that can be (arm64), KVM keeps a bitmap beside them,
 //! which is read at every sync.
 
 use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use super::kvm_slots::{KvmTracker, Placed, Slots, Switch};
 use super::{Found, Kind, Tracker};
 use crate::bitmap::WORD_BITS;
 use crate::error::{Error, Result};
+use crate::pacing::dirty_limit::Meter;
 use crate::ram::{Block, RamList};
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
 use crate::sys::kvm::{DirtyLog, Slot, Vm};
 use crate::sys::kvm_ring::Ring;
 use crate::thread::{Handle, Threads, lock};
+use limit::{PERIOD, now};
+
+mod limit;
+pub use limit::VcpuDirt;
 
 /// Between two looks of the harvester at how full the rings are.
 const LOOK: Duration = Duration::from_millis(2);
 /// It harvests when a ring is full to one part in so many.
 const PART: usize = 4;
+/// A ring that is less full than one part in so many has room.
+const ROOM: usize = 2;
 
 /// A slot with what was taken of it.
 #[derive(Debug)]
@@ -47,29 +57,60 @@ impl AsRef<Placed> for Noted {
     }
 }
 
+/// A vCPU's ring, and how fast it fills.
+#[derive(Debug)]
+struct Vcpu {
+    ring: Ring,
+    meter: Meter,
+}
+
+impl Vcpu {
+    /// Entries of its ring that may be given back.
+    fn allowed(&mut self, now: Duration, suspended: bool) -> usize {
+        if suspended { usize::MAX } else { self.meter.allowed(now) }
+    }
+}
+
 #[derive(Debug)]
 struct Rings {
-    rings: Vec<Ring>,
+    vcpus: Vec<Vcpu>,
+    /// The guest is being stopped: no vCPU is held up at its ring.
+    suspended: bool,
+    /// Of the meters.
+    period: Duration,
+    period_began: Duration,
     /// What went wrong where nobody could be told; the next sync fails with it.
     trouble: Option<Error>,
 }
 
-/// What the harvester and the tracker share. Lock order: rings, slots.
+/// What the harvester and the tracker share. Lock order: users, rings, slots.
 struct Shared {
     rings: Mutex<Rings>,
     slots: Slots<Noted>,
+    /// A limit was lifted: who stands at a ring looks again.
+    lifted: Condvar,
+}
+
+/// Who wants writes to be logged.
+#[derive(Debug, Default)]
+struct Users {
+    /// A migration, or another reader of the hub.
+    readers: bool,
+    /// A vCPU has a limit without one.
+    limits: bool,
 }
 
 /// Tracks a guest by KVM's dirty rings.
 pub struct KvmRing {
     shared: Arc<Shared>,
     threads: Arc<Threads>,
+    users: Mutex<Users>,
     harvester: Mutex<Option<(Handle<()>, Arc<Wake>)>>,
 }
 
 impl std::fmt::Debug for KvmRing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "KvmRing({} rings)", lock(&self.shared.rings).rings.len())
+        write!(f, "KvmRing({} rings)", lock(&self.shared.rings).vcpus.len())
     }
 }
 
@@ -85,17 +126,58 @@ impl KvmRing {
 
     /// A tracker for the VM with these rings. `switch` switches logging; without it the library sets the slot's flags.
     pub fn new(vm: Vm, rings: Vec<Ring>, threads: Arc<Threads>, switch: Option<Switch>) -> Self {
-        let rings = Mutex::new(Rings { rings, trouble: None });
+        let vcpus = rings.into_iter().map(|ring| Vcpu { ring, meter: Meter::default() }).collect();
+        let rings =
+            Rings { vcpus, suspended: false, period: PERIOD, period_began: Duration::ZERO, trouble: None };
         Self {
-            shared: Arc::new(Shared { rings, slots: Slots::new(vm, switch) }),
+            shared: Arc::new(Shared {
+                rings: Mutex::new(rings),
+                slots: Slots::new(vm, switch),
+                lifted: Condvar::new(),
+            }),
             threads,
+            users: Mutex::default(),
             harvester: Mutex::default(),
         }
     }
 
-    /// A vCPU stands at a full ring: empties all. Any thread.
-    pub fn ring_full(&self) -> Result<()> {
-        self.shared.harvest(&mut lock(&self.shared.rings), &mut self.shared.slots.lock())
+    /// Logging and the harvester on, for the first user.
+    fn begin(&self, users: &Users, list: Option<&RamList>) -> Result<()> {
+        self.shared.switch_on(list)?;
+        if lock(&self.harvester).is_some() {
+            return Ok(());
+        }
+        self.start_harvester().inspect_err(|_| self.rest(users))
+    }
+
+    fn start_harvester(&self) -> Result<()> {
+        let wake = Arc::new(Wake::new()?);
+        let (shared, seen) = (Arc::clone(&self.shared), Arc::clone(&wake));
+        {
+            let mut rings = lock(&shared.rings);
+            rings.period_began = now();
+            rings.vcpus.iter_mut().for_each(|vcpu| vcpu.meter.restart(now()));
+        }
+        let harvester = self.threads.spawn("dirty_ring", move || {
+            shared.watch(&seen);
+            Ok(())
+        })?;
+        *lock(&self.harvester) = Some((harvester, wake));
+        Ok(())
+    }
+
+    /// All off, if nobody is left who wants it.
+    fn rest(&self, users: &Users) {
+        if users.readers || users.limits {
+            return;
+        }
+        self.end_harvester();
+        let mut rings = lock(&self.shared.rings);
+        let mut slots = self.shared.slots.lock();
+        self.shared.switch_off(slots.iter_mut());
+        // A vCPU that stands at a full ring must go on.
+        let _ = self.shared.harvest(&mut rings, &mut slots);
+        rings.vcpus.iter_mut().for_each(|vcpu| vcpu.meter.restart(now()));
     }
 
     fn end_harvester(&self) {
@@ -110,10 +192,25 @@ impl KvmRing {
 impl Shared {
     /// Takes everything from all rings, and gives them back to KVM.
     fn harvest(&self, rings: &mut Rings, slots: &mut [Noted]) -> Result<()> {
-        let mut taken = 0;
-        let Rings { rings, trouble } = rings;
-        for ring in rings {
-            taken += ring.take(|slot, page| {
+        self.take(rings, slots, |_| usize::MAX)
+    }
+
+    /// The same with rings that are a quarter full, and of vCPUs with a limit no more than that allows.
+    fn harvest_allowed(&self, rings: &mut Rings, slots: &mut [Noted]) -> Result<()> {
+        let (now, suspended) = (now(), rings.suspended);
+        self.take(rings, slots, |vcpu| match vcpu.ring.has(vcpu.ring.entries() / PART) {
+            true => vcpu.allowed(now, suspended),
+            false => 0,
+        })
+    }
+
+    /// Takes as many entries of each ring as `most` says, and gives them back to KVM.
+    fn take(&self, rings: &mut Rings, slots: &mut [Noted], most: impl Fn(&mut Vcpu) -> usize) -> Result<()> {
+        let mut all = 0;
+        let Rings { vcpus, trouble, .. } = rings;
+        for vcpu in vcpus {
+            let most = most(vcpu);
+            let taken = vcpu.ring.take(most, |slot, page| {
                 // Other slots are the VMM's own business.
                 let Some(noted) = slots.iter_mut().find(|s| s.on && s.placed.slot.slot == slot) else { return };
                 match usize::try_from(page).ok().filter(|page| *page < noted.placed.pages()) {
@@ -125,8 +222,10 @@ impl Shared {
                     }
                 }
             });
+            vcpu.meter.took(taken);
+            all += taken;
         }
-        if taken > 0 {
+        if all > 0 {
             self.slots.vm.reset_dirty_rings()?;
         }
         Ok(())
@@ -136,38 +235,52 @@ impl Shared {
     fn watch(&self, wake: &Wake) {
         while matches!(io::sleep(wake, LOOK), Ok(false)) {
             let mut rings = lock(&self.rings);
-            if rings.rings.iter().any(|ring| ring.has(ring.entries() / PART)) {
-                if let Err(error) = self.harvest(&mut rings, &mut self.slots.lock()) {
-                    rings.trouble.get_or_insert(error);
-                    return;
-                }
+            if let Err(error) = self.look(&mut rings) {
+                rings.trouble.get_or_insert(error);
             }
         }
     }
 
-    /// Switches logging of the slots in `list` on. Nothing is locked while the hook is called: a VMM with one thread may
-    /// stand at a full ring before it comes to the hook.
-    fn switch_on(&self, list: &RamList) -> Result<()> {
+    fn look(&self, rings: &mut Rings) -> Result<()> {
+        if rings.vcpus.iter().any(|vcpu| vcpu.ring.has(vcpu.ring.entries() / PART)) {
+            self.harvest_allowed(rings, &mut self.slots.lock())?;
+        }
+        let now = now();
+        if now.saturating_sub(rings.period_began) >= rings.period {
+            // What waits in rings was written in this period; what a limit holds back there, was not.
+            let all = |vcpu: &mut Vcpu| if vcpu.meter.limit() == 0 { usize::MAX } else { 0 };
+            self.take(rings, &mut self.slots.lock(), all)?;
+            rings.period_began = now;
+            rings.vcpus.iter_mut().for_each(|vcpu| vcpu.meter.end_period(now));
+        }
+        Ok(())
+    }
+
+    /// Switches logging of the slots in `list` on, or of all. Neither rings nor slots are locked while the hook is called: a
+    /// VMM with one thread may stand at a full ring before it comes to the hook.
+    fn switch_on(&self, list: Option<&RamList>) -> Result<()> {
+        let is_in = |block| list.is_none_or(|list| list.iter().any(|other| Arc::ptr_eq(block, other)));
         let wanted: Vec<Slot> = {
-            let mut slots = self.slots.lock();
-            slots.iter_mut().for_each(|noted| noted.kept.fill(0));
-            let wanted =
-                slots.iter().filter(|noted| list.iter().any(|block| Arc::ptr_eq(block, &noted.placed.block)));
+            let slots = self.slots.lock();
+            let wanted = slots.iter().filter(|noted| !noted.on && is_in(&noted.placed.block));
             wanted.map(|noted| noted.placed.slot).collect()
         };
+        self.switch_on_slots(&wanted).inspect_err(|_| {
+            let ours = |noted: &&mut Noted| wanted.iter().any(|slot| slot.slot == noted.placed.slot.slot);
+            self.switch_off(self.slots.lock().iter_mut().filter(ours));
+        })
+    }
+
+    fn switch_on_slots(&self, wanted: &[Slot]) -> Result<()> {
         for slot in wanted {
-            self.with_slot(&slot, |noted| {
+            self.with_slot(slot, |noted| {
                 noted.on = true;
                 Ok(())
             })?;
-            let done = self.slots.set_logging(&slot, true);
-            let done = self.with_slot(&slot, |noted| {
+            let done = self.slots.set_logging(slot, true);
+            self.with_slot(slot, |noted| {
                 done.and_then(|()| noted.look_beside(&self.slots.vm)).map_err(|e| noted.placed.named(e))
-            });
-            if let Err(error) = done {
-                self.switch_off(&mut self.slots.lock());
-                return Err(error);
-            }
+            })?;
         }
         Ok(())
     }
@@ -177,8 +290,8 @@ impl Shared {
         self.slots.lock().iter_mut().find(|noted| noted.placed.slot.slot == slot.slot).map_or(Ok(()), f)
     }
 
-    fn switch_off(&self, slots: &mut [Noted]) {
-        for noted in slots.iter_mut().filter(|noted| noted.on) {
+    fn switch_off<'a>(&self, slots: impl Iterator<Item = &'a mut Noted>) {
+        for noted in slots.filter(|noted| noted.on) {
             noted.on = false;
             // Whatever fails here, the guest runs on.
             let _ = self.slots.set_logging(&noted.placed.slot, false);
@@ -224,39 +337,24 @@ impl Tracker for KvmRing {
     }
 
     fn start(&self, list: &RamList) -> Result<()> {
-        let wake = Arc::new(Wake::new()?);
+        let mut users = lock(&self.users);
         {
             let mut rings = lock(&self.shared.rings);
             let mut slots = self.shared.slots.lock();
-            rings.trouble = None;
+            (rings.trouble, rings.suspended) = (None, false);
             // What an earlier attempt left is of no interest, but would fill the rings.
             self.shared.harvest(&mut rings, &mut slots)?;
+            slots.iter_mut().for_each(|noted| noted.kept.fill(0));
         }
-        self.shared.switch_on(list)?;
-        let (shared, seen) = (Arc::clone(&self.shared), Arc::clone(&wake));
-        let harvest = move || {
-            shared.watch(&seen);
-            Ok(())
-        };
-        match self.threads.spawn("dirty_ring", harvest) {
-            Ok(harvester) => {
-                *lock(&self.harvester) = Some((harvester, wake));
-                Ok(())
-            }
-            Err(error) => {
-                self.shared.switch_off(&mut self.shared.slots.lock());
-                Err(error)
-            }
-        }
+        self.begin(&users, Some(list))?;
+        users.readers = true;
+        Ok(())
     }
 
     fn stop(&self) {
-        self.end_harvester();
-        let mut rings = lock(&self.shared.rings);
-        let mut slots = self.shared.slots.lock();
-        self.shared.switch_off(&mut slots);
-        // A vCPU that stands at a full ring must go on.
-        let _ = self.shared.harvest(&mut rings, &mut slots);
+        let mut users = lock(&self.users);
+        users.readers = false;
+        self.rest(&users);
     }
 
     fn sync(&self, found: &mut Found<'_>) -> Result<()> {

@@ -85,11 +85,7 @@ impl Machine {
                 "option 'checksum' needs a vmig at the other side, and option 'peer' says qemu",
             ));
         }
-        if self.options.on(Opt::AutoConverge) && !self.vmm.has_throttle() {
-            let text =
-                "option 'auto-converge' needs a way to slow the guest down: vmig_ops.throttle or vmig_ops.gate";
-            return Err(Error::invalid(text).by_option(Opt::AutoConverge.name()));
-        }
+        self.check_slowing_down(&self.options)?;
         // Most commands only write; one that answers is waited for.
         let answers = self.options.is_set(Opt::ReturnPath) && self.options.on(Opt::ReturnPath);
         let stop_timeout = self.options.time(Opt::StopTimeout);
@@ -100,6 +96,7 @@ impl Machine {
             kvm: kvm_of(&self.kvm, stop_timeout),
             config: lock(&self.config).clone(),
             dirty: Arc::clone(&self.dirty),
+            ring: self.ring.get().cloned(),
             vmm: Arc::clone(&self.vmm),
             status,
             options: self.options.snapshot(),

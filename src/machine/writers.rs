@@ -4,9 +4,12 @@ use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 use super::Machine;
-use crate::dirty::Tracker;
 use crate::dirty::callback::{Caller, Source};
+use crate::dirty::choice::Choice;
+use crate::dirty::kvm_ring::{KvmRing, VcpuDirt};
+use crate::dirty::{Kind, Tracker};
 use crate::error::{Error, Result};
+use crate::options::{Opt, Options};
 use crate::thread::lock;
 use crate::vmm::dispatch::Dispatch;
 
@@ -24,14 +27,45 @@ impl Caller for Dispatch {
 }
 
 impl Machine {
-    /// A vCPU stands at a full dirty ring. \[any\]
-    pub fn dirty_ring_full(&self) -> Result<()> {
-        let ring = self.ring.get().ok_or_else(|| {
+    /// KVM's dirty rings.
+    pub fn ring(&self) -> Result<&Arc<KvmRing>> {
+        self.ring.get().ok_or_else(|| {
             Error::invalid(
                 "no dirty rings are known: vmig_use_kvm comes first, and KVM_CAP_DIRTY_LOG_RING before that",
             )
-        })?;
-        ring.ring_full()
+        })
+    }
+
+    /// How fast each vCPU dirties memory and may; none are known without rings.
+    pub fn vcpu_dirt(&self) -> Vec<VcpuDirt> {
+        self.ring.get().map_or_else(Vec::new, |ring| ring.dirt())
+    }
+
+    /// What the options that slow a guest down need, and cannot go with.
+    pub fn check_slowing_down(&self, options: &Options) -> Result<()> {
+        let [converge, limit, ladder] = [Opt::AutoConverge, Opt::DirtyLimit, Opt::Ladder].map(|o| options.on(o));
+        let (option, text) = match () {
+            () if limit && converge => {
+                (Opt::DirtyLimit, "options 'dirty-limit' and 'auto-converge' do not go together: take one of them")
+            }
+            () if ladder && (limit || converge) => (
+                Opt::Ladder,
+                "option 'ladder' slows the guest down by itself: leave 'auto-converge' and 'dirty-limit' off",
+            ),
+            () if limit && self.ring.get().is_none() => (
+                Opt::DirtyLimit,
+                "option 'dirty-limit' needs KVM's dirty rings, which the VMM enables before it makes vCPUs",
+            ),
+            () if limit && !matches!(Choice::of(options), Choice::Auto | Choice::Only(Kind::KvmRing)) => {
+                (Opt::DirtyLimit, "option 'dirty-limit' needs option 'dirty-tracker' to be auto or kvm-ring")
+            }
+            () if converge && !self.vmm.has_throttle() => (
+                Opt::AutoConverge,
+                "option 'auto-converge' needs a way to slow the guest down: vmig_ops.throttle or vmig_ops.gate",
+            ),
+            () => return Ok(()),
+        };
+        Err(Error::invalid(text).by_option(option.name()))
     }
 
     /// Adds something else that knows of writes. \[bql\]

@@ -75,6 +75,12 @@ pub enum Opt {
     ThrottleIncrement,
     ThrottleTailslow,
     ThrottleMax,
+    DirtyLimit,
+    VcpuDirtyLimit,
+    DirtyLimitPeriod,
+    Ladder,
+    LadderDowntimeMax,
+    LadderTime,
     ConvergenceRounds,
     ConvergenceTime,
     DirtyTracker,
@@ -399,6 +405,65 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         (1, 99),
         true,
         "Percent of the time the vCPUs stand still at most; the first step is taken whole.",
+    ),
+    Row {
+        capability: true,
+        ..row(
+            "dirty-limit",
+            Type::Bool,
+            0,
+            BOOL,
+            false,
+            "Limit how fast each vCPU dirties memory once the guest dirties more than is sent (throttle-trigger-threshold); \
+             vCPUs below the limit are not slowed down. Needs KVM's dirty rings.",
+        )
+    },
+    Row {
+        qemu: 1,
+        ..row(
+            "vcpu-dirty-limit",
+            Type::Number,
+            0,
+            (0, 1 << 40),
+            true,
+            "Megabytes (2^20 bytes) per second that each vCPU may dirty then; 0 = its share of throttle-trigger-threshold \
+             percent of what is sent.",
+        )
+    },
+    row(
+        "x-vcpu-dirty-limit-period",
+        Type::Millis,
+        1000,
+        (1, 1000),
+        false,
+        "Milliseconds over which each vCPU's dirty rate is measured while a migration runs.",
+    ),
+    row(
+        "ladder",
+        Type::Bool,
+        0,
+        BOOL,
+        false,
+        "Do what helps with a guest that does not converge, step by step: allow a longer downtime if one would do, else \
+         slow the guest down (by dirty limits where KVM's dirty rings are in use, by the throttle hook or a gate \
+         elsewhere), and fail when nothing is left. Instead of auto-converge and dirty-limit. docs/convergence.md.",
+    ),
+    row(
+        "ladder-downtime-max",
+        Type::Millis,
+        2_000,
+        (0, 2_000_000),
+        true,
+        "Milliseconds that the ladder may allow the guest to stand still; each of its steps doubles downtime-limit.",
+    ),
+    row(
+        "ladder-time",
+        Type::Millis,
+        300_000,
+        (0, 24 * HOUR),
+        true,
+        "Milliseconds from the ladder's first step after which the migration fails if the guest still does not converge; \
+         0 = when no step is left.",
     ),
     Row {
         qemu: 0,

@@ -55,6 +55,7 @@ impl Migration<'_> {
         let expected = self.known().predict(self.left).unwrap_or_default();
         let mut took = Downtime { expected, ..Downtime::default() };
         self.sections.about_to_switch();
+        self.let_vcpus_come();
         let wait = self.job.options.on(Opt::PauseBeforeSwitchover);
         let job = self.job;
         let mut course = Course::new(&mut took.actual);

@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use crate::dirty::choice::Choice;
 use crate::dirty::hub::Hub;
+use crate::dirty::kvm_ring::KvmRing;
 use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::kvm::Kvm;
@@ -93,6 +94,8 @@ pub struct Job {
     pub config: Option<Arc<[u8]>>,
     /// Dirty pages.
     pub dirty: Arc<Hub>,
+    /// KVM's dirty rings, where the VMM enabled them.
+    pub ring: Option<Arc<KvmRing>>,
     /// Stop and start.
     pub vmm: Arc<Vmm>,
     /// Where it stands.
@@ -290,7 +293,7 @@ impl<'a> Migration<'a> {
             sync_took: Duration::ZERO,
             round_trip: Duration::ZERO,
             left: 0,
-            slow: Slow::default(),
+            slow: Slow::new(job),
             saved: None,
         }
     }
@@ -376,6 +379,7 @@ impl<'a> Migration<'a> {
         let mut near = false;
         loop {
             self.job.status.check()?;
+            self.check_ladder()?;
             let sections_done = self.iterate_sections()?;
             if self.dirty_pages() > 0 {
                 self.send_part()?;
@@ -397,6 +401,7 @@ impl<'a> Migration<'a> {
             if policy.decide(self.now(), pending, threshold) && allowed && near {
                 return Ok(());
             }
+            self.climb(pending, threshold)?;
             // What still waits in sockets is sent, but not there: it must not be waited for with the guest stopped.
             let caught_up = std::mem::replace(&mut near, pending <= threshold);
             if pending == 0 && caught_up {

@@ -18,7 +18,13 @@ impl Migration<'_> {
     }
 
     pub(super) fn threshold(&self) -> u64 {
-        self.known().threshold(self.job.live.time(Opt::DowntimeLimit))
+        self.known().threshold(self.downtime_limit())
+    }
+
+    /// How long the guest may stand still: by the option, or longer by the ladder.
+    pub(super) fn downtime_limit(&self) -> Duration {
+        let limit = self.job.live.time(Opt::DowntimeLimit);
+        self.slow.downtime().map_or(limit, |longer| longer.max(limit))
     }
 
     /// What a prediction of the downtime is made of.
@@ -65,6 +71,7 @@ impl Migration<'_> {
         counters.normal_pages.store(before.normal + normal, Ordering::Relaxed);
         counters.zero_pages.store(before.zero + zero, Ordering::Relaxed);
         counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);
+        store_time(&counters.downtime_limit, self.downtime_limit());
         if let Some(parts) = self.known().predict(left) {
             store_time(&counters.expected_downtime, parts.total());
         }

@@ -254,19 +254,19 @@ impl Migration<'_> {
     pub(super) fn reconnect(&mut self, why: Error) -> Result<()> {
         let limit = self.job.options.time(Opt::ResumeTimeout);
         let deadline = Instant::now() + limit;
+        self.begin_anew_at_full_speed();
         if let Some(words) = self.unlink() {
             self.job.status.fail(words.clone());
             return Err(words);
         }
         // It may take long, and nothing is sent meanwhile that the guest could be too fast for.
-        self.speed_up();
         self.job.status.counters.throttle.store(0, Ordering::Relaxed);
         let mut why = why.in_phase("iterate");
         loop {
             self.job.status.lose_link(why.clone())?;
             self.publish();
             match self.try_again(deadline).and_then(|()| self.job.status.advance(State::Active)) {
-                Ok(()) => return self.slow_down_again(),
+                Ok(()) => return Ok(()),
                 Err(error) => why = error.in_phase("reconnect"),
             }
             let words = self.unlink();

@@ -33,17 +33,21 @@ impl Throttle {
         self.percent
     }
 
-    /// A round is over, in which so many bytes were dirtied and so many sent. The new percentage, if there is one: every
-    /// second round that counts against the guest.
+    /// A round is over, in which so many bytes were dirtied and so many sent: whether something is to be done. Every second
+    /// round that counts against the guest.
+    pub fn is_due(&mut self, trigger: u64, dirtied: u64, sent: u64) -> bool {
+        if u128::from(dirtied) * 100 <= u128::from(sent) * u128::from(trigger) {
+            return false;
+        }
+        self.hits = (self.hits + 1) % 2;
+        self.hits == 0
+    }
+
+    /// The same; the new percentage, if there is one.
     pub fn round(&mut self, config: &Config, dirtied: u64, sent: u64) -> Option<u32> {
-        if u128::from(dirtied) * 100 <= u128::from(sent) * u128::from(config.trigger) {
+        if !self.is_due(config.trigger, dirtied, sent) {
             return None;
         }
-        self.hits += 1;
-        if self.hits < 2 {
-            return None;
-        }
-        self.hits = 0;
         let next = match self.percent {
             0 => config.initial,
             now => {

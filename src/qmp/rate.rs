@@ -1,10 +1,13 @@
-//! How fast the guest dirties its memory, measured without a migration: what can be said of it so far.
+//! How fast the guest dirties its memory, measured without a migration (what can be said of it so far), and how fast each
+//! vCPU may.
 
 use serde_json::json;
 
 use super::request::Refusal;
+use super::settings::NO_RING;
 use super::shape::{Shape, list, may, must, words};
 use super::table::{Call, Outcome, done};
+use crate::dirty::kvm_ring::VcpuDirt;
 
 /// Milliseconds a measurement may take.
 const TIME: std::ops::RangeInclusive<u64> = 50..=60_000;
@@ -70,11 +73,31 @@ pub fn takes_limit() -> Shape {
     Shape::Object(vec![may("cpu-index", Shape::Int), must("dirty-rate", Shape::U64)])
 }
 
-/// `set-vcpu-dirty-limit`.
-pub fn set_limit(_: &mut Call<'_>) -> Outcome {
-    Err(Refusal::new(
-        "dirty page limit feature is not there: this library slows all vCPUs down alike (auto-converge)",
-    ))
+/// Bytes in a megabyte of QMP's rates.
+const MB: u64 = 1 << 20;
+
+/// The vCPU that a command is about; none: all.
+fn vcpu(call: &Call<'_>) -> Result<Option<usize>, Refusal> {
+    let Some(index) = call.arguments.get("cpu-index") else { return Ok(None) };
+    match index.as_i64() {
+        // What tools say for all.
+        Some(-1) => Ok(None),
+        _ => match call.number("cpu-index").and_then(|index| usize::try_from(index).ok()) {
+            Some(index) => Ok(Some(index)),
+            None => Err(Refusal::new(format!("there is no vCPU {index}"))),
+        },
+    }
+}
+
+fn limit(call: &Call<'_>, rate: u64) -> Outcome {
+    let ring = call.face.machine.ring().map_err(|_| Refusal::new(NO_RING))?;
+    ring.set_limit(vcpu(call)?, rate.saturating_mul(MB))?;
+    done()
+}
+
+/// `set-vcpu-dirty-limit`; megabytes per second, 0 lifts it.
+pub fn set_limit(call: &mut Call<'_>) -> Outcome {
+    limit(call, call.number("dirty-rate").unwrap_or(0))
 }
 
 /// What `cancel-vcpu-dirty-limit` takes.
@@ -82,9 +105,12 @@ pub fn takes_cancel() -> Shape {
     Shape::Object(vec![may("cpu-index", Shape::Int)])
 }
 
-/// `cancel-vcpu-dirty-limit`: there is none.
-pub fn cancel_limit(_: &mut Call<'_>) -> Outcome {
-    done()
+/// `cancel-vcpu-dirty-limit`. Where none can be there is none to cancel.
+pub fn cancel_limit(call: &mut Call<'_>) -> Outcome {
+    match call.face.machine.ring() {
+        Ok(_) => limit(call, 0),
+        Err(_) => done(),
+    }
 }
 
 /// What `query-vcpu-dirty-limit` gives.
@@ -93,7 +119,14 @@ pub fn gives_limits() -> Shape {
     list(Shape::Object(names.map(|name| must(name, Shape::Int)).into()))
 }
 
-/// `query-vcpu-dirty-limit`: there is none.
-pub fn limits(_: &mut Call<'_>) -> Outcome {
-    Ok(json!([]))
+/// `query-vcpu-dirty-limit`: vCPUs, if any has a limit. Rates are rounded up: a limit is never shown as none.
+pub fn limits(call: &mut Call<'_>) -> Outcome {
+    let dirt = call.face.machine.vcpu_dirt();
+    if dirt.iter().all(|vcpu| vcpu.limit == 0) {
+        return Ok(json!([]));
+    }
+    let of = |(index, vcpu): (usize, &VcpuDirt)| {
+        json!({"cpu-index": index, "limit-rate": vcpu.limit.div_ceil(MB), "current-rate": vcpu.speed.rate.div_ceil(MB)})
+    };
+    Ok(dirt.iter().enumerate().map(of).collect())
 }

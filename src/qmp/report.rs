@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::shape::{Shape, list, may, must, words};
 use super::table::{Call, Outcome};
 use crate::machine::Machine;
+use crate::pacing::dirty_limit::Speed;
 use crate::ram::PAGE;
 use crate::status::{STATES, Side, Snapshot, State};
 use crate::transport::uri::Uri;
@@ -19,12 +20,18 @@ pub fn gives() -> Shape {
     let socket = [vec![must("type", words(["inet", "unix"]))], socket.into()].concat();
     let mut fields = vec![may("status", words(STATES.map(State::name))), may("ram", Shape::Object(ram))];
     fields.extend(["setup-time", "total-time", "expected-downtime", "downtime"].map(|name| may(name, Shape::Int)));
-    fields.push(may("cpu-throttle-percentage", Shape::Int));
+    fields.extend(SLOW.map(|name| may(name, Shape::Int)));
+    let ladder = ["steps", "downtime-limit", "dirty-limit"].map(|name| must(name, Shape::Int));
+    fields.push(may("x-ladder", Shape::Object(ladder.into())));
     fields.push(may("error-desc", Shape::Str));
     fields.push(may("blocked-reasons", list(Shape::Str)));
     fields.push(may("socket-address", list(Shape::Object(socket))));
     Shape::Object(fields)
 }
+
+/// What says how slow the guest is made.
+const SLOW: [&str; 3] =
+    ["cpu-throttle-percentage", "dirty-limit-throttle-time-per-round", "dirty-limit-ring-full-time"];
 
 /// A member and where it comes from.
 type Amount = (&'static str, fn(&Snapshot) -> u64);
@@ -76,7 +83,10 @@ pub fn migrate(call: &mut Call<'_>) -> Outcome {
     if let (Some(side), true) = (now.side, now.state != State::None) {
         out.insert("status".into(), now.state.name().into());
         match side {
-            Side::Source => source(&now, &mut out),
+            Side::Source => {
+                source(&now, &mut out);
+                limited(machine, &now, &mut out);
+            }
             Side::Destination => destination(machine, &now, &mut out),
         }
         let error = machine.status().error().filter(|_| tells_error(now.state));
@@ -106,11 +116,34 @@ fn source(now: &Snapshot, out: &mut Map<String, Value>) {
         _ => out.insert("expected-downtime".into(), (now.expected_downtime / MILLI).into()),
     };
     if now.throttle > 0 && !now.state.is_final() {
-        out.insert("cpu-throttle-percentage".into(), now.throttle.into());
+        out.insert(SLOW[0].into(), now.throttle.into());
     }
     let mut ram: Map<String, Value> = RAM.iter().map(|(name, get)| ((*name).to_owned(), get(now).into())).collect();
     ram.insert("mbps".into(), mbps(now).into());
     out.insert("ram".into(), ram.into());
+}
+
+/// How long vCPUs stand at their full rings, and what the ladder did.
+fn limited(machine: &Machine, now: &Snapshot, out: &mut Map<String, Value>) {
+    if now.state.is_final() || now.state == State::Setup {
+        return;
+    }
+    if now.dirty_limit > 0 {
+        // Of the vCPU that stands longest; in microseconds for each time that it fills its ring.
+        let dirt = machine.vcpu_dirt();
+        let slowest = dirt.iter().filter(|vcpu| vcpu.speed.pages > 0).max_by_key(|vcpu| vcpu.speed.stood);
+        let [stood, filled] = slowest.map_or([0, 0], |vcpu| {
+            let Speed { stood, pages, period, .. } = vcpu.speed;
+            [stood, period.saturating_sub(stood)]
+                .map(|time| u64::try_from(time.as_micros() * vcpu.entries as u128 / u128::from(pages)).unwrap_or(0))
+        });
+        out.insert(SLOW[1].into(), stood.into());
+        out.insert(SLOW[2].into(), filled.into());
+    }
+    if now.ladder > 0 {
+        let limits = json!({"steps": now.ladder, "downtime-limit": now.downtime_limit / MILLI, "dirty-limit": now.dirty_limit});
+        out.insert("x-ladder".into(), limits);
+    }
 }
 
 fn destination(machine: &Machine, now: &Snapshot, out: &mut Map<String, Value>) {

@@ -8,7 +8,7 @@ use super::table::{Call, Outcome, done};
 use crate::options::{Opt, Row, TABLE, Type};
 
 /// Capabilities of QEMU's that nothing here has: they may be switched off, as tools do that switch all of them.
-pub const ABSENT_CAPABILITIES: [&str; 16] = [
+pub const ABSENT_CAPABILITIES: [&str; 15] = [
     "xbzrle",
     "rdma-pin-all",
     "zero-blocks",
@@ -23,9 +23,11 @@ pub const ABSENT_CAPABILITIES: [&str; 16] = [
     "background-snapshot",
     "zero-copy-send",
     "postcopy-preempt",
-    "dirty-limit",
     "mapped-ram",
 ];
+
+/// Said where KVM's dirty rings are needed and there are none.
+pub const NO_RING: &str = "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set";
 
 /// Parameters of QEMU's that nothing here obeys, with the value that they have there at first: it may be set again.
 fn absent_parameters() -> Vec<(&'static str, Shape, Value)> {
@@ -47,8 +49,6 @@ fn absent_parameters() -> Vec<(&'static str, Shape, Value)> {
         number("xbzrle-cache-size", 64 << 20),
         number("max-postcopy-bandwidth", 0),
         ("block-bitmap-mapping", list(Shape::Any), json!([])),
-        number("x-vcpu-dirty-limit-period", 1000),
-        number("vcpu-dirty-limit", 1),
         ("mode", words(["normal", "cpr-reboot", "cpr-transfer"]), json!("normal")),
         ("direct-io", Shape::Bool, json!(false)),
     ]
@@ -99,9 +99,18 @@ pub fn set_capabilities(call: &mut Call<'_>) -> Outcome {
             (false, _) => settings.push((name, (if on { "on" } else { "off" }).to_owned())),
         }
     }
-    machine.set_all(&settings, |options| match options.on(Opt::SwitchoverAck) && !options.on(Opt::ReturnPath) {
-        true => Err(crate::error::Error::invalid("Capability 'switchover-ack' requires capability 'return-path'")),
-        false => Ok(()),
+    machine.set_all(&settings, |options| {
+        let refuse = |text: &str| Err(crate::error::Error::invalid(text));
+        match () {
+            () if options.on(Opt::SwitchoverAck) && !options.on(Opt::ReturnPath) => {
+                refuse("Capability 'switchover-ack' requires capability 'return-path'")
+            }
+            () if options.on(Opt::DirtyLimit) && options.on(Opt::AutoConverge) => {
+                refuse("dirty-limit conflicts with auto-converge either of then available currently")
+            }
+            () if options.on(Opt::DirtyLimit) && machine.ring().is_err() => refuse(NO_RING),
+            () => Ok(()),
+        }
     })?;
     done()
 }

@@ -26,10 +26,13 @@ pub struct Counters {
     pub stop: AtomicU64,
     pub downtime: AtomicU64,
     pub throttle: AtomicU64,
+    pub dirty_limit: AtomicU64,
+    pub downtime_limit: AtomicU64,
+    pub ladder: AtomicU64,
 }
 
 impl Counters {
-    fn all(&self) -> [&AtomicU64; 15] {
+    fn all(&self) -> [&AtomicU64; 18] {
         [
             &self.total,
             &self.remaining,
@@ -46,6 +49,9 @@ impl Counters {
             &self.stop,
             &self.downtime,
             &self.throttle,
+            &self.dirty_limit,
+            &self.downtime_limit,
+            &self.ladder,
         ]
     }
 
@@ -80,6 +86,9 @@ impl Counters {
             stop: get(&self.stop),
             downtime: get(&self.downtime),
             throttle: get(&self.throttle),
+            dirty_limit: get(&self.dirty_limit),
+            downtime_limit: get(&self.downtime_limit),
+            ladder: get(&self.ladder),
             eta: eta(state, remaining, bandwidth, dirty),
         }
     }
@@ -129,6 +138,12 @@ pub struct Snapshot {
     pub downtime: u64,
     /// Percent of the time the vCPUs are made to stand still.
     pub throttle: u64,
+    /// Bytes per second each vCPU may dirty, by this migration; 0: no limit.
+    pub dirty_limit: u64,
+    /// Nanoseconds the guest may be stopped.
+    pub downtime_limit: u64,
+    /// Steps of the ladder that were taken.
+    pub ladder: u64,
     /// Nanoseconds until completion at the present rates; `u64::MAX` while unknown.
     pub eta: u64,
 }

@@ -10,6 +10,7 @@ use super::feed::{Feed, News};
 use super::{Snapshot, State};
 use crate::error::Error;
 use crate::pacing::downtime::Downtime;
+use crate::pacing::ladder::Step;
 
 /// Events that wait for a writer; what does not fit is lost, so that nobody who moves pages ever waits for a disk.
 const WAITING_MAX: usize = 1024;
@@ -21,6 +22,8 @@ pub enum Event {
     State(Snapshot),
     /// A round over the dirty pages begins.
     Iteration(Snapshot),
+    /// The ladder took a step.
+    Step(u64, Step),
     /// The guest stood still, as far as the switchover got.
     Blackout(u64, Box<Downtime>),
     /// Something failed.
@@ -131,6 +134,11 @@ impl Watch {
         if events {
             self.feed.push(News::Pass(pass));
         }
+    }
+
+    pub(super) fn step(&self, now: &Snapshot, step: Step) {
+        probe::probe!(vmig, ladder, now.ladder, step.value());
+        self.tell(|| Event::Step(now.elapsed, step));
     }
 
     pub(super) fn blackout(&self, elapsed: Duration, downtime: Downtime) {

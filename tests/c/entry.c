@@ -282,8 +282,10 @@ static int source_once(void *p)
 static void sources(void)
 {
     vmig_dirty_source source = VMIG_SIZED(vmig_dirty_source);
+    vmig_vcpu_dirt dirt = VMIG_SIZED(vmig_vcpu_dirt);
 
     CASE(vmig_add_dirty_source), CASE(vmig_remove_dirty_source), CASE(vmig_dirty_ring_full);
+    CASE(vmig_set_vcpu_dirty_limit), CASE(vmig_get_vcpu_dirt);
     source.name = "device", source.sync = no_pages, source.destroy = count_destroyed;
     REFUSES(EPERM, "big lock", source_of(&source));
     REFUSES(EPERM, "big lock", vmig_remove_dirty_source(m, &source));
@@ -310,8 +312,13 @@ static void sources(void)
     CHECK(destroyed == 0, "not before it is removed");
     CHECK(vmig_remove_dirty_source(m, &destroyed) == 0 && destroyed == 1, "once");
     REFUSES(ENOENT, "opaque", vmig_remove_dirty_source(m, &destroyed));
-    REFUSES(EINVAL, "handle", vmig_dirty_ring_full(NULL));
-    REFUSES(EINVAL, "no dirty rings", vmig_dirty_ring_full(m));
+    REFUSES(EINVAL, "handle", vmig_dirty_ring_full(NULL, 0));
+    REFUSES(EINVAL, "no dirty rings", vmig_dirty_ring_full(m, 0));
+    REFUSES(EINVAL, "handle", vmig_set_vcpu_dirty_limit(NULL, 0, 1));
+    REFUSES(EINVAL, "no dirty rings", vmig_set_vcpu_dirty_limit(m, -1, 1));
+    REFUSES(EINVAL, "no vCPU -2", vmig_set_vcpu_dirty_limit(m, -2, 1));
+    REFUSES(EINVAL, "handle", vmig_get_vcpu_dirt(NULL, 0, &dirt));
+    REFUSES(EINVAL, "no dirty rings", vmig_get_vcpu_dirt(m, 0, &dirt));
     CHECK(vmig_bql_unlock(m) == 0, "unlock");
 }
 

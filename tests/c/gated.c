@@ -5,9 +5,10 @@
  *
  * Every vCPU has its own part of RAM, over which it walks and adds one to each word; its register says what every word must
  * hold. Even ones compute until their flag is set, odd ones sleep in pause(2) now and then, until a signal comes.
- * Commands, beside those of program.h: run, counter, check (the guest must stand still). */
+ * Commands, beside those of program.h: run, counter, throttled, throttlers, check (the guest must stand still). */
 #include "program.h"
 
+#include <dirent.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -103,6 +104,27 @@ static void build(unsigned count)
     need(vmig_bql_unlock(vmm.m), "unlock");
 }
 
+/* Threads of the library that slow vCPUs down. */
+static unsigned throttlers(void)
+{
+    struct dirent *task;
+    DIR *tasks = opendir("/proc/self/task");
+    unsigned found = 0;
+
+    MUST(tasks);
+    while ((task = readdir(tasks))) {
+        char path[300], name[32] = "";
+        FILE *file;
+        snprintf(path, sizeof path, "/proc/self/task/%s/comm", task->d_name);
+        if ((file = fopen(path, "r"))) {
+            found += fgets(name, sizeof name, file) && strncmp(name, "vcpu_throttle", 13) == 0;
+            fclose(file);
+        }
+    }
+    closedir(tasks);
+    return found;
+}
+
 static bool command(void *opaque, const char *verb, char *rest)
 {
     uint64_t sum = 0;
@@ -114,6 +136,8 @@ static bool command(void *opaque, const char *verb, char *rest)
         for (unsigned i = 0; i < vmm.count; i++)
             sum += __atomic_load_n(&vmm.vcpu[i].steps, __ATOMIC_RELAXED);
         printf("value %" PRIu64 "\n", sum);
+    } else if (strcmp(verb, "throttlers") == 0) {
+        printf("value %u\n", throttlers());
     } else if (strcmp(verb, "throttled") == 0) {
         vmig_status s = VMIG_SIZED(vmig_status);
         need(vmig_get_status(vmm.m, &s), "status");

@@ -46,6 +46,16 @@ static inline void answer_status(vmig *m)
            vmig_wait(m, 0));
 }
 
+/* How slow the guest is made, and why. */
+static inline void answer_slow(vmig *m)
+{
+    vmig_status s = VMIG_SIZED(vmig_status);
+
+    need(vmig_get_status(m, &s), "status");
+    printf("slow throttle=%" PRIu64 " dirty-limit=%" PRIu64 " downtime-limit=%" PRIu64 " ladder=%" PRIu64 "\n", s.throttle,
+           s.dirty_limit, s.downtime_limit / 1000000, s.ladder);
+}
+
 static inline void answer_listening(vmig *m, const char *uri)
 {
     char *address;
@@ -95,6 +105,8 @@ static inline bool common_command(vmig *m, const char *verb, char *rest)
         answer(verb, vmig_start(m));
     else if (strcmp(verb, "status") == 0)
         answer_status(m);
+    else if (strcmp(verb, "slow") == 0)
+        answer_slow(m);
     else if (strcmp(verb, "error") == 0)
         answer_text(vmig_get_error(m));
     else if (strcmp(verb, "qmp") == 0 && rest)

@@ -144,7 +144,7 @@ static void run_guest(struct machine *vm)
             vm->batches++;
         } else if (vm->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL) {
             vm->full++;
-            need(vmig_dirty_ring_full(vm->m), "vmig_dirty_ring_full");
+            need(vmig_dirty_ring_full(vm->m, 0), "vmig_dirty_ring_full");
         } else if (vm->run->exit_reason == KVM_EXIT_MMIO) {
             emulate_write(vm);
         } else {
@@ -453,6 +453,12 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         printf("stops %" PRIu64 "\n", vm->stops);
     } else if (strcmp(verb, "full") == 0) {
         printf("full %" PRIu64 "\n", vm->full);
+    } else if (strcmp(verb, "limit") == 0 && rest) {    /* bytes per second that the vCPU may dirty */
+        answer(verb, vmig_set_vcpu_dirty_limit(vm->m, *rest == '-' ? -1 : 0, strtoull(rest + (*rest == '-'), NULL, 10)));
+    } else if (strcmp(verb, "dirt") == 0) {
+        vmig_vcpu_dirt dirt = VMIG_SIZED(vmig_vcpu_dirt);
+        need(vmig_get_vcpu_dirt(vm->m, 0, &dirt), "vmig_get_vcpu_dirt");
+        printf("dirt limit=%" PRIu64 " rate=%" PRIu64 " throttle=%" PRIu64 "\n", dirt.limit, dirt.rate, dirt.throttle);
     } else if (strcmp(verb, "tracker") == 0) {
         answer_text(vmig_get(vm->m, "dirty-tracker-in-use"));
     } else if (strcmp(verb, "logging") == 0) {

@@ -42,7 +42,7 @@ impl Writer for Vcpu {
         loop {
             match vcpu.run().unwrap() {
                 VcpuExit::IoOut(..) => return,
-                VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => self.ring.as_ref().unwrap().ring_full().unwrap(),
+                VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => self.ring.as_ref().unwrap().ring_full(0).unwrap(),
                 other => panic!("unexpected exit {other:?}"),
             }
         }
