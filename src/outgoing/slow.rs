@@ -189,13 +189,13 @@ impl Migration<'_> {
         let round = ladder::Round { now, pending, threshold, bandwidth: self.bandwidth() };
         let Some(step) = self.slow.ladder.round(&config, &round) else { return Ok(()) };
         let steps = self.slow.ladder.steps();
+        self.job.status.counters.ladder.store(steps, Ordering::Relaxed);
         match step {
             Step::Exhausted | Step::Late => return Err(self.fall(&config, step, pending, threshold)),
             Step::Downtime(_) => {}
             Step::Throttle(percent) => self.slow.brakes.throttle(percent)?,
             Step::Limit(rate) => self.slow.brakes.limit(rate),
         }
-        self.job.status.counters.ladder.store(steps, Ordering::Relaxed);
         self.publish();
         self.job.vmm.log().to("outgoing").warning(format_args!("the guest does not converge, step {steps}: {step}"));
         self.job.status.tell_step(step);

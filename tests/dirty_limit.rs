@@ -1,0 +1,216 @@
+//! Dirty limits on KVM's rings, with two vCPUs: one writes all over memory, the other counts in a page of its own.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+#[path = "../src/sys/kvm_guest.rs"]
+mod kvm_guest;
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{skip, without_kvm};
+use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_EXIT_DIRTY_RING_FULL, kvm_enable_cap};
+use kvm_guest::{CODE, COUNT, DATA, Guest, MEM, Shape, WRITE_PAGES};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
+use vmig::dirty::choice::Choice;
+use vmig::dirty::hub::Hub;
+use vmig::dirty::kvm_ring::KvmRing;
+use vmig::dirty::kvm_slots::KvmTracker;
+use vmig::dirty::{Kind, Tracker};
+use vmig::ram::{Block, BlockSpec, Ram};
+use vmig::sys::kvm::Vm;
+use vmig::thread::Threads;
+
+const ENTRIES: u64 = 1024;
+/// Pages that the writer goes round in; the counter's is behind them.
+const HOT: u64 = 1024;
+const COUNTER_CODE: u64 = CODE + 0x1000;
+const LIMIT: u64 = 4 << 20;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct World {
+    guest: Guest,
+    ring: Arc<KvmRing>,
+    hub: Hub,
+    ram: Ram,
+    quit: Arc<AtomicBool>,
+    /// Rounds of each vCPU.
+    turns: Arc<[AtomicU64; 2]>,
+}
+
+/// Ends the vCPUs' threads.
+struct Quit(Arc<AtomicBool>);
+
+impl Drop for Quit {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Two vCPUs of one guest that has rings, neither of which runs yet.
+fn world() -> Option<World> {
+    if without_kvm() {
+        return None;
+    }
+    if Kvm::new().unwrap().check_extension_int(Cap::DirtyLogRing) <= 0 {
+        let _ = skip("kvm", "this KVM has no dirty rings");
+        return None;
+    }
+    let guest = Guest::prepared(Shape { vcpus: 2, irqchip: false, cpuid: true }, |vm| {
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_DIRTY_LOG_RING, ..Default::default() };
+        cap.args[0] = ENTRIES * 16;
+        vm.enable_cap(&cap).unwrap();
+    })?;
+    guest.start_at(0, &WRITE_PAGES);
+    guest.enter_ring3(1);
+    guest.write(COUNTER_CODE, &COUNT);
+    let mut regs = guest.vcpus[1].get_regs().unwrap();
+    (regs.rip, regs.rsi) = (COUNTER_CODE, DATA + HOT * 4096);
+    guest.vcpus[1].set_regs(&regs).unwrap();
+    let ram = Ram::default();
+    let (name, host, len) = ("ram".to_owned(), guest.mem, MEM as u64);
+    let block = ram.add(BlockSpec { name, host, len, gpa: 0, marked: false, shared_storage: false, file: None }).unwrap();
+    let rings = KvmRing::find(&guest.vcpu_fds()).unwrap();
+    let vm = Vm::dup(guest.vm.as_raw_fd()).unwrap();
+    let ring = Arc::new(KvmRing::new(vm, rings, Arc::<Threads>::default(), None));
+    ring.add_slot(0, 0, &block, 0, MEM as u64, 0).unwrap();
+    let hub = Hub::default();
+    hub.add_tracker(Arc::<KvmRing>::clone(&ring)).unwrap();
+    Some(World { guest, ring, hub, ram, quit: Arc::default(), turns: Arc::default() })
+}
+
+/// What a VMM's vCPU thread does.
+fn run(mut vcpu: VcpuFd, index: usize, ring: &KvmRing, quit: &AtomicBool, turns: &AtomicU64) {
+    let begin = |vcpu: &VcpuFd| {
+        let mut regs = vcpu.get_regs().unwrap();
+        (regs.rip, regs.rsi, regs.rcx, regs.r12) = (CODE, DATA, HOT, regs.r12 + 1);
+        vcpu.set_regs(&regs).unwrap();
+    };
+    if index == 0 {
+        begin(&vcpu);
+    }
+    while !quit.load(Ordering::Relaxed) {
+        match vcpu.run().unwrap() {
+            VcpuExit::IoOut(..) => {
+                turns.fetch_add(1, Ordering::Relaxed);
+                if index == 0 {
+                    begin(&vcpu);
+                }
+            }
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => ring.ring_full(index).unwrap(),
+            other => panic!("vCPU {index}: unexpected exit {other:?}"),
+        }
+    }
+}
+
+impl World {
+    /// Runs both vCPUs while `f` looks on.
+    fn live<T>(mut self, f: impl FnOnce(&World) -> T) -> T {
+        let vcpus = std::mem::take(&mut self.guest.vcpus);
+        std::thread::scope(|scope| {
+            for (index, vcpu) in vcpus.into_iter().enumerate() {
+                let (ring, quit, turns) = (Arc::clone(&self.ring), Arc::clone(&self.quit), Arc::clone(&self.turns));
+                scope.spawn(move || run(vcpu, index, &ring, &quit, &turns[index]));
+            }
+            // Also when a test fails: nobody waits for a guest that runs on.
+            let _quit = Quit(Arc::clone(&self.quit));
+            f(&self)
+        })
+    }
+
+    fn turns(&self) -> [u64; 2] {
+        [0, 1].map(|index: usize| self.turns[index].load(Ordering::Relaxed))
+    }
+
+    fn until(&self, what: &str, is: impl Fn(&World) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !is(self) {
+            assert!(Instant::now() < end, "{what}: not in time: {:?}", self.ring.dirt());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What each vCPU did in a whole period that began after now, in percent of standing still.
+    fn stood(&self) -> [u64; 2] {
+        let all = || self.ring.dirt().iter().map(|vcpu| vcpu.speed.period).collect::<Vec<_>>();
+        for _ in 0..2 {
+            let before = all();
+            self.until("another period", |_| all() != before);
+        }
+        let dirt = self.ring.dirt();
+        [0, 1].map(|index: usize| dirt[index].speed.percent)
+    }
+}
+
+#[test]
+fn who_writes_too_fast_stands_still_and_who_does_not_does_not() {
+    let Some(world) = world() else { return };
+    world.live(|world| {
+        world.ring.set_limit(None, LIMIT).unwrap();
+        world.until("the writer stands at its ring", |world| world.ring.dirt()[0].speed.percent > 0);
+        let [writer, counter] = world.stood();
+        assert!(writer > 50, "the writer stood still for {writer} % only");
+        assert_eq!(counter, 0, "the one that counts was held up");
+        let before = world.turns();
+        world.until("both go on", |world| world.turns().iter().zip(before).all(|(now, before)| *now > before + 2));
+        // Neither is limited any more.
+        world.ring.set_limit(None, 0).unwrap();
+        assert!(!world.ring.is_in_use() && world.ring.dirt().iter().all(|vcpu| vcpu.limit == 0));
+        let before = world.turns();
+        world.until("both go on", |world| world.turns().iter().zip(before).all(|(now, before)| *now > before + 2));
+    });
+}
+
+/// Only the one that is named; and what others make of that ring, at the same time, is complete.
+#[test]
+fn a_limit_is_one_vcpu_s_and_loses_no_page() {
+    let Some(world) = world() else { return };
+    let block: Arc<Block> = world.ram.find("ram").unwrap();
+    world.live(|world| {
+        assert!(world.ring.set_limit(Some(2), LIMIT).is_err(), "there is no such vCPU");
+        world.ring.set_limit(Some(1), LIMIT).unwrap();
+        let [writer, counter] = world.stood();
+        assert_eq!((writer, counter), (0, 0), "the writer has no limit, and the other is far from its own");
+        world.ring.set_limit(Some(0), LIMIT).unwrap();
+        world.until("the writer stands at its ring", |world| world.ring.dirt()[0].speed.percent > 50);
+        let set = world.hub.subscribe(&world.ram.list(), Choice::Only(Kind::KvmRing)).unwrap();
+        // The page that is counted in is written all the time: each sync tells it anew once it was taken.
+        let page = usize::try_from(DATA / 4096 + HOT).unwrap();
+        for round in 0..50 {
+            set.take(0, 0, block.pages());
+            assert_eq!(set.pages(), 0);
+            let before = world.turns()[1];
+            world.until("it counts", |world| world.turns()[1] > before + 1);
+            world.hub.sync().unwrap();
+            let found = set.next_run(0, page, 1).map(|(first, _)| first);
+            assert_eq!(found, Some(page), "round {round}: a write was lost");
+        }
+        // The limit outlives the reader, and the reader the limit.
+        world.hub.unsubscribe(&set);
+        assert!(world.ring.is_in_use() && world.ring.dirt()[0].limit == LIMIT);
+        let set = world.hub.subscribe(&world.ram.list(), Choice::Only(Kind::KvmRing)).unwrap();
+        world.ring.set_limit(None, 0).unwrap();
+        assert!(world.ring.is_in_use());
+        world.hub.unsubscribe(&set);
+        assert!(!world.ring.is_in_use());
+    });
+}
+
+/// The writer is held up at its ring when the migration says, and not a moment longer.
+#[test]
+fn a_suspended_limit_holds_nobody_up() {
+    let Some(world) = world() else { return };
+    world.live(|world| {
+        world.ring.set_limit(None, 1 << 20).unwrap();
+        world.until("the writer stands at its ring", |world| world.ring.dirt()[0].speed.percent > 50);
+        world.ring.suspend(true);
+        world.until("it does not", |world| world.ring.dirt()[0].speed.percent == 0);
+        world.ring.suspend(false);
+        world.until("it does again", |world| world.ring.dirt()[0].speed.percent > 50);
+        world.ring.stop();
+        assert!(world.ring.is_in_use(), "a reader's end is not the limit's");
+        world.ring.set_limit(None, 0).unwrap();
+    });
+}
