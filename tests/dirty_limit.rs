@@ -71,7 +71,8 @@ fn world() -> Option<World> {
     guest.vcpus[1].set_regs(&regs).unwrap();
     let ram = Ram::default();
     let (name, host, len) = ("ram".to_owned(), guest.mem, MEM as u64);
-    let block = ram.add(BlockSpec { name, host, len, gpa: 0, marked: false, shared_storage: false, file: None }).unwrap();
+    let block =
+        ram.add(BlockSpec { name, host, len, gpa: 0, marked: false, shared_storage: false, file: None }).unwrap();
     let rings = KvmRing::find(&guest.vcpu_fds()).unwrap();
     let vm = Vm::dup(guest.vm.as_raw_fd()).unwrap();
     let ring = Arc::new(KvmRing::new(vm, rings, Arc::<Threads>::default(), None));

@@ -125,7 +125,14 @@ fn when_no_downtime_would_do_the_guest_is_throttled_and_in_the_end_it_fails() {
     assert_eq!(seen, [20, 30], "the options' steps");
     assert_eq!(slow(&mut a, "ladder"), 3, "two of them, and one for the downtime");
     let why = a.command("error");
-    for words in ["does not converge", "at most 40", "throttled by 30 %", "bytes were left", "\"errno\":110", "\"option\":\"ladder\""] {
+    for words in [
+        "does not converge",
+        "at most 40",
+        "throttled by 30 %",
+        "bytes were left",
+        "\"errno\":110",
+        "\"option\":\"ladder\"",
+    ] {
         assert!(why.contains(words), "no '{words}' in {why}");
     }
     is_as_before(a, b);
@@ -169,7 +176,8 @@ fn while_it_reconnects_the_guest_is_not_slowed_down() {
     let start = |name, role| Program::start(name, &dir, &common::c_program("gated"), &[role, "2"]);
     let (mut a, mut b) = (start("a", "guest"), start("b", "empty"));
     must_live(&mut a);
-    let options = ["ladder on", "max-bandwidth 1M", "downtime-limit 20", "ladder-downtime-max 20", "resume-timeout 600000"];
+    let options =
+        ["ladder on", "max-bandwidth 1M", "downtime-limit 20", "ladder-downtime-max 20", "resume-timeout 600000"];
     for option in options {
         a.must(&format!("set {option}"));
     }
@@ -191,7 +199,9 @@ fn it_does_not_go_with_what_it_does_itself() {
     let dir = common::scratch("ladder");
     let mut a = Program::start("a", &dir, &common::c_program("gated"), &["guest", "1"]);
     a.must("set ladder on");
-    for (option, words) in [("auto-converge", "slows the guest down by itself"), ("dirty-limit", "slows the guest down by itself")] {
+    for (option, words) in
+        [("auto-converge", "slows the guest down by itself"), ("dirty-limit", "slows the guest down by itself")]
+    {
         a.must(&format!("set {option} on"));
         let said = a.command("migrate tcp:127.0.0.1:1");
         assert!(said.contains(words), "{said}");
@@ -263,7 +273,7 @@ fn by_rings_vcpus_are_limited() {
         let limit = slow(&mut a, "dirty-limit");
         let fits = match first {
             // Half of what is sent.
-            0 => limit >= 1 << 20 && limit < 8 << 20,
+            0 => (1 << 20..8 << 20).contains(&limit),
             first => limit == first,
         };
         assert!(fits, "{by}: {limit}");

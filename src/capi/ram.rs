@@ -291,7 +291,8 @@ pub unsafe extern "C" fn vmig_get_vcpu_dirt(m: *mut vmig, vcpu: c_uint, out: *mu
         // SAFETY: the C contract of handles.
         let all = unsafe { guest(m) }?.ring()?.dirt();
         let found = usize::try_from(vcpu).ok().and_then(|vcpu| all.get(vcpu));
-        let dirt = found.ok_or_else(|| Error::invalid(format!("there is no vCPU {vcpu}: there are {}", all.len())))?;
+        let dirt =
+            found.ok_or_else(|| Error::invalid(format!("there is no vCPU {vcpu}: there are {}", all.len())))?;
         let now = vmig_vcpu_dirt {
             size: size_of::<vmig_vcpu_dirt>(),
             limit: dirt.limit,

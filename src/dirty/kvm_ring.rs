@@ -127,8 +127,7 @@ impl KvmRing {
     /// A tracker for the VM with these rings. `switch` switches logging; without it the library sets the slot's flags.
     pub fn new(vm: Vm, rings: Vec<Ring>, threads: Arc<Threads>, switch: Option<Switch>) -> Self {
         let vcpus = rings.into_iter().map(|ring| Vcpu { ring, meter: Meter::default() }).collect();
-        let rings =
-            Rings { vcpus, suspended: false, period: PERIOD, period_began: Duration::ZERO, trouble: None };
+        let rings = Rings { vcpus, suspended: false, period: PERIOD, period_began: Duration::ZERO, trouble: None };
         Self {
             shared: Arc::new(Shared {
                 rings: Mutex::new(rings),

@@ -86,14 +86,7 @@ impl Slow {
             ring: job.ring.clone(),
             throttled: false,
         };
-        Self {
-            brakes,
-            throttle: Throttle::new(),
-            ladder: Ladder::default(),
-            began: None,
-            dirtied: 0,
-            sent_before: 0,
-        }
+        Self { brakes, throttle: Throttle::new(), ladder: Ladder::default(), began: None, dirtied: 0, sent_before: 0 }
     }
 
     /// The downtime that the ladder allows, if it does.

@@ -125,8 +125,6 @@ pub fn limits(call: &mut Call<'_>) -> Outcome {
     if dirt.iter().all(|vcpu| vcpu.limit == 0) {
         return Ok(json!([]));
     }
-    let of = |(index, vcpu): (usize, &VcpuDirt)| {
-        json!({"cpu-index": index, "limit-rate": vcpu.limit.div_ceil(MB), "current-rate": vcpu.speed.rate.div_ceil(MB)})
-    };
+    let of = |(index, vcpu): (usize, &VcpuDirt)| json!({"cpu-index": index, "limit-rate": vcpu.limit.div_ceil(MB), "current-rate": vcpu.speed.rate.div_ceil(MB)});
     Ok(dirt.iter().enumerate().map(of).collect())
 }

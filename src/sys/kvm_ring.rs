@@ -94,7 +94,9 @@ impl Ring {
     pub fn take(&mut self, most: usize, mut f: impl FnMut(u32, u64)) -> usize {
         let mut taken = 0;
         // One more turn than there is room for cannot be: what was taken is not given again before a reset.
-        while taken < most.min(self.entries) && self.flags(self.next).load(Ordering::Acquire) & (DIRTY | TAKEN) == DIRTY {
+        while taken < most.min(self.entries)
+            && self.flags(self.next).load(Ordering::Acquire) & (DIRTY | TAKEN) == DIRTY
+        {
             // SAFETY: inside the ring, because `next` is; the kernel does not touch an entry it filled.
             let entry = unsafe { self.map.add(self.next) };
             // SAFETY: as above; aligned and initialised by the kernel.

@@ -94,7 +94,10 @@ impl KvmRing {
         };
         let before = self.ask(vcpu, limit)?;
         let wanted = lock(&self.shared.rings).vcpus.iter().any(|vcpu| vcpu.meter.asked() > 0);
-        if wanted && !users.limits && let Err(error) = self.begin(&users, None) {
+        if wanted
+            && !users.limits
+            && let Err(error) = self.begin(&users, None)
+        {
             for (vcpu, limit) in before.into_iter().enumerate() {
                 self.ask(Some(vcpu), limit)?;
             }

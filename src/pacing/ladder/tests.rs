@@ -63,8 +63,14 @@ impl Guest {
     fn run(mut self, config: &Config) -> History {
         let (mut ladder, mut policy) = (Ladder::default(), Convergence::new(8, 2 * SEC));
         let (mut now, mut pending, mut percent, mut limit) = (Duration::ZERO, 1024 * MIB, 0, 0);
-        let mut history =
-            History { steps: Vec::new(), rounds: 0, end: End::Converged, at: now, left: 0, downtime: config.downtime };
+        let mut history = History {
+            steps: Vec::new(),
+            rounds: 0,
+            end: End::Converged,
+            at: now,
+            left: 0,
+            downtime: config.downtime,
+        };
         loop {
             let took = time_for(pending, self.bandwidth).unwrap() + MS;
             now += took;
@@ -97,8 +103,7 @@ fn steps(history: &History) -> Vec<Step> {
     history.steps.iter().map(|(_, step)| *step).collect()
 }
 
-const BUSY: Guest =
-    Guest { bandwidth: 100 * MIB, working_set: 128 * MIB, vcpus: [200 * MIB, 0], noise: 0, seed: 1 };
+const BUSY: Guest = Guest { bandwidth: 100 * MIB, working_set: 128 * MIB, vcpus: [200 * MIB, 0], noise: 0, seed: 1 };
 
 #[test]
 fn a_longer_downtime_is_taken_where_one_would_do() {
@@ -197,7 +202,11 @@ fn any_history_ends_within_bounds() {
         match history.end {
             End::Converged => {
                 let may = threshold(guest.bandwidth, history.downtime);
-                assert!(history.left <= may && history.downtime <= config.downtime.max(config.downtime_max), "{}", what());
+                assert!(
+                    history.left <= may && history.downtime <= config.downtime.max(config.downtime_max),
+                    "{}",
+                    what()
+                );
                 seen[usize::from(!history.steps.is_empty())] += 1;
             }
             End::Failed(Step::Late) => {
