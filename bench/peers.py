@@ -9,6 +9,8 @@ from wire import Connections, Loopback, worst_excess
 
 START_LIMIT = 60                # seconds until the guest filled its memory and beats
 MOVE_LIMIT = 60
+CONVERGE_LIMIT = 120            # seconds for a guest that has to be slowed down
+HOPELESS_S = 30                 # seconds one is watched that is not
 STEADY = 0.3                    # seconds it runs before it moves
 HOLD_MORE = 128                 # MiB held ready beyond the guest's size
 TICK = 0.001                    # seconds between two beats of a guest that does not stall
@@ -138,11 +140,13 @@ class Pair:
     channels: None the program's own default, 0 the plain stream, else so many parallel connections. held: fresh memory
     is at hand, else it has the age it has for all."""
 
-    def __init__(self, program, bare, image, mib, folder, channels=None, pinned=False, held=False, checksum=False):
+    def __init__(self, program, bare, image, mib, folder, channels=None, pinned=False, held=False, checksum=False,
+                 ring=False):
         self.program, self.bare, self.image, self.mib, self.folder = program, bare, image, mib, folder
         self.channels, self.pinned, self.held, self.checksum, self.sides = channels, pinned, held, checksum, []
         self.selector, self.loopback = selectors.DefaultSelector(), Loopback()
         self.cores = {OTHER_CORE} if pinned else None
+        self.ring = ring                # vmig finds dirty pages by KVM's dirty rings
 
     def launch(self, name, incoming):
         side = self.make(name, incoming)
@@ -231,6 +235,36 @@ class Pair:
         if self.pinned:
             os.sched_setaffinity(0, set(range(os.cpu_count())))
 
+    def converged(self, mb_per_s, options):
+        """Moves a guest that dirties more than the link takes; what it took, and how much slower the guest was meanwhile."""
+        try:
+            source, destination, uri = self.ready()
+            self.set_rate(source, mb_per_s * 1e6)
+            self.slow_down(source, options)
+            begin = time.monotonic()
+            self.start(source, uri)
+            self.watch(CONVERGE_LIMIT, lambda: self.completed(source), 'the migration did not complete')
+            done = time.monotonic()
+            self.watch(MOVE_LIMIT, lambda: destination.beats, 'the guest was not heard after the move')
+            ran = source.beats[-1] - begin
+            beats = sum(beat >= begin for beat in source.beats)
+            return {'total_ms': (done - begin) * 1e3, 'blackout_ms': (destination.beats[0] - source.beats[-1]) * 1e3,
+                    'slowed': max(0, 100 - 100 * beats * TICK / ran)}
+        finally:
+            self.end()
+
+    def hopeless(self, mb_per_s):
+        """The same guest with nobody who helps: whether it arrives while it is watched."""
+        try:
+            source, _, uri = self.ready()
+            self.set_rate(source, mb_per_s * 1e6)
+            self.start(source, uri)
+            end = time.monotonic() + HOPELESS_S
+            self.watch(HOPELESS_S + 1, lambda: time.monotonic() >= end or self.completed(source), 'watching')
+            return {'completed': float(time.monotonic() < end)}
+        finally:
+            self.end()
+
     def move(self):
         """Moves the guest once; what it took."""
         try:
@@ -316,7 +350,7 @@ class Vmig(Pair):
     kind = 'vmig'
 
     def guest(self, incoming):
-        return ['--firmware', self.image]
+        return ['--firmware', self.image] + (['--ring', '4096'] if self.ring else [])
 
     def address(self):
         return 'tcp:127.0.0.1:0'
@@ -360,6 +394,10 @@ class Vmig(Pair):
 
     def set_rate(self, source, rate):
         self.set(source, 'max-bandwidth', int(rate))
+
+    def slow_down(self, source, options):
+        for name, value in options.items():
+            self.set(source, name, value)
 
     def start(self, source, uri):
         source.say(f'migrate {uri}')
@@ -554,6 +592,10 @@ class Qemu(Pair):
 
     def set_rate(self, source, rate):
         self.qmp(source, 'migrate-set-parameters', **{'max-bandwidth': int(rate)})
+
+    def slow_down(self, source, options):
+        capabilities = [{'capability': name, 'state': True} for name in options]
+        self.qmp(source, 'migrate-set-capabilities', capabilities=capabilities)
 
     def start(self, source, uri):
         source.say(json.dumps({'execute': 'migrate', 'arguments': {'uri': uri}}))

@@ -1,6 +1,6 @@
 """What is measured, and the rows that come of it."""
 import collections, json, os, statistics, subprocess, time
-from peers import Age, Failed, HandOver, Held, Qemu, Vmig, Words, child, OTHER_CORE
+from peers import HOPELESS_S, Age, Failed, HandOver, Held, Qemu, Vmig, Words, child, OTHER_CORE
 
 RANDOM, ZEROS, NOTHING = 2, 1, 0
 MIB_128 = 32768                         # pages
@@ -30,16 +30,24 @@ GROUPS = {
     'rate': Guest(RANDOM, 1, 1, 'rate limit'),
     'words': Guest(NOTHING, 1, 1, 'switchover'),
     'cancel': Guest(RANDOM, 1, 1, 'cancel'),
+    'converge': Guest(RANDOM, 64, MIB_128, 'a guest that dirties 260 MB/s over a link of 100'),
     'hand-over': None,
     'gate': None,
 }
+# Of the group converge: what vmig is told, and in words.
+CONVERGE_MB = 100
+WAYS = {'ladder': ({'ladder': 'on'}, 'ladder'),
+        'ladder 300': ({'ladder': 'on', 'ladder-downtime-max': 300}, 'ladder without a longer downtime'),
+        'auto-converge': ({'auto-converge': 'on'}, 'auto-converge'),
+        'dirty-limit': ({'dirty-limit': 'on'}, 'dirty limit on the ring')}
+
 WORDS_LIMIT_MS = 0.5
 CANCELLED_IN = {'active': 'while memory is sent', 'pre-switchover': 'with the guest stopped',
                 'silent': 'a destination that never answers'}
 FELT = ['idle'] + [group for group in GROUPS if group.startswith('busy')]
 # Seconds a run takes, about, for the estimate.
 COST = {'vmig': 3.6, 'qemu': 5.0, 'push': 3.4, 'read': 0.8, 'rate': 6.7, 'words': 0.2, 'hello': 3.0, 'cancel': 4.0, 'hand-over': 90.0,
-        'gate': 45.0}
+        'gate': 45.0, 'converge': 25.0, 'hopeless': 32.0}
 
 Row = collections.namedtuple('Row', 'row unit better vmig qemu limit panel')
 
@@ -148,6 +156,11 @@ def runs_of(group, b):
     elif group == 'cancel':
         runs = {f'{name} {phase}': ('cancel', lambda kind=kind, phase=phase: b.pair(kind, group).cancelled(phase))
                 for phase in CANCELLED_IN for name, kind in (('vmig', Vmig), ('qemu', Qemu))}
+    elif group == 'converge':
+        runs = {f'vmig {name}': ('converge', lambda options=options, name=name: b.pair(Vmig, group, ring=name == 'dirty-limit')
+                                 .converged(CONVERGE_MB, options)) for name, (options, _) in WAYS.items()}
+        runs['vmig nothing'] = ('hopeless', lambda: b.pair(Vmig, group).hopeless(CONVERGE_MB))
+        runs['qemu'] = ('converge', lambda: b.pair(Qemu, group).converged(CONVERGE_MB, {'auto-converge': 'on'}))
     elif group == 'rate':
         runs = {'vmig': ('rate', lambda: b.pair(Vmig, group).throttled()),
                 'qemu': ('rate', lambda: b.pair(Qemu, group).throttled())}
@@ -255,6 +268,17 @@ def rate_rows(found, b):
             Row('rate limit: achieved in steady state', 'MB/s', 'higher', *both('steady_mb'), [200 * b.mib / 1024], None)]
 
 
+def converge_rows(found):
+    samples, words = found['converge'], GROUPS['converge'].words
+    rows = []
+    for metric, unit, better, what in [('total_ms', 'ms', 'lower', 'total time'), ('blackout_ms', 'ms', 'lower', 'blackout'),
+                                       ('slowed', '%', 'lower', 'guest slowed down, during the migration')]:
+        rows += [Row(f'{words}, {way}: {what}', unit, better, values(samples, f'vmig {name}', metric),
+                     values(samples, 'qemu', metric), [], None) for name, (_, way) in WAYS.items()]
+    done = values(samples, 'vmig nothing', 'completed')
+    return rows + [Row(f'{words}, neither: arrived within {HOPELESS_S} s', 'of 1', 'higher', done, [], [], None)]
+
+
 def words_rows(found):
     samples = found['words']
     return [Row(f'switchover, {words}', 'ms', 'lower', values(samples, name, metric), [], limit, None)
@@ -305,6 +329,7 @@ def rows_of(found, b):
         for group in FELT:
             rows += felt_rows(group, found, pinned) if group in found else []
     rows += rate_rows(found, b) if 'rate' in found else []
+    rows += converge_rows(found) if 'converge' in found else []
     rows += words_rows(found) if 'words' in found else []
     rows += cancel_rows(found) if 'cancel' in found else []
     rows += hand_over_rows(found) if 'hand-over' in found else []

@@ -114,6 +114,14 @@ static void init_locks(struct machine *vm)
     pthread_condattr_destroy(&attr);
 }
 
+/* Before the first vCPU, or never. */
+static int enable_ring(struct machine *vm, unsigned entries)
+{
+    struct kvm_enable_cap cap = { .cap = KVM_CAP_DIRTY_LOG_RING, .args = { entries * sizeof(struct kvm_dirty_gfn) } };
+
+    return entries && ioctl(vm->vm_fd, KVM_ENABLE_CAP, &cap) < 0 ? -errno : 0;
+}
+
 /* A machine is born paused and empty: booted by machine_boot(), or filled by an incoming migration. */
 int machine_create(struct machine *vm, const struct machine_config *config)
 {
@@ -123,7 +131,7 @@ int machine_create(struct machine *vm, const struct machine_config *config)
     vm->paused = true;
     vm->ticker.expiry = TIMER_OFF;
     vm->uart.lcr = 3;
-    if ((err = vm_create(vm)) < 0 || (err = ram_create(vm, config)) < 0)
+    if ((err = vm_create(vm)) < 0 || (err = enable_ring(vm, config->ring)) < 0 || (err = ram_create(vm, config)) < 0)
         return err;
     for (unsigned i = 0; i < config->vcpus; i++, vm->vcpus++)
         if ((err = vcpu_create(vm, i, &config->cpu)) < 0)

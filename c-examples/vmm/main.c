@@ -20,6 +20,7 @@ static const char usage[] =
     "  --memfd, --shared    memory from a memfd instead of anonymous memory; with --set 'hand-over on' at both sides it\n"
     "                       is handed over, not copied, to a VMM at unix:PATH on the same host\n"
     "  --huge               with --memfd: huge pages (2 MiB), which must have been reserved\n"
+    "  --ring N             each vCPU has a dirty ring of N entries (a power of two) instead of one dirty log for all\n"
     "  --fill KIND          what memory holds at boot: random, zero, untouched, pattern (default)\n"
     "  --pages N            working set of the guest in pages (default 16384)\n"
     "  --burst N            pages the guest writes per tick, 0: as fast as it can (default 64)\n"
@@ -105,7 +106,7 @@ static void parse(int argc, char **argv, struct options *o)
         { "migrate-at", 1, NULL, 'a' }, { "hash-at-start", 1, NULL, 'h' }, { "serial", 1, NULL, 'l' },
         { "events-fd", 1, NULL, 'e' }, { "firmware", 1, NULL, 'F' }, { "help", 0, NULL, 'H' },
         { "set", 1, NULL, 'o' },      { "tsc-khz", 1, NULL, 'k' },    { "hide-cpuid", 1, NULL, 'x' },
-        { "qmp", 1, NULL, 'q' },
+        { "qmp", 1, NULL, 'q' },      { "ring", 1, NULL, 'r' },
         { NULL, 0, NULL, 0 },
     };
     int c, index = 0;
@@ -133,6 +134,7 @@ static void parse(int argc, char **argv, struct options *o)
         case 'x': hide_bit(&o->machine.cpu, optarg); break;
         case 'F': o->firmware = optarg; break;
         case 'q': o->qmp = optarg; break;
+        case 'r': o->machine.ring = (unsigned)number(name, optarg, 256, 65536); break;
         case 'o':
             if (o->settings == MAX_SETTINGS) {
                 fprintf(stderr, "vmm: more than %d times --set\n", MAX_SETTINGS);

@@ -42,6 +42,12 @@ static int start(void *opaque)
     return machine_resume(vm);
 }
 
+static int throttle(void *opaque, uint32_t percent)
+{
+    machine_throttle(opaque, percent);
+    return 0;
+}
+
 static void lock(void *opaque)
 {
     pthread_mutex_lock(&((struct machine *)opaque)->lock);
@@ -166,7 +172,7 @@ int migrate_setup(struct machine *vm)
     int err;
 
     ops.stop = stop, ops.start = start, ops.lock = lock, ops.unlock = unlock;
-    ops.ram_replaced = ram_replaced;
+    ops.ram_replaced = ram_replaced, ops.throttle = throttle;
     if ((err = vmig_new(&ops, vm, &vm->migration)) >= 0) {
         vmig_bql_lock(vm->migration);
         err = add_everything(vm->migration, vm);
@@ -242,6 +248,13 @@ int migrate_resume(struct machine *vm)
 uint64_t migrate_clock_ns(struct machine *vm)
 {
     return vmig_clock_ns(vm->migration);
+}
+
+/* Only with --ring: a vCPU cannot go on before there is room in its dirty ring. */
+void migrate_ring_full(struct machine *vm, unsigned vcpu)
+{
+    if (vmig_dirty_ring_full(vm->migration, vcpu) < 0)
+        machine_die(EXIT_VMM_FAULT, "vCPU %u: %s", vcpu, vmig_errmsg());
 }
 
 /* ---- moving ---- */

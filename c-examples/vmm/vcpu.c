@@ -75,6 +75,8 @@ static bool vcpu_step(struct vcpu *vcpu)
     }
     if (vcpu->run->exit_reason == KVM_EXIT_IO)
         vcpu_io(vcpu);
+    else if (vcpu->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL)
+        migrate_ring_full(vcpu->vm, vcpu->index);
     else
         vcpu_unexpected(vcpu);
     return true;
@@ -85,7 +87,7 @@ static void vcpu_ask_to_exit(struct vcpu *vcpu, bool ask)
     __atomic_store_n(&vcpu->run->immediate_exit, ask, __ATOMIC_SEQ_CST);
 }
 
-/* Where a vCPU waits while the machine is paused; false when it shall end. The request to exit is taken back only
+/* Where a vCPU waits while the machine is paused or slowed down; false when it shall end. The request to exit is taken back only
  * here and only under the lock that pausing takes, so a kick that comes at any moment is never lost. */
 static bool vcpu_gate(struct vcpu *vcpu)
 {
@@ -93,12 +95,13 @@ static bool vcpu_gate(struct vcpu *vcpu)
     bool go_on;
 
     pthread_mutex_lock(&vm->run_lock);
-    if (vm->paused) {                                    /* said once: parked vCPUs must not wake each other */
-        vcpu->parked = true;
-        pthread_cond_broadcast(&vm->run_changed);
-    }
-    while (vm->paused && !vm->quit)
+    while ((vm->paused || vm->napping) && !vm->quit) {
+        if (vm->paused && !vcpu->parked) {               /* said once: parked vCPUs must not wake each other */
+            vcpu->parked = true;
+            pthread_cond_broadcast(&vm->run_changed);
+        }
         pthread_cond_wait(&vm->run_changed, &vm->run_lock);
+    }
     vcpu->parked = false;
     vcpu_ask_to_exit(vcpu, false);
     go_on = !vm->quit;
@@ -155,6 +158,50 @@ int machine_pause(struct machine *vm)
     }
     ticker_run(vm, false);
     return 0;
+}
+
+/* Waits, with the lock held, unless the machine's speed changes. */
+static void keep_speed(struct machine *vm, unsigned percent, uint64_t ns)
+{
+    struct timespec until = deadline_in(ns);
+
+    while (vm->throttle == percent && !vm->quit &&
+           pthread_cond_timedwait(&vm->run_changed, &vm->run_lock, &until) != ETIMEDOUT)
+        continue;
+}
+
+/* The thread "throttle": lets the vCPUs run for a while and stand still for a while, in turn. */
+static void *throttle_thread(void *opaque)
+{
+    const uint64_t slice_ns = 10000000;
+    struct machine *vm = opaque;
+
+    pthread_mutex_lock(&vm->run_lock);
+    while (!vm->quit) {
+        unsigned percent = vm->throttle;
+        if (percent == 0) {
+            pthread_cond_wait(&vm->run_changed, &vm->run_lock);
+            continue;
+        }
+        keep_speed(vm, percent, slice_ns);
+        vm->napping = vm->throttle == percent;
+        if (vm->napping) {
+            kick(vm);
+            keep_speed(vm, percent, slice_ns * percent / (100 - percent));
+            vm->napping = false;
+            pthread_cond_broadcast(&vm->run_changed);
+        }
+    }
+    pthread_mutex_unlock(&vm->run_lock);
+    return NULL;
+}
+
+void machine_throttle(struct machine *vm, unsigned percent)
+{
+    pthread_mutex_lock(&vm->run_lock);
+    vm->throttle = percent;
+    pthread_cond_broadcast(&vm->run_changed);
+    pthread_mutex_unlock(&vm->run_lock);
 }
 
 int machine_resume(struct machine *vm)
@@ -242,6 +289,10 @@ int vcpus_start_threads(struct machine *vm)
         vm->vcpu[i].has_thread = !err;
         pthread_mutex_unlock(&vm->run_lock);
     }
+    if (!err && (err = -pthread_create(&vm->throttler, NULL, throttle_thread, vm)) == 0) {
+        pthread_setname_np(vm->throttler, "throttle");
+        vm->has_throttler = true;
+    }
     return err;
 }
 
@@ -251,6 +302,9 @@ void vcpus_end_threads(struct machine *vm)
     vm->quit = true;
     kick(vm);
     pthread_mutex_unlock(&vm->run_lock);
+    if (vm->has_throttler)
+        pthread_join(vm->throttler, NULL);
+    vm->has_throttler = false;
     for (size_t i = 0; i < vm->vcpus; i++) {
         if (!vm->vcpu[i].has_thread)
             continue;

@@ -70,6 +70,10 @@ struct machine {
     pthread_mutex_t run_lock;                           /* may the vCPUs run? Taken alone, or inside the big lock */
     pthread_cond_t run_changed;
     bool paused, quit;
+    unsigned throttle;                                  /* percent of the time that the vCPUs stand still */
+    bool napping;                                       /* they do just now */
+    bool has_throttler;
+    pthread_t throttler;
     int serial_fd;
     _Atomic int events_fd;                              /* -1: nobody watches; vCPUs write without the big lock */
     const char *hash_at_start;                          /* file for the page hashes of a guest that just arrived */
@@ -96,6 +100,7 @@ struct machine_config {
     unsigned vcpus;
     struct cpu_config cpu;
     bool shared, huge;
+    unsigned ring;                                      /* entries of each vCPU's dirty ring; 0: KVM's dirty log */
     const struct firmware *firmware;                    /* NULL: a machine for the built-in guest */
 };
 
@@ -119,6 +124,7 @@ int vcpus_start_threads(struct machine *vm);                    /* they park at 
 void vcpus_end_threads(struct machine *vm);
 int machine_pause(struct machine *vm);          /* returns when no vCPU and no device runs; big lock not held */
 int machine_resume(struct machine *vm);
+void machine_throttle(struct machine *vm, unsigned percent);    /* at most 99; 0: full speed */
 
 /* devices.c */
 uint32_t port_in(struct vcpu *vcpu, uint16_t port, unsigned size);
@@ -149,4 +155,5 @@ int migrate_resume(struct machine *vm);
 int migrate_event_fd(struct machine *vm);
 void migrate_events(struct machine *vm);
 uint64_t migrate_clock_ns(struct machine *vm);
+void migrate_ring_full(struct machine *vm, unsigned vcpu);
 #endif
