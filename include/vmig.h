@@ -489,7 +489,7 @@ int vmig_dirty_ring_full(vmig *m,
 /* Limits how fast a vCPU dirties memory, in bytes per second; 0: no longer. `vcpu` -1: all of them. With a migration or
  * without one: writes are logged as long as there is a limit, and the limit stays until it is lifted. vCPUs below their
  * limit are not slowed down; one beyond it stands at its full ring, some milliseconds at a time, and is to be stopped with
- * a kick of its thread as ever. A migration may limit them further (option `dirty-limit`), for as long as it runs. -EINVAL:
+ * a kick of its thread as ever. Slots that are added meanwhile are limited when a limit is set again. A migration may limit them further (option `dirty-limit`), for as long as it runs. -EINVAL:
  * there are no rings, or no such vCPU; -EBUSY: a migration is just beginning or ending. [free] */
 int vmig_set_vcpu_dirty_limit(vmig *m,
                               int vcpu,

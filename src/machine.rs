@@ -316,6 +316,7 @@ impl Machine {
         let ended = self.join_worker();
         // Trackers have threads, too, and so has a trace file.
         self.dirty.end();
+        self.ring.get().iter().for_each(|ring| ring.end_limits());
         self.status.stop_telling();
         self.join_all().and(ended)
     }

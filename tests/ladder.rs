@@ -338,9 +338,10 @@ fn a_limit_needs_no_migration() {
     b.must("limit 1048576");
     assert!(harvests(&mut b));
     until(&mut b, "limited here", |b| part(b, "dirt", "throttle") > 50);
+    a.must("limit 1048576");
+    a.quit();
     b.must("limit -0");
     assert!(!harvests(&mut b), "nobody wants it any more");
     runs(&mut b);
-    a.quit();
     b.quit();
 }

@@ -93,6 +93,10 @@ pub fn world(kind: Kind, rng: &mut Rng) -> Option<World> {
             assert_eq!(rings.iter().map(vmig::sys::kvm_ring::Ring::entries).collect::<Vec<_>>(), [entries]);
             let tracker = Arc::new(KvmRing::new(vm, rings, Arc::<Threads>::default(), None));
             add(&*tracker);
+            if rng.below(2) == 0 {
+                // Limits keep logging on when nobody reads.
+                tracker.set_limit(None, [64 << 20, 4 << 30][rng.below(2)]).unwrap();
+            }
             world.hub.add_tracker(Arc::<KvmRing>::clone(&tracker)).unwrap();
             ring = Some(tracker);
         }

@@ -94,10 +94,8 @@ impl KvmRing {
         };
         let before = self.ask(vcpu, limit)?;
         let wanted = lock(&self.shared.rings).vcpus.iter().any(|vcpu| vcpu.meter.asked() > 0);
-        if wanted
-            && !users.limits
-            && let Err(error) = self.begin(&users, None)
-        {
+        // Each time, for slots may have been added meanwhile.
+        if wanted && let Err(error) = self.begin(&users, None) {
             for (vcpu, limit) in before.into_iter().enumerate() {
                 self.ask(Some(vcpu), limit)?;
             }
@@ -106,6 +104,14 @@ impl KvmRing {
         users.limits = wanted;
         self.rest(&users);
         Ok(())
+    }
+
+    /// The guest goes away: no limit keeps anything on.
+    pub fn end_limits(&self) {
+        let mut users = lock(&self.users);
+        lock(&self.shared.rings).vcpus.iter_mut().for_each(|vcpu| vcpu.meter.ask(0));
+        users.limits = false;
+        self.rest(&users);
     }
 
     /// Sets limits; what they were.
