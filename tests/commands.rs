@@ -223,7 +223,6 @@ fn files_that_cannot_be_used() {
     for (way, uri, reason) in [
         ("in", "file:/no/such/place", "No such file or directory"),
         ("in", "file:/dev/fdset/1", "there is no fd set 1"),
-        ("out", "file:/dev/fdset/1,offset=4096", "there is no fd set 1"),
         ("out", "file:x,offset=0x20M", "bad offset 0x20M"),
         ("out", "pigeon:coop", "unknown migration protocol 'pigeon'"),
         ("in", "vsock:4:x", "not vsock:CID:PORT"),

@@ -57,7 +57,8 @@ fn script(blocks: &[Block], out: &Path) -> String {
                 let (name, how) = file_of(block);
                 script += &format!("cat {how}{name} <<'END OF THE FILE'\n{}END OF THE FILE\n", block.text);
             }
-            "sh" => script += &format!("{{\n{}}} >{}/{number} 2>&1\n", block.text, out.display()),
+            // A reader is slower than the programs, whose last words may be under way.
+            "sh" => script += &format!("sleep 1\n{{\n{}}} >{}/{number} 2>&1\n", block.text, out.display()),
             "text" => (),
             kind => panic!("a block of kind '{kind}', which nobody tests"),
         }

@@ -164,7 +164,7 @@ fn make_built_these_pages() {
     let pages = pages();
     for (name, page) in &pages {
         let there = fs::read_to_string(built.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(same(&there), same(page), "{name} was built from other sources: run `make man`");
+        assert!(same(&there) == same(page), "{name} was built from other sources: run `make man`");
     }
     let there = ["man3", "man7"].iter().map(|part| fs::read_dir(built.join(part)).unwrap().count()).sum::<usize>();
     assert_eq!(there, pages.len(), "there are pages of something that is no more");
