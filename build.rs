@@ -29,7 +29,11 @@ const CHAPTERS: &[Chapter] = &[
         sources: &["src/capi/device.rs", "src/section/cdevice.rs"],
         fragment: Some("src/section/macros.h"),
     },
-    Chapter { title: "migrating", sources: &["src/capi/migrate.rs", "src/capi/check.rs"], fragment: None },
+    Chapter {
+        title: "migrating",
+        sources: &["src/capi/migrate.rs", "src/capi/check.rs", "src/capi/rate.rs"],
+        fragment: None,
+    },
     Chapter { title: "QMP", sources: &["src/capi/qmp.rs", "src/vmm/command.rs"], fragment: None },
     Chapter { title: "a gate for vCPUs", sources: &["src/capi/gate.rs"], fragment: None },
     Chapter { title: "a VMM with one thread", sources: &["src/capi/dispatch.rs"], fragment: None },

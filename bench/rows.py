@@ -1,5 +1,6 @@
 """What is measured, and the rows that come of it."""
 import collections, json, os, statistics, subprocess, time
+import forecast
 from peers import HOPELESS_S, Age, Failed, HandOver, Held, Qemu, Vmig, Words, child, OTHER_CORE
 
 RANDOM, ZEROS, NOTHING = 2, 1, 0
@@ -33,6 +34,8 @@ GROUPS = {
     'converge': Guest(RANDOM, 64, MIB_128, 'a guest that dirties 260 MB/s over a link of 100'),
     'hand-over': None,
     'gate': None,
+    'forecast': None,
+    'forecast-steady': None,
 }
 # Of the group converge: what vmig is told, and in words.
 CONVERGE_MB = 100
@@ -47,7 +50,7 @@ CANCELLED_IN = {'active': 'while memory is sent', 'pre-switchover': 'with the gu
 FELT = ['idle'] + [group for group in GROUPS if group.startswith('busy')]
 # Seconds a run takes, about, for the estimate.
 COST = {'vmig': 3.6, 'qemu': 5.0, 'push': 3.4, 'read': 0.8, 'rate': 6.7, 'words': 0.2, 'hello': 3.0, 'cancel': 4.0, 'hand-over': 90.0,
-        'gate': 45.0, 'converge': 25.0, 'hopeless': 32.0}
+        'gate': 45.0, 'converge': 25.0, 'hopeless': 32.0, 'forecast': 210.0, 'forecast-steady': 150.0}
 
 Row = collections.namedtuple('Row', 'row unit better vmig qemu limit panel')
 
@@ -310,6 +313,26 @@ def gate_rows(found):
                 values(found['gate'], f'bare {n}', 'us'), None) for n in VCPUS if found['gate'].get(f'vmig {n}')]
 
 
+FORECASTS = ('forecast', 'forecast-steady')
+STEADY_GUESTS = {group: GROUPS[group] for group in FELT}
+
+
+def forecast_rows(found):
+    """Foretold by what came, of those that were not said to be unknown."""
+    return [Row(f'forecast, {kind}: {what}, foretold / came', 'x', 'lower',
+                [said / came for verdict, times in all_of if verdict != 'unknown'
+                 for said, came in [times.get(what, (0, 0))] if max(said, came) > forecast.SHORT_MS], [], [1.0], None)
+            for kind, all_of in found.items() for what in ('total', 'blackout')]
+
+
+def forecast_verdicts(found):
+    """Lines of the table of what was asked."""
+    for kind, all_of in [pair for group in FORECASTS for pair in found.get(group, {}).items()]:
+        count = collections.Counter(verdict for verdict, _ in all_of)
+        got = f"{count['right']} of {len(all_of)} came so, {count['unknown']} unknown, {count['wrong']} did not"
+        yield (f'forecast, {kind}', 'within 30 % (or 5 ms), or unknown', got, 'no' if count['wrong'] else 'yes')
+
+
 def hand_over_rows(found):
     return [Row(f'hand-over of {gib} GiB: {words}', 'ms', 'lower', values(found['hand-over'], f'{gib} GiB', metric), [],
                 limit, None)
@@ -334,6 +357,8 @@ def rows_of(found, b):
     rows += cancel_rows(found) if 'cancel' in found else []
     rows += hand_over_rows(found) if 'hand-over' in found else []
     rows += gate_rows(found) if 'gate' in found else []
+    for group in FORECASTS:
+        rows += forecast_rows(found[group]) if group in found else []
     return [row for row in rows if row.vmig or row.qemu or row.limit]
 
 

@@ -22,7 +22,7 @@
  *   [bql]   any thread that holds the big lock
  *   [free]  any thread that does not hold the big lock; may wait
  *   [cb]    legal inside callbacks too
- * For a VMM with one thread (chapter 7) there are other rules. */
+ * For a VMM with one thread (chapter 8) there are other rules. */
 #ifndef VMIG_H
 #define VMIG_H
 
@@ -857,6 +857,19 @@ int vmig_unblock(vmig *m, int id);
 /* Nobody: the guest is stopped before its memory is sent (option `dirty-tracker` is none). */
 #define VMIG_TRACKER_NONE 16
 
+/* Hashes of some pages, taken again: no tracker, next to no cost, but what is written seldom or in few places is not seen. */
+#define VMIG_RATE_SAMPLING 0
+
+#define VMIG_RATE_BITMAP 1       /* The trackers that option `dirty-tracker` chooses, switched on for the time. */
+#define VMIG_RATE_RING 2         /* KVM's dirty rings, which the VMM enabled: each vCPU by itself, too. */
+#define VMIG_RATE_NONE 0         /* Nothing was measured yet. */
+#define VMIG_RATE_MEASURING 1    /* It is being measured. */
+#define VMIG_RATE_MEASURED 2     /* It was measured. */
+#define VMIG_RATE_FAILED 3       /* It could not be measured. */
+#define VMIG_FORECAST_UNKNOWN 0  /* Nobody can say. */
+#define VMIG_FORECAST_CONVERGES 1 /* The migration would come to its end. */
+#define VMIG_FORECAST_DOES_NOT 2 /* It would go on for ever, or until `total-timeout`. */
+
 /* Where the present (or last) migration stands. Amounts in bytes, rates in bytes per second, times in nanoseconds. */
 typedef struct vmig_status {
     /* Size of the struct: VMIG_SIZED(vmig_status). */
@@ -956,6 +969,56 @@ typedef struct vmig_check_report {
     /* The same for the last start. */
     uint64_t start;
 } vmig_check_report;
+
+/* How fast the guest dirties its memory. Zeros where nothing was measured. */
+typedef struct vmig_dirty_rate {
+    /* Size of the struct: VMIG_SIZED(vmig_dirty_rate). */
+    size_t size;
+    /* Where it stands: VMIG_RATE_NONE, ... */
+    uint32_t state;
+    /* How: VMIG_RATE_SAMPLING, ... */
+    uint32_t mode;
+    /* For how long, in milliseconds. */
+    uint64_t period_ms;
+    /* Pages sampled of each GiB; 0 in the other modes. */
+    uint64_t sample_pages;
+    /* When it began, in nanoseconds of CLOCK_MONOTONIC. */
+    uint64_t began;
+    /* Bytes per second that become dirty while all memory is clean: what a page written twice adds is not counted. */
+    uint64_t rate;
+    /* Distinct bytes dirtied in the whole time. */
+    uint64_t working_set;
+    /* Bytes that would have to be sent first: what exists and is not zero. */
+    uint64_t content;
+    /* 1: the working set is all the guest goes round in, for nearly nothing new came in the second half of the time; 0: it
+     * is larger, or not known. */
+    uint32_t complete;
+    /* 1: both halves of the time were alike; 0: the guest was not steady, and nothing can be forecast. */
+    uint32_t steady;
+    /* vCPUs whose rates vmig_get_vcpu_dirty_rates() tells; 0: no dirty rings. */
+    uint64_t vcpus;
+} vmig_dirty_rate;
+
+/* What a migration would come to. Times in nanoseconds. */
+typedef struct vmig_forecast_report {
+    /* Size of the struct: VMIG_SIZED(vmig_forecast_report). */
+    size_t size;
+    /* Whether it would converge: VMIG_FORECAST_UNKNOWN, ... If that is unknown the numbers below are the best guess there
+     * is, or 0. */
+    uint32_t verdict;
+    /* Percent by which the guest would be throttled at last (option `auto-converge`). */
+    uint32_t throttle;
+    /* From the beginning to the end; if it would not converge, until that was certain. */
+    uint64_t total;
+    /* Rounds while the guest runs. */
+    uint64_t rounds;
+    /* How long the guest would stand still; if it would not converge, how long it would have to. */
+    uint64_t blackout;
+    /* Bytes left when the guest would be stopped, or left again and again. */
+    uint64_t left;
+    /* Bytes sent altogether. */
+    uint64_t sent;
+} vmig_forecast_report;
 
 /* Starts to migrate the guest to `uri` and returns at once; the thread `live_migration` does the work. [any]
  *
@@ -1103,6 +1166,45 @@ int vmig_check(vmig *m,
  * build itself. At most 1 MiB, copied; `len` 0 takes it back. Travels to a vmig only. -EBUSY while a migration runs.
  * [any] */
 int vmig_set_config(vmig *m, const void *blob, size_t len);
+
+/* Starts to measure, for `period_ms` milliseconds (50 to 60000), how fast the guest dirties its memory, and returns at once;
+ * the thread `dirty_rate` does the work, while the guest runs. `sample_pages` (128 to 16384) of each GiB are sampled, 0: 512;
+ * with other modes it is 0. Forgets what was measured before. docs/dirty-rate.md says what each mode sees and costs.
+ *
+ * While it is being measured nothing can be registered or removed (-EBUSY). A migration that begins ends it.
+ *
+ * -EINVAL: no such mode, time or number of samples, no tracker (option `dirty-tracker` is none), no dirty rings; -EBUSY: a
+ * migration runs, or it is being measured; -EPERM: the guest is not here. [any][cb] */
+int vmig_measure_dirty_rate(vmig *m,
+                            uint32_t mode,
+                            uint64_t period_ms,
+                            uint64_t sample_pages);
+
+/* Fills `*rate` with what was measured last, or is being measured. Stores in `*why` (NULL: not wanted) why it failed, or
+ * NULL if it did not; free it with vmig_string_free(). [any][cb] */
+int vmig_get_dirty_rate(vmig *m,
+                        vmig_dirty_rate *rate,
+                        char **why);
+
+/* Stores in `rates` the bytes per second that each of the first `count` vCPUs made dirty, in the order of vmig_use_kvm(), and
+ * returns how many vCPUs there are; 0: nothing was measured, or without dirty rings. Here a page that was written again
+ * after its ring had been emptied counts again, so they are more than the working set tells. [any][cb] */
+int vmig_get_vcpu_dirty_rates(vmig *m,
+                              uint64_t *rates,
+                              size_t count);
+
+/* Works out what a migration would come to with the options as they are, if the way to the destination took `bandwidth`
+ * bytes per second, from what was measured last (vmig_measure_dirty_rate()). Fills `*report`, and stores in `*why` (NULL: not
+ * wanted) the reason in a sentence; free it with vmig_string_free(). Nothing is sent or stopped.
+ *
+ * `bandwidth` is what the way and both sides' memory take; options `max-bandwidth` and `avail-switchover-bandwidth` count
+ * besides. 0: not known, then `max-bandwidth` is all there is. What the last stop, the last migration and the last
+ * vmig_check() took is counted into the blackout; what was never measured is not. Iterative sections are not counted.
+ * [any][cb] */
+int vmig_forecast(vmig *m,
+                  uint64_t bandwidth,
+                  vmig_forecast_report *report,
+                  char **why);
 
 /* ---- 6. QMP ---------------------------------------------------------------------------------------------------- */
 /* QMP, QEMU's control protocol: the operations above as JSON, so that tools and fleet managers that drive QEMU can drive

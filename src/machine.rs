@@ -1,5 +1,6 @@
 //! One guest: registering its parts, and starting, steering and watching its migrations. The safe face of the library.
 
+mod before;
 mod writers;
 
 use std::ffi::c_int;
@@ -12,6 +13,7 @@ use crate::dirty::hub::Hub;
 use crate::dirty::kvm_log::KvmLog;
 use crate::dirty::kvm_ring::KvmRing;
 use crate::dirty::kvm_slots::{KvmTracker, Switch};
+use crate::dirty::rate::Meter;
 use crate::error::{Error, Result};
 use crate::incoming::reception::Reception;
 use crate::kvm::{self, Kvm};
@@ -68,6 +70,10 @@ pub struct Machine {
     means: Means,
     kvm: Arc<Mutex<Option<WithKvm>>>,
     sources: Mutex<Vec<Arc<Source>>>,
+    /// Measurements of the dirty rate.
+    meter: Arc<Meter>,
+    /// What asking a destination measured last: saving the devices, and a round trip.
+    asked: Mutex<(Duration, Duration)>,
     /// KVM's dirty rings, where the VMM enabled them.
     ring: OnceLock<Arc<KvmRing>>,
     /// What a destination is sent to build itself from.
@@ -105,6 +111,8 @@ impl Machine {
             threads,
             kvm: Arc::default(),
             sources: Mutex::default(),
+            meter: Arc::default(),
+            asked: Mutex::default(),
             ring: OnceLock::new(),
             config: Mutex::default(),
             changing: Arc::default(),
@@ -313,7 +321,8 @@ impl Machine {
         if let Some(kvm) = &*lock(&self.kvm) {
             kvm.kvm.rest();
         }
-        let ended = self.join_worker();
+        // It reads the trackers, which may have to be called back for that.
+        let ended = self.join_worker().and(self.end_measurement("the guest was freed"));
         // Trackers have threads, too, and so has a trace file.
         self.dirty.end();
         self.ring.get().iter().for_each(|ring| ring.end_limits());

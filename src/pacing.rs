@@ -3,9 +3,13 @@
 //! Time is passed in. The model is QEMU's: windows of 100 ms, and a threshold of bandwidth x downtime limit.
 
 pub mod dirty_limit;
+pub mod dirtying;
 pub mod downtime;
+pub mod forecast;
 pub mod ladder;
 pub mod throttle;
+#[cfg(test)]
+mod forecast_tests;
 #[cfg(test)]
 mod history_tests;
 
@@ -160,6 +164,32 @@ impl Convergence {
     }
 }
 
+/// The last rounds: the guest is stopped only after a round that began when the end was near, because before such a
+/// round the destination is waited for, and what still lies in sockets must not be waited for with the guest stopped.
+#[derive(Debug)]
+pub struct Approach {
+    policy: Convergence,
+    near: bool,
+}
+
+impl Approach {
+    /// By a policy.
+    pub fn new(policy: Convergence) -> Self {
+        Self { policy, near: false }
+    }
+
+    /// Whether the destination is to be waited for before the round ends.
+    pub fn is_near(&self) -> bool {
+        self.near
+    }
+
+    /// A round ended with `pending` bytes left, and it is `allowed` to stop the guest: switch over now?
+    pub fn decide(&mut self, now: Duration, pending: u64, threshold: u64, allowed: bool) -> bool {
+        let was_near = std::mem::replace(&mut self.near, pending <= threshold);
+        self.policy.decide(now, pending, threshold) && allowed && was_near
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -246,6 +276,16 @@ mod tests {
         assert_eq!(switch(&mut policy(), [80, 95, 99], 100), Some(1), "growing");
         assert_eq!(switch(&mut policy(), [500, 500, 500], 100), None, "never fits");
         assert_eq!(switch(&mut policy(), [80, 300, 40, 41], 100), Some(3), "a burst between, then the bottom");
+    }
+
+    #[test]
+    fn the_destination_is_waited_for_before_the_guest_is_stopped() {
+        let mut approach = Approach::new(Convergence::new(0, Duration::ZERO));
+        assert!(!approach.decide(MS, 500, 100, true) && !approach.is_near());
+        assert!(!approach.decide(2 * MS, 50, 100, true), "it was not near when this round began");
+        assert!(approach.is_near() && !approach.decide(3 * MS, 50, 100, false), "not allowed yet");
+        assert!(approach.decide(4 * MS, 50, 100, true));
+        assert!(!approach.decide(5 * MS, 500, 100, true) && !approach.is_near(), "too much again");
     }
 
     #[test]

@@ -114,6 +114,24 @@ fn layouts() -> BTreeMap<String, Layout> {
     );
     layout!(
         t,
+        capi::rate::vmig_dirty_rate {
+            size,
+            state,
+            mode,
+            period_ms,
+            sample_pages,
+            began,
+            rate,
+            working_set,
+            content,
+            complete,
+            steady,
+            vcpus
+        }
+    );
+    layout!(t, capi::rate::vmig_forecast_report { size, verdict, throttle, total, rounds, blackout, left, sent });
+    layout!(
+        t,
         capi::migrate::vmig_downtime { size, stop, devices, sync, ram, load, start, total, unexplained, verify }
     );
     layout!(

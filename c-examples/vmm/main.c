@@ -38,6 +38,7 @@ static const char usage[] =
     "  --events-fd FD       heartbeats and generations, one line each\n"
     "commands: migrate URI, incoming URI, cancel, resolve here|there, status, downtime, set OPTION VALUE, get OPTION,\n"
     "          error, pause, resume, pauses N, info, hash FILE, hash-at-start FILE, corrupt ADDRESS, type TEXT, quit.\n"
+    "          measure sampling|bitmap|ring MS, rate, forecast BYTES-PER-SECOND.\n"
     "          Every command is answered by one line.\n";
 
 enum { MAX_SETTINGS = 16 };

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -311,6 +312,41 @@ static void print_downtime(vmig *m)
     printf("\n");
 }
 
+static int measure(vmig *m, const char *argument)
+{
+    static const char *const modes[] = { "sampling", "bitmap", "ring" };    /* VMIG_RATE_SAMPLING and so on */
+    const char *ms = argument ? strchr(argument, ' ') : NULL;
+
+    for (uint32_t i = 0; ms && i < 3; i++)
+        if (strncmp(argument, modes[i], (size_t)(ms - argument)) == 0)
+            return vmig_measure_dirty_rate(m, i, strtoull(ms, NULL, 10), 0);
+    return vmig_measure_dirty_rate(m, UINT32_MAX, 0, 0);    /* let the library say what it misses */
+}
+
+static void print_rate(vmig *m)
+{
+    vmig_dirty_rate r = VMIG_SIZED(vmig_dirty_rate);
+    char *why = NULL;
+
+    vmig_get_dirty_rate(m, &r, &why);
+    printf("rate state=%" PRIu32 " rate=%" PRIu64 " working-set=%" PRIu64 " content=%" PRIu64 " complete=%" PRIu32
+           " steady=%" PRIu32 " why %s\n", r.state, r.rate, r.working_set, r.content, r.complete, r.steady,
+           why ? why : "none");
+    vmig_string_free(why);
+}
+
+static void print_forecast(vmig *m, const char *bandwidth)
+{
+    static const char *const verdicts[] = { "unknown", "converges", "does-not" };
+    vmig_forecast_report f = VMIG_SIZED(vmig_forecast_report);
+    char *why = NULL;
+
+    vmig_forecast(m, bandwidth ? strtoull(bandwidth, NULL, 10) : 0, &f, &why);
+    printf("forecast verdict=%s total=%" PRIu64 " rounds=%" PRIu64 " blackout=%" PRIu64 " left=%" PRIu64 " sent=%" PRIu64
+           " why %s\n", verdicts[f.verdict], f.total, f.rounds, f.blackout, f.left, f.sent, why ? why : "none");
+    vmig_string_free(why);
+}
+
 static void print_string(const char *label, char *value)
 {
     printf("%s %s\n", label, value ? value : "none");
@@ -362,6 +398,12 @@ int migrate_command(struct machine *vm, const char *verb, const char *argument)
         print_string("failure", vmig_get_error(m));
     else if (strcmp(verb, "status") == 0)
         print_status(m);
+    else if (strcmp(verb, "measure") == 0)
+        print_result(verb, measure(m, argument));
+    else if (strcmp(verb, "rate") == 0)
+        print_rate(m);
+    else if (strcmp(verb, "forecast") == 0)
+        print_forecast(m, argument);
     else if (strcmp(verb, "downtime") == 0)
         print_downtime(m);
     else

@@ -18,6 +18,7 @@ pub mod migrate;
 pub mod observe;
 pub mod qmp;
 pub mod ram;
+pub mod rate;
 pub mod run;
 pub mod section;
 pub mod trial;

@@ -22,7 +22,7 @@
  *   [bql]   any thread that holds the big lock
  *   [free]  any thread that does not hold the big lock; may wait
  *   [cb]    legal inside callbacks too
- * For a VMM with one thread (chapter 7) there are other rules. */
+ * For a VMM with one thread (chapter 8) there are other rules. */
 #ifndef VMIG_H
 #define VMIG_H
 

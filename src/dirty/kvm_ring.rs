@@ -62,6 +62,8 @@ impl AsRef<Placed> for Noted {
 struct Vcpu {
     ring: Ring,
     meter: Meter,
+    /// Pages taken from it so far, of slots that are tracked.
+    taken: u64,
 }
 
 impl Vcpu {
@@ -126,7 +128,7 @@ impl KvmRing {
 
     /// A tracker for the VM with these rings. `switch` switches logging; without it the library sets the slot's flags.
     pub fn new(vm: Vm, rings: Vec<Ring>, threads: Arc<Threads>, switch: Option<Switch>) -> Self {
-        let vcpus = rings.into_iter().map(|ring| Vcpu { ring, meter: Meter::default() }).collect();
+        let vcpus = rings.into_iter().map(|ring| Vcpu { ring, meter: Meter::default(), taken: 0 }).collect();
         let rings = Rings { vcpus, suspended: false, period: PERIOD, period_began: Duration::ZERO, trouble: None };
         Self {
             shared: Arc::new(Shared {
@@ -179,6 +181,11 @@ impl KvmRing {
         rings.vcpus.iter_mut().for_each(|vcpu| vcpu.meter.restart(now()));
     }
 
+    /// Pages that each vCPU made dirty so far, in the order of the vCPUs: one that is taken and written again counts again.
+    pub fn taken(&self) -> Vec<u64> {
+        lock(&self.shared.rings).vcpus.iter().map(|vcpu| vcpu.taken).collect()
+    }
+
     fn end_harvester(&self) {
         if let Some((harvester, wake)) = lock(&self.harvester).take() {
             wake.raise();
@@ -209,11 +216,15 @@ impl Shared {
         let Rings { vcpus, trouble, .. } = rings;
         for vcpu in vcpus {
             let most = most(vcpu);
-            let taken = vcpu.ring.take(most, |slot, page| {
+            let Vcpu { ring, meter, taken: count } = vcpu;
+            let taken = ring.take(most, |slot, page| {
                 // Other slots are the VMM's own business.
                 let Some(noted) = slots.iter_mut().find(|s| s.on && s.placed.slot.slot == slot) else { return };
                 match usize::try_from(page).ok().filter(|page| *page < noted.placed.pages()) {
-                    Some(page) => noted.kept[page / WORD_BITS] |= 1 << (page % WORD_BITS),
+                    Some(page) => {
+                        noted.kept[page / WORD_BITS] |= 1 << (page % WORD_BITS);
+                        *count += 1;
+                    }
                     None => {
                         let text =
                             format!("page {page} was written, which the slot did not have: the VMM set it again");
@@ -221,7 +232,7 @@ impl Shared {
                     }
                 }
             });
-            vcpu.meter.took(taken);
+            meter.took(taken);
             all += taken;
         }
         if all > 0 {

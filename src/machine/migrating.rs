@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::before::CUT_SHORT;
 use super::{Machine, WithKvm, kvm_of};
 use crate::error::{Error, Result};
 use crate::incoming::door::Door;
@@ -33,7 +34,11 @@ impl Machine {
         let one = lock(&self.changing);
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
         let route = Arc::downgrade(&job.route);
-        self.launch(one, (Side::Source, "live_migration"), &wake, move || outgoing::run(&job))?;
+        let end_measurement = self.measurement_end();
+        self.launch(one, (Side::Source, "live_migration"), &wake, move || match end_measurement() {
+            Ok(()) => outgoing::run(&job),
+            Err(error) => job.status.end(Err(error)),
+        })?;
         *lock(&self.route) = route;
         *lock(&self.listening) = None;
         Ok(())
@@ -57,7 +62,10 @@ impl Machine {
         let uri = self.checked(uri)?;
         // What happens is nobody's news.
         let job = self.source_job(uri, Arc::new(Status::new()?), &Arc::new(Wake::new()?))?;
-        outgoing::check(&job)
+        let report = outgoing::check(&job)?;
+        // What was measured is of use for a forecast.
+        *lock(&self.asked) = (report.devices.took, report.hello.saturating_sub(report.compare));
+        Ok(report)
     }
 
     /// An address that can be used: asked before a descriptor of ours could take the number that it names.
@@ -113,6 +121,7 @@ impl Machine {
         self.catch_up("listen")?;
         let uri = self.checked(uri)?;
         self.status.check_idle()?;
+        self.end_measurement(CUT_SHORT)?;
         self.sections.check_unblocked()?;
         self.dirty.rest();
         let wake = Arc::new(Wake::new()?);

@@ -34,7 +34,8 @@ impl Machine {
     pub(super) fn check_registering(&self, what: impl Display) -> Result<MutexGuard<'_, ()>> {
         self.vmm.bql().require_held(&what.to_string())?;
         let one = lock(&self.changing);
-        self.status.check_may_register().map_err(|e| e.context(format_args!("cannot {what} now")))?;
+        let may = self.status.check_may_register().and_then(|()| self.meter.check_idle());
+        may.map_err(|e| e.context(format_args!("cannot {what} now")))?;
         Ok(one)
     }
 

@@ -33,7 +33,7 @@ use crate::dirty::set::DirtySet;
 use crate::error::{Error, Result};
 use crate::kvm::Kvm;
 use crate::options::{Opt, Options};
-use crate::pacing::{self, Convergence, Rate};
+use crate::pacing::{self, Approach, Convergence, Rate};
 use crate::ram::presence::{Hint, Presence};
 use crate::ram::{Block, PAGE, RamList};
 use crate::section::list::Entry;
@@ -375,8 +375,8 @@ impl<'a> Migration<'a> {
             return self.await_switchover();
         }
         let live = &self.job.live;
-        let mut policy = Convergence::new(live.get(Opt::ConvergenceRounds), live.time(Opt::ConvergenceTime));
-        let mut near = false;
+        let policy = Convergence::new(live.get(Opt::ConvergenceRounds), live.time(Opt::ConvergenceTime));
+        let mut approach = Approach::new(policy);
         loop {
             self.job.status.check()?;
             self.check_ladder()?;
@@ -390,7 +390,8 @@ impl<'a> Migration<'a> {
             if self.dirty_pages() > 0 || sections_left > self.threshold() {
                 continue;
             }
-            if near {
+            let caught_up = approach.is_near();
+            if caught_up {
                 self.let_destination_catch_up()?;
             }
             self.sync()?;
@@ -398,12 +399,10 @@ impl<'a> Migration<'a> {
             self.left = pending;
             let threshold = self.threshold();
             let allowed = self.may_switch_over()?;
-            if policy.decide(self.now(), pending, threshold) && allowed && near {
+            if approach.decide(self.now(), pending, threshold, allowed) {
                 return Ok(());
             }
             self.climb(pending, threshold)?;
-            // What still waits in sockets is sent, but not there: it must not be waited for with the guest stopped.
-            let caught_up = std::mem::replace(&mut near, pending <= threshold);
             if pending == 0 && caught_up {
                 io::sleep(&*self.job.wake, NAP)?;
             }

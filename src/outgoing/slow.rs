@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Job, Migration};
 use crate::dirty::kvm_ring::KvmRing;
@@ -10,12 +10,10 @@ use crate::error::{Error, Result};
 use crate::options::{Opt, Options};
 use crate::pacing::dirty_limit::share;
 use crate::pacing::ladder::{self, Brake, Ladder, Step};
-use crate::pacing::throttle::{Config, Throttle};
+use crate::pacing::throttle::{Config, Judge};
 use crate::status::Status;
 use crate::vmm::Vmm;
 
-/// What is judged is at least so much time.
-const PERIOD: Duration = Duration::from_secs(1);
 /// Bytes in a megabyte of option `vcpu-dirty-limit`.
 const MB: u64 = 1 << 20;
 
@@ -32,12 +30,8 @@ struct Brakes {
 #[derive(Debug)]
 pub(super) struct Slow {
     brakes: Brakes,
-    throttle: Throttle,
+    judge: Judge,
     ladder: Ladder,
-    /// The present period.
-    began: Option<Instant>,
-    dirtied: u64,
-    sent_before: u64,
 }
 
 impl Brakes {
@@ -86,7 +80,7 @@ impl Slow {
             ring: job.ring.clone(),
             throttled: false,
         };
-        Self { brakes, throttle: Throttle::new(), ladder: Ladder::default(), began: None, dirtied: 0, sent_before: 0 }
+        Self { brakes, judge: Judge::default(), ladder: Ladder::default() }
     }
 
     /// The downtime that the ladder allows, if it does.
@@ -99,16 +93,6 @@ fn percent(options: &Options, option: Opt) -> u32 {
     u32::try_from(options.get(option)).unwrap_or(0)
 }
 
-fn config(options: &Options) -> Config {
-    Config {
-        trigger: options.get(Opt::ThrottleTrigger),
-        initial: percent(options, Opt::ThrottleInitial),
-        increment: percent(options, Opt::ThrottleIncrement),
-        tailslow: options.on(Opt::ThrottleTailslow),
-        max: percent(options, Opt::ThrottleMax),
-    }
-}
-
 impl Migration<'_> {
     /// After a sync, which found `dirty` bytes: slows the guest down if it is time to. Not when it stands still.
     pub(super) fn slow_down(&mut self, dirty: u64) -> Result<()> {
@@ -117,17 +101,11 @@ impl Migration<'_> {
         if !(by_limit || options.on(Opt::AutoConverge)) || !self.job.vmm.is_running() {
             return Ok(());
         }
-        let (sent, bandwidth, slow) = (self.sent(), self.bandwidth(), &mut self.slow);
-        slow.dirtied = slow.dirtied.saturating_add(dirty);
-        if slow.began.get_or_insert(self.begun).elapsed() < PERIOD {
-            return Ok(());
-        }
-        let (dirtied, sent_now) = (slow.dirtied, sent - slow.sent_before);
-        (slow.began, slow.dirtied, slow.sent_before) = (Some(Instant::now()), 0, sent);
+        let (now, sent, bandwidth, slow) = (self.now(), self.sent(), self.bandwidth(), &mut self.slow);
         let log = self.job.vmm.log().to("outgoing");
         if by_limit {
             let trigger = self.job.live.get(Opt::ThrottleTrigger);
-            if slow.throttle.is_due(trigger, dirtied, sent_now) {
+            if slow.judge.is_due(now, trigger, dirty, sent) {
                 let rate = match self.job.live.get(Opt::VcpuDirtyLimit) {
                     0 => share(bandwidth, trigger, slow.brakes.ring.as_ref().map_or(1, |ring| ring.vcpus())),
                     mb => mb.saturating_mul(MB),
@@ -137,7 +115,7 @@ impl Migration<'_> {
                 ));
                 slow.brakes.limit(rate);
             }
-        } else if let Some(percent) = slow.throttle.round(&config(&self.job.live), dirtied, sent_now) {
+        } else if let Some(percent) = slow.judge.round(now, &Config::of(&self.job.live), dirty, sent) {
             log.info(format_args!("the guest dirties memory too fast: throttled by {percent} %"));
             slow.brakes.throttle(percent)?;
         }
@@ -249,8 +227,8 @@ impl Migration<'_> {
         let counters = &self.job.status.counters;
         counters.throttle.store(0, Ordering::Relaxed);
         counters.dirty_limit.store(0, Ordering::Relaxed);
-        (self.slow.throttle, self.slow.began, self.slow.dirtied) = (Throttle::new(), Some(Instant::now()), 0);
-        self.slow.sent_before = self.sent();
+        let (now, sent) = (self.now(), self.sent());
+        self.slow.judge.restart(now, sent);
         self.slow.ladder.restart();
     }
 }

@@ -1,5 +1,12 @@
 //! Auto-converge: a guest that dirties more than the link sends is slowed down, in steps. QEMU's schedule.
 
+use std::time::Duration;
+
+use crate::options::{Opt, Options};
+
+/// What is judged is at least so much time.
+const PERIOD: Duration = Duration::from_secs(1);
+
 /// What the user says; percent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -13,6 +20,20 @@ pub struct Config {
     pub tailslow: bool,
     /// Never more.
     pub max: u32,
+}
+
+impl Config {
+    /// As the options have it.
+    pub fn of(options: &Options) -> Self {
+        let percent = |option| u32::try_from(options.get(option)).unwrap_or(0);
+        Self {
+            trigger: options.get(Opt::ThrottleTrigger),
+            initial: percent(Opt::ThrottleInitial),
+            increment: percent(Opt::ThrottleIncrement),
+            tailslow: options.on(Opt::ThrottleTailslow),
+            max: percent(Opt::ThrottleMax),
+        }
+    }
 }
 
 /// The throttle of one migration.
@@ -63,6 +84,51 @@ impl Throttle {
             self.percent = next;
             next
         })
+    }
+}
+
+/// Judges the guest by what it dirtied and what was sent in periods of a second or more.
+#[derive(Debug, Default)]
+pub struct Judge {
+    throttle: Throttle,
+    began: Duration,
+    dirtied: u64,
+    sent_before: u64,
+}
+
+impl Judge {
+    /// What the guest is throttled by.
+    pub fn percent(&self) -> u32 {
+        self.throttle.percent()
+    }
+
+    /// `dirtied` bytes more were found, and `sent` bytes were sent so far, `now` since the beginning. The new percentage, if
+    /// there is one.
+    pub fn round(&mut self, now: Duration, config: &Config, dirtied: u64, sent: u64) -> Option<u32> {
+        let (dirtied, sent) = self.period(now, dirtied, sent)?;
+        self.throttle.round(config, dirtied, sent)
+    }
+
+    /// The same; whether something is to be done.
+    pub fn is_due(&mut self, now: Duration, trigger: u64, dirtied: u64, sent: u64) -> bool {
+        let period = self.period(now, dirtied, sent);
+        period.is_some_and(|(dirtied, sent)| self.throttle.is_due(trigger, dirtied, sent))
+    }
+
+    /// Begins anew, with a guest at full speed.
+    pub fn restart(&mut self, now: Duration, sent: u64) {
+        *self = Self { began: now, sent_before: sent, ..Self::default() };
+    }
+
+    /// What was dirtied and sent in the period that ends now, if one does.
+    fn period(&mut self, now: Duration, dirtied: u64, sent: u64) -> Option<(u64, u64)> {
+        self.dirtied = self.dirtied.saturating_add(dirtied);
+        if now.saturating_sub(self.began) < PERIOD {
+            return None;
+        }
+        let period = (self.dirtied, sent.saturating_sub(self.sent_before));
+        (self.began, self.dirtied, self.sent_before) = (now, 0, sent);
+        Some(period)
     }
 }
 
@@ -118,6 +184,18 @@ mod tests {
         };
         // Of the 80 % left to the guest a tenth is too much, then (of 72) a quarter: more than the increment.
         assert_eq!([step(55), step(55), step(100)], [Some(20), Some(28), Some(38)]);
+    }
+
+    #[test]
+    fn a_guest_is_judged_by_the_second() {
+        const MS: Duration = Duration::from_millis(1);
+        let mut judge = Judge::default();
+        assert_eq!(judge.round(900 * MS, &DEFAULTS, 40, 100), None);
+        assert_eq!(judge.round(1000 * MS, &DEFAULTS, 20, 110), None, "60 of 110: the first hit");
+        assert_eq!(judge.round(1999 * MS, &DEFAULTS, 900, 120), None, "not yet");
+        assert_eq!(judge.round(2000 * MS, &DEFAULTS, 0, 121), Some(20));
+        assert_eq!((judge.round(3000 * MS, &DEFAULTS, 9, 121), judge.percent()), (None, 20));
+        assert_eq!(judge.round(4000 * MS, &DEFAULTS, 5, 131), None, "5 of 10 may be");
     }
 
     #[test]

@@ -1,23 +1,32 @@
-//! How fast the guest dirties its memory, measured without a migration (what can be said of it so far), and how fast each
-//! vCPU may.
+//! How fast the guest dirties its memory, measured without a migration, and how fast each vCPU may.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::request::Refusal;
 use super::settings::NO_RING;
 use super::shape::{Shape, list, may, must, words};
 use super::table::{Call, Outcome, done};
 use crate::dirty::kvm_ring::VcpuDirt;
+use crate::dirty::rate::{Mode, PERIOD_MS, SAMPLES, State};
+use crate::pacing::per_second;
 
-/// Milliseconds a measurement may take.
-const TIME: std::ops::RangeInclusive<u64> = 50..=60_000;
+const MODES: [(&str, Mode); 3] =
+    [("page-sampling", Mode::Sampling), ("dirty-ring", Mode::Ring), ("dirty-bitmap", Mode::Bitmap)];
 
 fn units() -> Shape {
     words(["second", "millisecond"])
 }
 
 fn modes() -> Shape {
-    words(["page-sampling", "dirty-ring", "dirty-bitmap"])
+    words(MODES.map(|(name, _)| name))
+}
+
+/// Milliseconds that a unit has.
+fn unit(call: &Call<'_>) -> (&'static str, u64) {
+    match call.text("calc-time-unit") {
+        Some("millisecond") => ("millisecond", 1),
+        _ => ("second", 1000),
+    }
 }
 
 /// What `calc-dirty-rate` takes.
@@ -30,17 +39,27 @@ pub fn takes_calc() -> Shape {
     ])
 }
 
-/// `calc-dirty-rate`: refused until a tracker can be read beside a migration.
+/// `calc-dirty-rate`: starts to measure, and returns at once.
 pub fn calc(call: &mut Call<'_>) -> Outcome {
-    let scale = if call.text("calc-time-unit") == Some("millisecond") { 1 } else { 1000 };
-    let time = call.number("calc-time").and_then(|time| time.checked_mul(scale));
-    if time.is_none_or(|time| !TIME.contains(&time)) {
+    let time = call.number("calc-time").and_then(|time| time.checked_mul(unit(call).1));
+    let Some(time) = time.filter(|time| PERIOD_MS.contains(time)) else {
         return Err(Refusal::new("Calculation time is out of range [50ms, 60000ms]."));
+    };
+    let mode =
+        MODES.iter().find(|(name, _)| call.text("mode") == Some(name)).map_or(Mode::Sampling, |(_, mode)| *mode);
+    let samples = call.number("sample-pages");
+    match (mode, samples) {
+        (Mode::Sampling, Some(samples)) if !SAMPLES.contains(&samples) => {
+            let (least, most) = (SAMPLES.start(), SAMPLES.end());
+            return Err(Refusal::new(format!("sample-pages is out of range[{least}, {most}].")));
+        }
+        (Mode::Bitmap | Mode::Ring, Some(_)) => {
+            return Err(Refusal::new("sample-pages is used only in page-sampling mode"));
+        }
+        _ => {}
     }
-    Err(Refusal::new(
-        "this library does not measure the dirty rate without a migration yet; during one it is ram.dirty-pages-rate of \
-         query-migrate",
-    ))
+    call.face.machine.measure_dirty_rate(mode, time, samples.unwrap_or(0))?;
+    done()
 }
 
 /// What `query-dirty-rate` takes.
@@ -50,6 +69,7 @@ pub fn takes_query() -> Shape {
 
 /// What `query-dirty-rate` gives.
 pub fn gives_query() -> Shape {
+    let vcpu = Shape::Object(vec![must("id", Shape::Int), must("dirty-rate", Shape::Int)]);
     Shape::Object(vec![
         must("status", words(["unstarted", "measuring", "measured"])),
         must("start-time", Shape::Int),
@@ -58,14 +78,46 @@ pub fn gives_query() -> Shape {
         must("sample-pages", Shape::Int),
         must("mode", modes()),
         may("dirty-rate", Shape::Int),
+        may("vcpu-dirty-rate", list(vcpu)),
     ])
 }
 
-/// `query-dirty-rate`: no measurement was ever started.
+/// `query-dirty-rate`: in MiB per second, by the distinct pages of the whole time; by rings, by what they all took.
 pub fn query(call: &mut Call<'_>) -> Outcome {
-    let unit = call.text("calc-time-unit").unwrap_or("second");
-    Ok(json!({"status": "unstarted", "start-time": 0, "calc-time": 0, "calc-time-unit": unit, "sample-pages": 0,
-        "mode": "page-sampling"}))
+    let now = call.face.machine.dirty_rate();
+    if let Some(error) = now.error {
+        return Err(Refusal::new(format!("the dirty rate could not be measured: {}", error.text())));
+    }
+    let (unit, scale) = unit(call);
+    let mode = now.ask.map_or(Mode::Sampling, |ask| ask.mode);
+    let name = MODES.iter().find(|(_, known)| *known == mode).map_or("page-sampling", |(name, _)| name);
+    let status = match now.state {
+        State::None | State::Failed => "unstarted",
+        State::Measuring => "measuring",
+        State::Measured => "measured",
+    };
+    let time = now.ask.map_or(0, |ask| u64::try_from(ask.period.as_millis()).unwrap_or(0));
+    let mut answer = Map::new();
+    let mut add = |name: &str, value: Value| drop(answer.insert(name.to_owned(), value));
+    add("status", json!(status));
+    add("start-time", json!(now.began_ns / 1_000_000_000));
+    add("calc-time", json!(time / scale));
+    add("calc-time-unit", json!(unit));
+    add("sample-pages", json!(now.ask.map_or(0, |ask| ask.samples)));
+    add("mode", json!(name));
+    if let Some(found) = now.found {
+        let mib = |bytes: u64| bytes >> 20;
+        let rate = match mode {
+            Mode::Ring => found.vcpus.iter().sum(),
+            _ => per_second(found.curve.working_set(), found.curve.reach()),
+        };
+        add("dirty-rate", json!(mib(rate)));
+        let vcpu = |(id, rate): (usize, &u64)| json!({"id": id, "dirty-rate": mib(*rate)});
+        if mode == Mode::Ring {
+            add("vcpu-dirty-rate", found.vcpus.iter().enumerate().map(vcpu).collect());
+        }
+    }
+    Ok(Value::Object(answer))
 }
 
 /// What `set-vcpu-dirty-limit` takes.

@@ -47,6 +47,18 @@ pub struct Differing {
     pub hashes: [u64; 2],
 }
 
+/// The hash of one page as it is now; `copy` is used for it.
+pub fn page_hash(block: &Block, page: usize, copy: &mut Vec<u8>) -> u64 {
+    copy.clear();
+    block.piece(page, 1).take_into(copy, PAGE_BYTES);
+    xxh3_64(copy)
+}
+
+/// The hash of a page of zeros.
+pub fn zero_hash() -> u64 {
+    xxh3_64(&[0; PAGE_BYTES])
+}
+
 /// What the threads share.
 #[derive(Debug)]
 struct Work {
@@ -144,7 +156,7 @@ impl BlockDigest {
 
     /// Hashes of the pages of a granule that the block has.
     pub fn pages_of(&self, granule: usize) -> Vec<u64> {
-        let zeros = || vec![xxh3_64(&[0; PAGE_BYTES]); granule_pages(&self.block, granule)];
+        let zeros = || vec![zero_hash(); granule_pages(&self.block, granule)];
         self.pages[granule].clone().unwrap_or_else(zeros)
     }
 
@@ -199,7 +211,7 @@ impl Work {
             blocks.push((granules, Arc::clone(block), Presence::new(block, &survey, None)));
             granules += block.pages().div_ceil(GRANULE);
         }
-        let zero = xxh3_64(&[0; PAGE_BYTES]);
+        let zero = zero_hash();
         Ok(Self { blocks, granules, next: AtomicUsize::new(0), stop: AtomicBool::new(false), zero })
     }
 

@@ -81,6 +81,44 @@ static inline void answer_compare(vmig *m, const char *uri)
     vmig_string_free(list);
 }
 
+static inline void answer_measure(vmig *m, char *rest)
+{
+    char *mode = strsep(&rest, " "), *ms = strsep(&rest, " ");
+
+    answer("measure", vmig_measure_dirty_rate(m, (uint32_t)atoi(mode), ms ? strtoull(ms, NULL, 10) : 0,
+                                              rest ? strtoull(rest, NULL, 10) : 0));
+}
+
+static inline void answer_rate(vmig *m)
+{
+    vmig_dirty_rate r = VMIG_SIZED(vmig_dirty_rate);
+    uint64_t vcpu[16];
+    char *why;
+    int vcpus;
+
+    need(vmig_get_dirty_rate(m, &r, &why), "rate");
+    need(vcpus = vmig_get_vcpu_dirty_rates(m, vcpu, 16), "vcpu rates");
+    printf("rate state=%" PRIu32 " mode=%" PRIu32 " period=%" PRIu64 " samples=%" PRIu64 " rate=%" PRIu64 " set=%" PRIu64
+           " content=%" PRIu64 " complete=%" PRIu32 " steady=%" PRIu32 " vcpus=%" PRIu64, r.state, r.mode, r.period_ms,
+           r.sample_pages, r.rate, r.working_set, r.content, r.complete, r.steady, r.vcpus);
+    for (int i = 0; i < vcpus && i < 16; i++)
+        printf(" vcpu.%d=%" PRIu64, i, vcpu[i]);
+    printf(" why %s\n", why ? why : "none");
+    vmig_string_free(why);
+}
+
+static inline void answer_forecast(vmig *m, const char *bandwidth)
+{
+    vmig_forecast_report f = VMIG_SIZED(vmig_forecast_report);
+    char *why;
+
+    need(vmig_forecast(m, bandwidth ? strtoull(bandwidth, NULL, 10) : 0, &f, &why), "forecast");
+    printf("forecast verdict=%" PRIu32 " throttle=%" PRIu32 " total=%" PRIu64 " rounds=%" PRIu64 " blackout=%" PRIu64
+           " left=%" PRIu64 " sent=%" PRIu64 " why %s\n", f.verdict, f.throttle, f.total, f.rounds, f.blackout, f.left,
+           f.sent, why);
+    vmig_string_free(why);
+}
+
 static inline void set_option(vmig *m, char *rest)
 {
     char *value = rest, *name = strsep(&value, " ");
@@ -111,6 +149,12 @@ static inline bool common_command(vmig *m, const char *verb, char *rest)
         answer_text(vmig_get_error(m));
     else if (strcmp(verb, "qmp") == 0 && rest)
         answer_text(vmig_qmp(m, rest));
+    else if (strcmp(verb, "measure") == 0 && rest)
+        answer_measure(m, rest);
+    else if (strcmp(verb, "rate") == 0)
+        answer_rate(m);
+    else if (strcmp(verb, "forecast") == 0)
+        answer_forecast(m, rest);
     else if (strcmp(verb, "set") == 0 && rest)
         set_option(m, rest);
     else

@@ -47,7 +47,7 @@ static void case_strings(void)
          "\"state\": false}, {\"capability\": \"xbzrle\", \"state\": true}]}}", "'xbzrle' is QEMU's");
     says("{\"execute\": \"query-migrate-capabilities\"}", "{\"capability\":\"multifd\",\"state\":false}");
     says("{\"execute\": \"migrate-start-postcopy\"}", "postcopy does not exist");
-    says("{\"execute\": \"calc-dirty-rate\", \"arguments\": {\"calc-time\": 1}}", "does not measure");
+    says("{\"execute\": \"calc-dirty-rate\", \"arguments\": {\"calc-time\": 61}}", "out of range");
     says("{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"fd:999\"}}", "fd 999");
     says("{\"execute\": \"getfd\", \"arguments\": {\"fdname\": \"x\"}}", "No file descriptor supplied");
     says("nonsense", "JSON parse error");

@@ -39,7 +39,7 @@ struct machine {
     int parked;
     uint64_t hash;
     _Atomic uint64_t writes, bits[WORDS];
-    _Atomic int starts, stops, syncs, clears, fail_start, fail_sync, fail_clear, lie;
+    _Atomic int starts, stops, syncs, clears, fail_start, fail_sync, fail_clear, lie, hot;
 };
 
 static void *map(struct machine *vm, uint64_t len, uint8_t **alias)
@@ -87,7 +87,7 @@ static bool may_run(struct machine *vm)
 
 static void write_somewhere(struct machine *vm, uint64_t random)
 {
-    uint64_t page = (random >> 33) % RAM_PAGES, at = page * PAGE + (random & 511) * 8;
+    uint64_t page = (random >> 33) % (uint64_t)vm->hot, at = page * PAGE + (random & 511) * 8;
     bool device = vm->report == BY_DEVICE && (random >> 20) % 4 == 0;
     uint64_t *word = (void *)((device ? vm->alias : vm->ram) + at);
 
@@ -104,11 +104,11 @@ static void *writer(void *opaque)
     uint64_t random = (uint64_t)(uintptr_t)&random | 1;
 
     while (may_run(vm)) {
-        for (int i = 0; i < BATCH; i++) {
+        for (int i = 0; i < BATCH && vm->hot > 0; i++) {
             random = random * 6364136223846793005u + 1442695040888963407u;
             write_somewhere(vm, random);
         }
-        vm->writes += BATCH;
+        vm->writes += vm->hot > 0 ? BATCH : 0;
         usleep(ASLEEP_US);
     }
     return NULL;
@@ -196,7 +196,10 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         printf("hash %" PRIx64 "\n", vm->hash);
     else if (strcmp(verb, "writes") == 0)
         printf("writes %" PRIu64 "\n", vm->writes);
-    else if (strcmp(verb, "tracker") == 0)
+    else if (strcmp(verb, "hot") == 0 && rest) {
+        vm->hot = atoi(rest);           /* pages that are written, from the first on; 0: none */
+        printf("ok\n");
+    } else if (strcmp(verb, "tracker") == 0)
         answer_tracker(vm);
     else if (strcmp(verb, "unmap") == 0 || strcmp(verb, "replace") == 0)
         remap(vm, *verb == 'r');
@@ -268,7 +271,8 @@ static void build(struct machine *vm, int argc, char **argv, vmig_ops *ops)
 
 int main(int argc, char **argv)
 {
-    static struct machine vm = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
+    static struct machine vm = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER,
+                                 .hot = RAM_PAGES };
     vmig_ops ops = VMIG_SIZED(vmig_ops);
 
     setvbuf(stdout, NULL, _IOLBF, 0);

@@ -66,7 +66,7 @@ impl KvmRing {
             let (now, suspended, before) = (now(), rings.suspended, rings.vcpus[vcpu].meter.given());
             let taken =
                 self.shared.take(&mut rings, &mut self.shared.slots.lock(), |one| one.allowed(now, suspended));
-            let Vcpu { ring, meter } = &rings.vcpus[vcpu];
+            let Vcpu { ring, meter, .. } = &rings.vcpus[vcpu];
             let has_room = meter.given() > before || !ring.has(ring.entries() / ROOM);
             let left = TURN.saturating_sub(begin.elapsed());
             if taken.is_err() || suspended || has_room || left.is_zero() {
