@@ -3,7 +3,7 @@
 //!
 //! Round after round is sent at the bandwidth given, and the guest dirties meanwhile what its curve says. A page that was
 //! dirty in the round before was written not long ago; how that tells on whether it is written again follows from the
-//! curve alone, for guests that go round in their memory and for those that write anywhere (see [`left_after`]).
+//! curve alone, for guests that go round in their memory and for those that write anywhere (see `left_after`).
 //!
 //! A forecast that a little more or less of either speed would turn into another is none: it says so.
 
