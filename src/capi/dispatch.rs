@@ -3,7 +3,7 @@
 //! commands of QMP, log) wait in a queue until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
 //! another thread. The big lock does nothing then: that thread always has it, and need not take it.
 //!
-//! Functions not marked [cb] are for that thread only (-EPERM elsewhere). Those marked [free] run what waits in the queue
+//! Functions not marked \[cb\] are for that thread only (-EPERM elsewhere). Those marked \[free\] run what waits in the queue
 //! themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK.
 //! Those that remove something run first what waits in the queue; from inside a callback they are -EBUSY then. While the
 //! guest runs each callback costs a turn of the loop. From the stop hook to the last device's state all is one callback.

@@ -4,7 +4,7 @@
 //! they are cleared, and that happens chunk by chunk just before a chunk is read, so that no vCPU waits long. Logs that
 //! start all set make switching logging on cheap: nothing is protected until it is first cleared.
 //!
-//! Clearing costs the kernel 20 ns a page, also where there is none: see [`nap`](super::nap).
+//! Clearing costs the kernel 20 ns a page, also where there is none: see `nap`.
 
 use std::ops::Range;
 use std::sync::Arc;
