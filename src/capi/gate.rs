@@ -150,8 +150,9 @@ pub unsafe extern "C" fn vmig_gate_throttle(g: *mut vmig_gate, percent: c_uint) 
     })
 }
 
-/// Has every vCPU's thread come out, and vmig_gate_enter() return -ECANCELED from now on: then the threads can be joined.
-/// \[any\]
+/// Tells every vCPU's thread to come out, and has vmig_gate_enter() return -ECANCELED from now on: then the threads can be
+/// joined. It waits for nobody and sends the signal once. A run that does not look at its byte and lets the signal in before
+/// it sleeps may miss it: then call vmig_gate_close() before you join, which tells again until every vCPU is outside. \[any\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_gate_end(g: *mut vmig_gate) -> c_int {
     enter("vmig_gate_end", || {

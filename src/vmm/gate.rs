@@ -10,7 +10,7 @@ mod sync {
 }
 
 use std::ffi::c_int;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,6 @@ pub struct Gate {
     seats: Box<[Seat]>,
     signal: c_int,
     timeout: Duration,
-    ended: AtomicBool,
     /// One closes or opens at a time.
     closing: Mutex<()>,
     throttle: Mutex<Option<Throttle>>,
@@ -109,7 +108,6 @@ impl Gate {
             seats: seats.into_boxed_slice(),
             signal,
             timeout,
-            ended: AtomicBool::new(false),
             closing: Mutex::new(()),
             throttle: Mutex::default(),
             _handler: handler,
@@ -125,7 +123,7 @@ impl Gate {
     /// Waits until the vCPU may run, and goes in. `ECANCELED` once the gate has ended; `EBUSY`: it is inside.
     ///
     /// # Safety
-    /// `flag` is null, or can be written until the gate has ended or was entered with another one.
+    /// `flag` is null, or can be written until the gate is gone or was entered with another one.
     pub unsafe fn enter(&self, vcpu: usize, flag: *mut u8) -> Result<()> {
         let seat = self.seat(vcpu)?;
         if self.core.is_inside(vcpu) {
@@ -140,11 +138,8 @@ impl Gate {
         seat.flag.store(flag, Ordering::Relaxed);
         loop {
             let epoch = self.core.epoch();
-            if self.ended.load(Ordering::SeqCst) {
-                return Err(Error::new(libc::ECANCELED, "the gate has ended: the vCPU's thread is to return"));
-            }
             let nap = seat.nap_until_ns.load(Ordering::Relaxed).saturating_sub(if_set(seat));
-            if nap > 0 {
+            if nap > 0 && !self.core.has_ended() {
                 self.core.await_change(epoch, Instant::now().checked_add(Duration::from_nanos(nap)));
                 continue;
             }
@@ -152,6 +147,9 @@ impl Gate {
             match self.core.enter(vcpu) {
                 Entered::Inside => return Ok(()),
                 Entered::Closed(epoch) => self.core.await_change(epoch, None),
+                Entered::Ended => {
+                    return Err(Error::new(libc::ECANCELED, "the gate has ended: the vCPU's thread is to return"));
+                }
                 Entered::Twice => return Err(self.twice(vcpu)),
             }
         }
@@ -268,11 +266,10 @@ impl Gate {
         self.core.is_closed()
     }
 
-    /// From here on nobody goes in any more; who waits or is inside is told to come out.
+    /// From here on nobody goes in any more; who waits or is inside is told to come out, once: whoever ends
+    /// a gate may hold what a vCPU waits for, so only a close, before or after, waits and tells again.
     pub fn end(&self) {
-        self.ended.store(true, Ordering::SeqCst);
-        let _one = lock(&self.closing);
-        self.core.shake();
+        self.core.end();
         for vcpu in (0..self.core.vcpus()).filter(|vcpu| self.core.is_inside(*vcpu)) {
             // A thread that is gone need not be told.
             let _ = self.kick(vcpu);

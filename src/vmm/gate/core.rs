@@ -2,7 +2,8 @@
 //! twice: model_tests.rs tries every interleaving of it.
 //!
 //! A vCPU says that it is inside and then looks whether the gate is closed; who closes says so and then looks who is
-//! inside. So at least one of them sees the other. Whoever was seen inside is marked, and counts down when it leaves.
+//! inside. So at least one of them sees the other. Whoever was seen inside is marked, and counts down when it leaves. The
+//! same holds for who ends the gate, except that nobody is waited for.
 
 use std::time::Instant;
 
@@ -19,6 +20,8 @@ pub(super) enum Entered {
     Inside,
     /// The gate is closed; the number to wait on.
     Closed(u32),
+    /// It never opens again.
+    Ended,
     /// It is inside already.
     Twice,
 }
@@ -28,6 +31,8 @@ pub(super) enum Entered {
 pub(super) struct Core {
     /// Odd: closed. Changes whenever somebody who waits should look.
     epoch: Word,
+    /// 1: nobody goes in any more.
+    ended: Word,
     /// vCPUs that are waited for, and one more while they are being looked for.
     awaited: Word,
     vcpus: Box<[Padded]>,
@@ -42,7 +47,7 @@ impl Core {
     /// A closed gate.
     pub(super) fn new(vcpus: usize) -> Self {
         let vcpus = (0..vcpus).map(|_| Padded(Word::new(OUT))).collect();
-        Self { epoch: Word::new(1), awaited: Word::new(0), vcpus }
+        Self { epoch: Word::new(1), ended: Word::new(0), awaited: Word::new(0), vcpus }
     }
 
     pub(super) fn vcpus(&self) -> usize {
@@ -61,17 +66,23 @@ impl Core {
         self.epoch.load() % 2 == 1
     }
 
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load() != 0
+    }
+
     /// Goes in, if the gate is open.
     pub(super) fn enter(&self, vcpu: usize) -> Entered {
         if !self.vcpus[vcpu].0.turn(OUT, IN) {
             return Entered::Twice;
         }
+        // In this order: an end that is not seen here is yet to change the epoch, and to look who is inside.
         let epoch = self.epoch.load();
-        if epoch % 2 == 0 {
+        let ended = self.has_ended();
+        if !ended && epoch % 2 == 0 {
             return Entered::Inside;
         }
         self.exit(vcpu);
-        Entered::Closed(epoch)
+        if ended { Entered::Ended } else { Entered::Closed(epoch) }
     }
 
     /// Goes out; false: it was not inside.
@@ -139,6 +150,12 @@ impl Core {
     /// Waits for a change, or the deadline; may return early.
     pub(super) fn await_change(&self, epoch: u32, deadline: Option<Instant>) {
         self.epoch.wait(epoch, deadline);
+    }
+
+    /// From here on nobody goes in; who waits looks again. Those inside are to be told afterwards.
+    pub(super) fn end(&self) {
+        self.ended.swap(1);
+        self.shake();
     }
 
     /// Has everybody who waits look again.

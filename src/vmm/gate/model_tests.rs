@@ -73,13 +73,16 @@ const PREEMPTIONS: usize = 3;
 /// A gate, and what only those inside may read and only who has stopped them may write: loom reports a race.
 struct Guest {
     core: Core,
+    /// 1: the vCPU is to come out, in the tests that end the gate.
+    told: sync::Word,
     state: UnsafeCell<u32>,
 }
 
 fn every_order(vcpus: usize, f: impl Fn(Arc<Guest>) + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(PREEMPTIONS);
-    builder.check(move || f(Arc::new(Guest { core: Core::new(vcpus), state: UnsafeCell::new(0) })));
+    let guest = move || Guest { core: Core::new(vcpus), told: sync::Word::new(0), state: UnsafeCell::new(0) };
+    builder.check(move || f(Arc::new(guest())));
 }
 
 /// Goes in as a vCPU does, runs, and comes out.
@@ -88,6 +91,7 @@ fn run_once(guest: &Guest, vcpu: usize) {
         match guest.core.enter(vcpu) {
             Entered::Inside => break,
             Entered::Closed(epoch) => guest.core.await_change(epoch, None),
+            Entered::Ended => panic!("nobody ended it"),
             Entered::Twice => panic!("twice"),
         }
     }
@@ -147,5 +151,80 @@ fn a_close_that_was_given_up_leaves_nothing_behind() {
         guest.core.open();
         write_while_stopped(&guest);
         vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    });
+}
+
+/// A halted vCPU: it comes out when it is told to, and returns when the gate has ended.
+fn run_until_the_end(guest: &Guest) {
+    loop {
+        guest.told.swap(0);
+        match guest.core.enter(0) {
+            Entered::Inside => {
+                while guest.told.load() == 0 {
+                    guest.told.wait(0, None);
+                }
+                assert!(guest.core.exit(0));
+            }
+            Entered::Closed(epoch) => guest.core.await_change(epoch, None),
+            Entered::Ended => return,
+            Entered::Twice => panic!("twice"),
+        }
+    }
+}
+
+fn tell(guest: &Guest) {
+    guest.told.swap(1);
+    guest.told.wake_all();
+}
+
+/// As the gate's `end` does it.
+fn end(guest: &Guest) {
+    guest.core.end();
+    if guest.core.is_inside(0) {
+        tell(guest);
+    }
+}
+
+/// loom reports a vCPU that sleeps for ever.
+fn ends(before: impl Fn(&Guest) + Sync + Send + 'static) {
+    every_order(1, move |guest| {
+        let its = Arc::clone(&guest);
+        let vcpu = thread::spawn(move || run_until_the_end(&its));
+        before(&guest);
+        end(&guest);
+        vcpu.join().unwrap();
+        assert_eq!(guest.core.enter(0), Entered::Ended);
+    });
+}
+
+#[test]
+fn a_vcpu_that_waits_hears_of_the_end() {
+    ends(|_| {});
+}
+
+#[test]
+fn a_vcpu_that_is_halted_hears_of_the_end() {
+    ends(|guest| guest.core.open());
+}
+
+#[test]
+fn an_end_while_another_closes_is_heard_by_both() {
+    every_order(1, |guest| {
+        guest.core.open();
+        let (its, closers) = (Arc::clone(&guest), Arc::clone(&guest));
+        let vcpu = thread::spawn(move || run_until_the_end(&its));
+        let closer = thread::spawn(move || {
+            closers.core.close();
+            if closers.core.is_awaited(0) {
+                tell(&closers);
+            }
+            assert!(closers.core.await_empty(None));
+            assert!(closers.core.is_closed());
+            closers.core.open();
+        });
+        end(&guest);
+        closer.join().unwrap();
+        vcpu.join().unwrap();
+        assert!(!guest.core.is_closed());
     });
 }
