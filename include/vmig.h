@@ -1324,8 +1324,9 @@ int vmig_gate_open(vmig_gate *g);
 /* Has each vCPU stand still for `percent` of the time, 1 to 99, in turns of at least 10 ms; 0: no longer. [any] */
 int vmig_gate_throttle(vmig_gate *g, unsigned int percent);
 
-/* Has every vCPU's thread come out, and vmig_gate_enter() return -ECANCELED from now on: then the threads can be joined.
- * [any] */
+/* Tells every vCPU's thread to come out, and has vmig_gate_enter() return -ECANCELED from now on: then the threads can be
+ * joined. It waits for nobody and sends the signal once. A run that does not look at its byte and lets the signal in before
+ * it sleeps may miss it: then call vmig_gate_close() before you join, which tells again until every vCPU is outside. [any] */
 int vmig_gate_end(vmig_gate *g);
 
 /* ---- 8. a VMM with one thread ---------------------------------------------------------------------------------- */
