@@ -1039,8 +1039,8 @@ typedef struct vmig_forecast_report {
  * group, no signal blocked, and no descriptors but its three; it is killed if it goes on for more than a second when it
  * is not wanted any more.
  *
- * -EINVAL: a URI that is not understood; -EBUSY: a migration runs, or something blocks migration; -EPERM: the guest is
- * not here. What happens later is in vmig_get_status() and vmig_get_error(). */
+ * -EINVAL: a URI that is not understood; -EBUSY: a migration runs, something blocks migration, or another thread is in
+ * vmig_check(); -EPERM: the guest is not here. What happens later is in vmig_get_status() and vmig_get_error(). */
 int vmig_outgoing(vmig *m,
                   const char *uri);
 
@@ -1048,8 +1048,9 @@ int vmig_outgoing(vmig *m,
  *
  * URIs as for vmig_outgoing(). With TCP port 0 the system chooses one: read it from vmig_get(m, "listen-address"). A
  * unix socket can be connected to by its owner only. A file is read, and a command's standard output; if it ends with
- * another status than 0 within a second of its last byte the guest is not taken. Accepts one source. When the guest has arrived it is started
- * through the start hook, on the library's thread, unless it was paused at the source or option `autostart` is off.
+ * another status than 0 within a second of its last byte the guest is not taken. Accepts one source. When the guest has
+ * arrived it is started through the start hook, on the library's thread, unless it was paused at the source or option
+ * `autostart` is off.
  *
  * If the migration is cancelled or fails before anything here was touched, the guest here is left as paused by the user,
  * and vmig_start() runs it. If it fails later nothing of either guest is left in the memory that was written.
@@ -1058,7 +1059,8 @@ int vmig_outgoing(vmig *m,
  * so. Calling this again with the same address takes another guest in there.
  *
  * -EADDRINUSE and other errors of listening; -EINVAL: a URI that is not understood; -EBUSY: a migration runs,
- * something blocks migration, or a guest runs here (vmig_stop() it). */
+ * something blocks migration, a guest runs here (vmig_stop() it) or is just being stopped or started, or another thread
+ * is in vmig_check(). */
 int vmig_incoming(vmig *m,
                   const char *uri);
 

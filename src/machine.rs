@@ -4,6 +4,7 @@ mod before;
 mod writers;
 
 use std::ffi::c_int;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -81,6 +82,8 @@ pub struct Machine {
     /// Held while what is registered changes, and by a migration from the moment it looks at that until everybody knows
     /// that it runs: what is added is part of it, or is refused.
     changing: Arc<Mutex<()>>,
+    /// How many threads ask a destination just now.
+    asking: Arc<AtomicUsize>,
     /// Thread of the present or last migration.
     worker: Mutex<Option<Handle<()>>>,
     listening: Mutex<Option<String>>,
@@ -116,6 +119,7 @@ impl Machine {
             ring: OnceLock::new(),
             config: Mutex::default(),
             changing: Arc::default(),
+            asking: Arc::default(),
             worker: Mutex::default(),
             listening: Mutex::default(),
             route: Mutex::default(),
@@ -286,7 +290,6 @@ impl Machine {
 
     /// Sets what a destination is sent before both sides compare what they have; empty: nothing.
     pub fn set_config(&self, blob: &[u8]) -> Result<()> {
-        self.status.check_idle()?;
         if blob.len() as u64 > hello::CONFIG_MAX {
             let text = format!("a configuration has at most {} bytes, not {}", hello::CONFIG_MAX, blob.len());
             return Err(Error::new(libc::E2BIG, text));
@@ -294,6 +297,8 @@ impl Machine {
         let mut copy = Vec::new();
         copy.try_reserve_exact(blob.len()).map_err(|_| Error::no_memory("a configuration", blob.len() as u64))?;
         copy.extend_from_slice(blob);
+        let _one = lock(&self.changing);
+        self.status.check_idle()?;
         *lock(&self.config) = (!copy.is_empty()).then(|| copy.into());
         Ok(())
     }

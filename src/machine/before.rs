@@ -13,7 +13,7 @@ use crate::pacing::downtime::Known;
 use crate::pacing::forecast::{Forecast, Question};
 use crate::pacing::throttle::Config;
 use crate::sys::eventfd::Wake;
-use crate::thread::lock;
+use crate::thread::{lock, try_lock};
 use crate::vmm::StopReason;
 
 /// What passes before the first pages arrive, about: connections, both hellos, the dirty log, and a destination that has
@@ -26,9 +26,15 @@ impl Machine {
     /// Starts to measure how fast the guest dirties its memory. \[any\]
     pub fn measure_dirty_rate(&self, mode: Mode, period_ms: u64, samples: u64) -> Result<()> {
         let ask = self.ask(mode, period_ms, samples)?;
-        // A migration begins before this or after it, and ends it then.
-        let _one = lock(&self.worker);
         let not_now = "cannot measure the dirty rate now";
+        // What is registered is what is measured. Who changes it may be calling back, here for example, so nobody waits.
+        let Some(_one) = try_lock(&self.changing) else {
+            let text = format!("{not_now}: another thread registers or removes something, or begins to migrate");
+            return Err(Error::new(libc::EBUSY, text));
+        };
+        // A migration begins before this or after it, and ends it then.
+        let _begins = lock(&self.worker);
+        self.check_unasked().map_err(|e| e.context(not_now))?;
         self.status.check_idle().map_err(|e| e.context(not_now))?;
         if self.vmm.reasons().contains(StopReason::NotOwner) || !self.keeper.phase().owns() {
             let text = format!("{not_now}: the guest is not here: it left, or did not arrive yet");

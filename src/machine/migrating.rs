@@ -1,5 +1,6 @@
 //! Migrations of a guest: started in either direction, asked about, ended, and decided by an operator.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -25,6 +26,22 @@ use crate::transport::uri::Uri;
 use crate::vmm::StopReason;
 use crate::wire::ask::MigrationId;
 
+/// A destination is being asked; begun while `changing` is held.
+struct Asking(Arc<AtomicUsize>);
+
+impl Asking {
+    fn begin(asking: &Arc<AtomicUsize>) -> Self {
+        asking.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(asking))
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl Machine {
     /// Starts to migrate to `uri`; returns at once.
     pub fn outgoing(&self, uri: &str) -> Result<()> {
@@ -32,6 +49,7 @@ impl Machine {
         let uri = self.checked(uri)?;
         let wake = Arc::new(Wake::new()?);
         let one = lock(&self.changing);
+        self.check_unasked()?;
         let job = self.source_job(uri, Arc::clone(&self.status), &wake)?;
         let route = Arc::downgrade(&job.route);
         let end_measurement = self.measurement_end();
@@ -58,14 +76,27 @@ impl Machine {
     pub fn check(&self, uri: &str) -> Result<Report> {
         self.vmm.bql().require_free("check a migration")?;
         self.catch_up("check a migration")?;
-        self.status.check_idle()?;
         let uri = self.checked(uri)?;
         // What happens is nobody's news.
-        let job = self.source_job(uri, Arc::new(Status::new()?), &Arc::new(Wake::new()?))?;
+        let (status, wake) = (Arc::new(Status::new()?), Arc::new(Wake::new()?));
+        let (job, _asking) = {
+            let _one = lock(&self.changing);
+            self.status.check_idle()?;
+            self.meter.check_idle()?;
+            (self.source_job(uri, status, &wake)?, Asking::begin(&self.asking))
+        };
         let report = outgoing::check(&job)?;
         // What was measured is of use for a forecast.
         *lock(&self.asked) = (report.devices.took, report.hello.saturating_sub(report.compare));
         Ok(report)
+    }
+
+    /// What migrates, is measured or is registered may not change while a destination is asked about it.
+    pub(super) fn check_unasked(&self) -> Result<()> {
+        match self.asking.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            _ => Err(Error::new(libc::EBUSY, "a destination is being asked (vmig_check)")),
+        }
     }
 
     /// An address that can be used: asked before a descriptor of ours could take the number that it names.
@@ -126,16 +157,17 @@ impl Machine {
         self.dirty.rest();
         let wake = Arc::new(Wake::new()?);
         let door = Door::open(&self.reception, &uri, &self.means, &wake)?;
+        let one = lock(&self.changing);
+        // Another migration or measurement may have begun meanwhile, and the guest would be taken away under it.
+        self.status.check_idle()?;
+        self.meter.check_idle()?;
+        self.check_unasked()?;
+        let parts = self.parts()?;
         let before = self.vmm.expect_arrival()?;
         let was = self.keeper.expect();
         let address = door.address().map(str::to_owned);
-        let nobody_came = |_: &Error| {
-            self.vmm.nobody_arrived(before);
-            self.keeper.restore(was);
-        };
-        let one = lock(&self.changing);
         let job = incoming::Job {
-            parts: self.parts().inspect_err(nobody_came)?,
+            parts,
             take_stock: self.take_stock(),
             vmm: Arc::clone(&self.vmm),
             status: Arc::clone(&self.status),
@@ -148,7 +180,10 @@ impl Machine {
             reception: Arc::clone(&self.reception),
         };
         let launched = self.launch(one, (Side::Destination, "incoming"), &wake, move || incoming::run(&job, door));
-        launched.inspect_err(nobody_came)?;
+        launched.inspect_err(|_| {
+            self.vmm.nobody_arrived(before);
+            self.keeper.restore(was);
+        })?;
         *lock(&self.listening) = address;
         Ok(())
     }

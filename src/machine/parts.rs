@@ -35,6 +35,7 @@ impl Machine {
         self.vmm.bql().require_held(&what.to_string())?;
         let one = lock(&self.changing);
         let may = self.status.check_may_register().and_then(|()| self.meter.check_idle());
+        let may = may.and_then(|()| self.check_unasked());
         may.map_err(|e| e.context(format_args!("cannot {what} now")))?;
         Ok(one)
     }

@@ -3,7 +3,7 @@
 use super::Machine;
 use crate::error::{Error, Result};
 use crate::section::trial::{self, Plan};
-use crate::thread::fence;
+use crate::thread::{fence, lock};
 
 impl Machine {
     /// Tries a device or section with everything a migration could do to it; `EBADMSG` if something is wrong. \[free\]
@@ -12,6 +12,7 @@ impl Machine {
         // The callbacks are called right here, so in a VMM with one thread this must be that one.
         self.vmm.dispatch().home().require_outside(WHAT)?;
         self.vmm.bql().require_free(WHAT)?;
+        let one = lock(&self.changing);
         self.status.check_idle()?;
         self.vmm.check_still(WHAT)?;
         let entries = self.sections.snapshot();
@@ -20,6 +21,7 @@ impl Machine {
             return Err(Error::new(libc::ENOENT, text));
         };
         let blocker = self.sections.block(&format!("device '{name}' is being tested"))?;
+        drop(one);
         // A panic of ours must not leave the guest blocked.
         let tried = fence("testing a device", || trial::run(entry, self.vmm.bql(), plan));
         self.sections.unblock(blocker)?;

@@ -13,7 +13,7 @@ use crate::bql::Bql;
 use crate::error::{Error, Result};
 use crate::status::feed::{Feed, News};
 use crate::sys::clock::monotonic_ns;
-use crate::thread::{current_token, fence, lock};
+use crate::thread::{current_token, fence, lock, try_lock};
 
 use super::dispatch::Dispatch;
 use super::handlers::{Moment, Registry, RunHandler, Walk};
@@ -369,7 +369,7 @@ impl Vmm {
     ///
     /// Of a fresh guest no hook is called, for it never ran.
     pub fn expect_arrival(&self) -> Result<Before> {
-        let _run = self.enter("replace")?;
+        let _run = self.enter_at_once("replace")?;
         let before = Before(self.reasons());
         if self.is_running() && !self.fresh.load(Ordering::Relaxed) {
             let text = "the guest runs here: stop it with vmig_stop before another one may take its place";
@@ -510,6 +510,28 @@ impl Vmm {
     }
 
     fn enter(&self, what: &str) -> Result<Running<'_>> {
+        self.check_enter(what)?;
+        Ok(self.entered(lock(&self.run)))
+    }
+
+    /// The same without waiting for whoever stops or starts the guest just now.
+    fn enter_at_once(&self, what: &str) -> Result<Running<'_>> {
+        self.check_enter(what)?;
+        match try_lock(&self.run) {
+            Some(guard) => Ok(self.entered(guard)),
+            None => {
+                let text = format!("cannot {what} the guest while another thread stops or starts it");
+                Err(Error::new(libc::EBUSY, text))
+            }
+        }
+    }
+
+    fn entered<'a>(&'a self, guard: MutexGuard<'a, ()>) -> Running<'a> {
+        self.runner.store(current_token(), Ordering::Relaxed);
+        Running { vmm: self, _guard: guard }
+    }
+
+    fn check_enter(&self, what: &str) -> Result<()> {
         let me = current_token();
         if self.runner.load(Ordering::Relaxed) == me {
             let text = format!("cannot {what} the guest from inside a stop or start hook or a run-state handler");
@@ -519,9 +541,7 @@ impl Vmm {
         if !self.dispatch.home().is_manual() {
             self.bql.require_free(what)?;
         }
-        let guard = lock(&self.run);
-        self.runner.store(me, Ordering::Relaxed);
-        Ok(Running { vmm: self, _guard: guard })
+        Ok(())
     }
 
     fn set(&self, reasons: Reasons) {
