@@ -6,6 +6,8 @@ mod common;
 
 use common::{Rng, points, scratch};
 use std::ffi::{c_int, c_void};
+use std::io::Read;
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,13 +15,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vmig::bql::Bql;
 use vmig::dirty::callback::{Source, vmig_dirty_bitmap, vmig_dirty_source};
+use vmig::dirty::rate::Mode;
 use vmig::error::Result;
 use vmig::machine::{Machine, NEW_GUEST};
 use vmig::ram::BlockSpec;
 use vmig::status::State;
-use vmig::vmm::Vmm;
 use vmig::vmm::log::Log;
 use vmig::vmm::run::Hooks;
+use vmig::vmm::{StopReason, Vmm};
 
 const BYTES: usize = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -231,4 +234,37 @@ fn ram_that_is_removed_is_no_part_of_the_migration_or_the_removal_is_refused() {
 #[test]
 fn a_dirty_source_that_is_added_is_asked_or_refused() {
     races(Change::AddSource, true);
+}
+
+#[test]
+fn while_a_destination_is_asked_everything_stays() {
+    let memory = map(2 * BYTES).expose_provenance();
+    let side = Side::new(memory, true);
+    side.0.vmm().start(StopReason::User).unwrap();
+    // Who accepts and says nothing is waited for.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", silent.local_addr().unwrap());
+    thread::scope(|scope| {
+        let asking = scope.spawn(|| side.0.check(&uri).map(drop));
+        let (mut connection, _) = silent.accept().unwrap();
+        connection.read_exact(&mut [0]).unwrap();
+        let starts = AtomicU32::new(0);
+        let busy = |done: Result<()>| {
+            let error = done.expect_err("it was not refused");
+            assert_eq!(error.errno(), libc::EBUSY, "{error}");
+            assert!(error.text().contains("a destination is being asked"), "{error}");
+        };
+        let with_bql = |f: &dyn Fn() -> Result<()>| {
+            let _bql = side.0.vmm().bql().guard()?;
+            f()
+        };
+        busy(with_bql(&|| side.0.remove_ram("more")));
+        busy(with_bql(&|| side.0.add_dirty_source(source(&starts))));
+        busy(side.0.measure_dirty_rate(Mode::Sampling, 100, 0));
+        busy(side.0.outgoing(&uri));
+        drop(connection);
+        asking.join().unwrap().expect_err("there was no answer");
+    });
+    let _bql = side.0.vmm().bql().guard().unwrap();
+    side.0.remove_ram("more").unwrap();
 }
