@@ -38,6 +38,8 @@ struct Shared {
     committed: bool,
     /// Nothing goes on by itself: an operator must say how.
     waits_for_word: bool,
+    /// An unknown outcome is one that nobody drives: only an operator decides it.
+    undriven: bool,
     started: Option<Instant>,
     ended: Option<Instant>,
     downtime: Downtime,
@@ -84,6 +86,7 @@ impl Status {
                 events: true,
                 committed: false,
                 waits_for_word: false,
+                undriven: false,
                 started: None,
                 ended: None,
                 downtime: Downtime::default(),
@@ -148,6 +151,7 @@ impl Status {
         shared.events = events;
         shared.committed = false;
         shared.waits_for_word = false;
+        shared.undriven = false;
         shared.registering = false;
         shared.started = Some(Instant::now());
         shared.ended = None;
@@ -376,7 +380,19 @@ impl Status {
 
     /// The handover's answer got lost, for the reason given.
     pub fn end_unknown(&self, error: Error) {
+        self.lock().undriven = true;
         self.name(State::SwitchoverUnknown, error, true);
+    }
+
+    /// Whether an operator's word decides alone: `EALREADY` where a driver shows an unknown outcome that it has just decided.
+    pub fn check_undriven(&self) -> Result<()> {
+        let shared = self.lock();
+        match shared.state == State::SwitchoverUnknown && !shared.undriven {
+            true => {
+                Err(Error::new(libc::EALREADY, "the switchover was decided a moment ago: look at the state again"))
+            }
+            false => Ok(()),
+        }
     }
 
     /// The word came: something goes on again.

@@ -118,7 +118,8 @@ fn when_no_downtime_would_do_the_guest_is_throttled_and_in_the_end_it_fails() {
             let told = a.command("qmp {\"execute\": \"query-migrate\"}");
             assert!(told.contains(&format!("\"cpu-throttle-percentage\":{percent}")), "{told}");
             assert!(told.contains("\"x-ladder\":{"), "{told}");
-            assert_eq!(number(a, "throttlers"), 1);
+            // It may fail just now, and let the guest go.
+            assert!(number(a, "throttlers") == 1 || a.status_text("state") == "failed");
         }
         a.status_text("state") == "failed"
     });

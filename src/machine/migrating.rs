@@ -340,6 +340,8 @@ impl Machine {
         if self.status.state() != State::SwitchoverUnknown {
             return self.status.resolve(here);
         }
+        // Between a driver's last decision and the end the state still says unknown.
+        self.status.check_undriven()?;
         if here {
             // The operator knows that nobody else uses the memory.
             self.ram.list().iter().for_each(|block| block.set_given(false));

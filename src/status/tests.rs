@@ -93,3 +93,22 @@ fn a_lost_link_is_no_end_but_any_other_error_is() {
     status.cancel().unwrap();
     assert_eq!(status.lose_link(Error::invalid("gone")).unwrap_err().errno(), libc::ECANCELED);
 }
+
+#[test]
+fn an_operator_decides_alone_only_what_nobody_drives() {
+    let status = started();
+    status.advance(State::Active).unwrap();
+    status.advance(State::Device).unwrap();
+    status.name(State::SwitchoverUnknown, Error::invalid("asked again"), false);
+    assert_eq!(status.check_undriven().unwrap_err().errno(), libc::EALREADY);
+    status.end(Err(Error::invalid("refused")));
+    status.check_undriven().unwrap();
+
+    let status = started();
+    status.advance(State::Active).unwrap();
+    status.advance(State::Device).unwrap();
+    status.end_unknown(Error::invalid("lost"));
+    status.check_undriven().unwrap();
+    status.resolve(true).unwrap();
+    assert_eq!(status.state(), State::Failed);
+}
