@@ -286,7 +286,7 @@ fn tracepoints_are_in_the_libraries() {
             ours.filter_map(|rest| rest.split("Name: ").nth(1)?.split_whitespace().next()).collect();
         assert_eq!(
             names.into_iter().collect::<Vec<_>>(),
-            ["blackout", "error", "iteration", "phase_begin", "phase_end", "state"],
+            ["blackout", "error", "iteration", "ladder", "phase_begin", "phase_end", "state"],
             "in {}",
             file.display()
         );
@@ -301,7 +301,7 @@ fn the_documents_name_every_metric_and_tracepoint() {
         let name = name.split('{').next().unwrap();
         assert!(text.contains(&format!("`{name}`")), "{name} is not in docs/tool.md");
     }
-    for point in ["blackout", "error", "iteration", "phase_begin", "phase_end", "state"] {
+    for point in ["blackout", "error", "iteration", "ladder", "phase_begin", "phase_end", "state"] {
         assert!(text.contains(&format!("`{point}`")), "{point} is not in docs/tool.md");
     }
 }
