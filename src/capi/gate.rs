@@ -87,7 +87,9 @@ pub unsafe extern "C" fn vmig_gate_new(config: *const vmig_gate_config, out: *mu
 pub unsafe extern "C" fn vmig_gate_free(gate: *mut vmig_gate) {
     if !gate.is_null() {
         // SAFETY: the C contract: the handle came from vmig_gate_new, which made it from a Box, and is not used any more.
-        drop(unsafe { Box::from_raw(gate.cast::<Arc<Gate>>()) });
+        let gate = unsafe { Box::from_raw(gate.cast::<Arc<Gate>>()) };
+        // The thread that throttles may be about to write a flag, which need not be there after this.
+        let _ = gate.throttle(0);
     }
 }
 
