@@ -611,11 +611,16 @@ impl<'a> Migration<'a> {
         if let Some(set) = self.set.take() {
             self.job.dirty.leave(&set);
         }
+        self.clean_up();
+        result
+    }
+
+    /// Undoes the sections' setups, once for each; if nobody dispatches now, before anything else that is dispatched.
+    fn clean_up(&mut self) {
         if let Some(cleanup) = self.sections.cleanup()
             && let Err(error) = self.job.vmm.with_bql_or_later("the sections' cleanup", cleanup)
         {
             self.job.vmm.log().to("outgoing").error(format_args!("cleaning up after a migration: {error}"));
         }
-        result
     }
 }

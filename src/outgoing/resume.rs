@@ -189,6 +189,8 @@ impl Migration<'_> {
                 Ok(Outcome::Switched(rest)) if self.is_switch_lost(&rest) => {
                     let why =
                         rest.why.clone().unwrap_or_else(|| Error::new(libc::ECONNRESET, "the connection broke"));
+                    // What completed for this connection may have halted what the guest needs.
+                    self.clean_up();
                     match aftermath::take_back(self.job, rest)? {
                         None => *stopped = false,
                         Some(rest) => return Ok(Outcome::Switched(rest)),
@@ -301,12 +303,7 @@ impl Migration<'_> {
         let channel = self.job.route.target().connect(&self.job.wake, limit.min(TRY))?;
         self.out = StreamOutput::new(Arc::clone(&channel), self.job.options.time(Opt::StallTimeout));
         self.channel = channel;
-        if let Some(cleanup) = self.sections.cleanup() {
-            self.job.vmm.with_bql("the sections' cleanup", || {
-                cleanup();
-                Ok(())
-            })?;
-        }
+        self.clean_up();
         self.sections = SectionSaver::new(&self.job.sections, false);
         self.prepare()?;
         self.greet()?;

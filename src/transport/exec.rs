@@ -23,6 +23,8 @@ const SHOWN_MAX: usize = 200;
 const PATIENCE: Duration = Duration::from_millis(500);
 /// How long one that was killed may take to be gone.
 const KILL_WAIT: Duration = Duration::from_secs(5);
+/// Readings that empty a pipe, however fast somebody fills it.
+const LAST_READINGS: usize = 16;
 /// Between two looks at what it did not take yet.
 const NAP: Duration = Duration::from_millis(1);
 /// How long one that closed its end may take to say why, by ending.
@@ -244,7 +246,8 @@ impl Watch {
         let mut next: Option<(Instant, Option<i32>)> = None;
         loop {
             let mut fds = vec![child.as_fd()];
-            if listens {
+            // One that never falls silent would put off what is due.
+            if listens && next.is_none_or(|(at, _)| Instant::now() < at) {
                 fds.push(errors.as_fd());
             }
             match io::wait_any(&fds, self.bell.as_fd(), next.map(|(at, _)| at)) {
@@ -263,7 +266,12 @@ impl Watch {
                 Err(_) => std::thread::sleep(WHY_WAIT),
             }
         }
-        while listens && self.hear(errors) && io::is_readable(errors.as_fd()) {}
+        // What it leaves behind may write on.
+        for _ in 0..LAST_READINGS {
+            if !(listens && self.hear(errors) && io::is_readable(errors.as_fd())) {
+                break;
+            }
+        }
         // What is left of a pipeline ends with it.
         if lock(&self.state).killed {
             child.signal(libc::SIGKILL);
@@ -301,4 +309,38 @@ fn shown(command: &str) -> String {
     let start: String = command.chars().take(SHOWN_MAX).collect();
     let more = if start.len() < command.len() { "..." } else { "" };
     format!("{}{more}", start.escape_debug())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the thread makes of a command whose standard error never falls silent; none: it is still at it.
+    fn loud(command: &str, released: bool) -> Option<Exit> {
+        let spawned = process::spawn_shell(command).unwrap();
+        let noise = std::fs::File::open("/dev/zero").unwrap().into();
+        let watch = Arc::new(Watch {
+            command: shown(command),
+            bell: EventFd::new().unwrap(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        if released {
+            watch.release();
+        }
+        let ours = Arc::clone(&watch);
+        std::thread::spawn(move || ours.work(spawned.child, &noise));
+        watch.await_end(Duration::from_secs(30))
+    }
+
+    #[test]
+    fn noise_keeps_nobody_from_being_killed() {
+        assert_eq!(loud("exec sleep 70", true), Some(Exit::Signal(libc::SIGTERM)));
+        assert_eq!(loud("trap '' TERM; sleep 70; sleep 70", true), Some(Exit::Signal(libc::SIGKILL)));
+    }
+
+    #[test]
+    fn noise_that_a_command_leaves_behind_is_not_heard_to_its_end() {
+        assert_eq!(loud("exit 3", false), Some(Exit::Status(3)));
+    }
 }

@@ -32,7 +32,7 @@ static struct vmm {
     uint8_t gpu[CHUNKS * CHUNK];
     unsigned gpu_left, gpu_got;
     long tid;
-    bool running, amid_guest, inside, hold;
+    bool running, amid_guest, inside, hold, gpu_halted;
     uint64_t written[PAGES / 64];       /* odd pages, since the source was asked */
     unsigned calls, cleanups, setups, starts, stops, syncs, clears, records, halts;
     char throttled[256];                /* what the hook was told, in order */
@@ -167,6 +167,7 @@ static int start(void *opaque)
 {
     (void)opaque;
     MUST(!vmm.running);
+    MUST(!vmm.gpu_halted);              /* its cleanup comes before the guest runs on */
     vmm.running = true;
     return called(0);
 }
@@ -275,11 +276,12 @@ static int gpu_iterate(void *opaque, vmig_writer *out, uint64_t budget)
 static int gpu_complete(void *opaque, vmig_writer *out)
 {
     (void)opaque;
+    vmm.gpu_halted = true;              /* until its cleanup, as a device that somebody else emulates may be */
     while (vmm.gpu_left)
         put_chunk(out);
     return called(0);
 }
-static void gpu_cleanup(void *opaque) { (void)opaque; vmm.cleanups++; called(0); }
+static void gpu_cleanup(void *opaque) { (void)opaque; vmm.cleanups++, vmm.gpu_halted = false; called(0); }
 static int gpu_load_setup(void *opaque) { (void)opaque; vmm.setups++, vmm.gpu_got = 0; return called(0); }
 static int gpu_load(void *opaque, uint32_t part, uint32_t version, vmig_reader *in)
 {
