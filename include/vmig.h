@@ -104,7 +104,8 @@ typedef struct vmig_ops {
     int (*held)(void *vm);
     /* Switch KVM's dirty log of memory slot `slot` on (1) or off (0): KVM_SET_USER_MEMORY_REGION with or without
      * KVM_MEM_LOG_DIRTY_PAGES. Optional: the flags of a slot are the VMM's, and only this hook may change them.
-     * Called on a migration thread, without the big lock. Must not take it: who has it may wait for the log. */
+     * Called without the big lock on a migration thread, or on one that limits a vCPU. Must not take that lock: who has
+     * it may wait for the log. May wait for vCPUs, also for one in vmig_dirty_ring_full(). */
     int (*log_dirty)(void *vm, uint32_t slot, int on);
     /* The guest lives on this host now: tell the network, for example by a gratuitous ARP. Optional. Called on a
      * migration thread, after the guest was started. */
@@ -489,7 +490,8 @@ int vmig_dirty_ring_full(vmig *m,
 /* Limits how fast a vCPU dirties memory, in bytes per second; 0: no longer. `vcpu` -1: all of them. With a migration or
  * without one: writes are logged as long as there is a limit, and the limit stays until it is lifted. vCPUs below their
  * limit are not slowed down; one beyond it stands at its full ring, some milliseconds at a time, and is to be stopped with
- * a kick of its thread as ever. Slots that are added meanwhile are limited when a limit is set again. A migration may limit them further (option `dirty-limit`), for as long as it runs. -EINVAL:
+ * a kick of its thread as ever. Slots that are added meanwhile are limited when a limit is set again. A migration may
+ * limit them further (option `dirty-limit`), for as long as it runs. Hook `log_dirty` is called on this thread. -EINVAL:
  * there are no rings, or no such vCPU; -EBUSY: a migration is just beginning or ending. [free] */
 int vmig_set_vcpu_dirty_limit(vmig *m,
                               int vcpu,

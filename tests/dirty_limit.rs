@@ -1,5 +1,6 @@
 //! Dirty limits on KVM's rings, with two vCPUs: one writes all over memory, the other counts in a page of its own.
 #![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(unsafe_code, reason = "makes and deletes slots")]
 
 mod common;
 #[path = "../src/sys/kvm_guest.rs"]
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{skip, without_kvm};
-use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_EXIT_DIRTY_RING_FULL, kvm_enable_cap};
+use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_EXIT_DIRTY_RING_FULL, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_guest::{CODE, COUNT, DATA, Guest, MEM, Shape, WRITE_PAGES};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use vmig::dirty::choice::Choice;
@@ -80,6 +81,19 @@ fn world() -> Option<World> {
     let hub = Hub::default();
     hub.add_tracker(Arc::<KvmRing>::clone(&ring)).unwrap();
     Some(World { guest, ring, hub, ram, quit: Arc::default(), turns: Arc::default() })
+}
+
+/// The number of each slot beside the guest's own, and where it shows the first pages of RAM again.
+fn extra() -> impl Iterator<Item = (u32, u64)> {
+    (1..=8).map(|number| (number, (64 << 20) + u64::from(number) * (1 << 20)))
+}
+
+/// Makes such a slot; with no bytes: deletes it.
+fn set_slot(guest: &Guest, (slot, guest_phys_addr): (u32, u64), memory_size: u64) -> Result<(), kvm_ioctls::Error> {
+    let userspace_addr = guest.mem as u64;
+    let region = kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
+    // SAFETY: the guest's memory stays mapped as long as the guest is there.
+    unsafe { guest.vm.set_user_memory_region(region) }
 }
 
 /// What a VMM's vCPU thread does.
@@ -213,5 +227,39 @@ fn a_suspended_limit_holds_nobody_up() {
         world.ring.stop();
         assert!(world.ring.is_in_use(), "a reader's end is not the limit's");
         world.ring.set_limit(None, 0).unwrap();
+    });
+}
+
+/// A slot that is taken away while logging is switched stays deleted: setting one makes it.
+#[test]
+fn limits_bring_no_deleted_slot_back() {
+    let Some(world) = world() else { return };
+    let block: Arc<Block> = world.ram.find("ram").unwrap();
+    let quit = Quit(Arc::clone(&world.quit));
+    std::thread::scope(|scope| {
+        let (ring, stop) = (Arc::clone(&world.ring), Arc::clone(&world.quit));
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                ring.set_limit(None, LIMIT).unwrap();
+                ring.set_limit(None, 0).unwrap();
+            }
+        });
+        let _quit = quit;
+        for round in 0..200 {
+            for (number, gpa) in extra() {
+                set_slot(&world.guest, (number, gpa), 4096).unwrap();
+                world.ring.add_slot(number, 0, &block, 0, 4096, gpa).unwrap();
+            }
+            for (number, gpa) in extra() {
+                world.ring.remove_slot(number).unwrap();
+                set_slot(&world.guest, (number, gpa), 0).unwrap();
+            }
+            for (number, gpa) in extra() {
+                // Where one still was, another could not be.
+                let other = (number + 100, gpa);
+                assert!(set_slot(&world.guest, other, 4096).is_ok(), "round {round}: slot {number} is back");
+                set_slot(&world.guest, other, 0).unwrap();
+            }
+        }
     });
 }

@@ -5,6 +5,8 @@
 mod common;
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/qmp.rs"]
+mod qmp;
 
 use common::{c_program, scratch, skip, without_kvm};
 use kvm_bindings::{KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, kvm_userspace_memory_region};
@@ -59,6 +61,27 @@ fn slow(source: &mut Program, address: &str) {
     while source.status_text("state") != "active" {
         if std::time::Instant::now() > end {
             source.fail("the migration does not get going");
+        }
+    }
+}
+
+/// Waits until the hook was called so often.
+fn switched(source: &mut Program, times: u64) {
+    let end = std::time::Instant::now() + program::MOVE;
+    while source.command("switched") != format!("switched {times}") {
+        if std::time::Instant::now() > end {
+            source.fail(&format!("the hook was not called {times} times"));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// Waits until the vCPU stands at its ring because of its limit.
+fn is_held_up(source: &mut Program) {
+    let end = std::time::Instant::now() + program::MOVE;
+    while source.command("dirt").ends_with("throttle=0") {
+        if std::time::Instant::now() > end {
+            source.fail("no limit holds the vCPU up");
         }
     }
 }
@@ -164,6 +187,47 @@ fn memory_is_whole_by_rings_and_by_write_protection() {
         if args.first() == Some(&"ring=256") {
             assert_ne!(source.command("full"), "full 0", "a ring of 256 entries fills up");
         }
+        source.quit();
+    }
+}
+
+/// A hook that switches logging off may ask what vCPUs do, and wait for one that stands at its ring: when a limit is lifted,
+/// by the VMM or a client, and when a migration ends; with one thread it is called on that.
+#[test]
+fn a_hook_may_ask_about_vcpus_and_wait_for_them() {
+    if without_kvm() {
+        return;
+    }
+    if Kvm::new().unwrap().check_extension_int(kvm_ioctls::Cap::DirtyLogRing) <= 0 {
+        let _ = skip("kvm", "this KVM has no dirty rings");
+        return;
+    }
+    for args in [&["ring=256", "hook"][..], &["ring=256", "hook", "manual"]] {
+        let dir = scratch("asks");
+        let mut source = start(&dir, "source", args);
+        source.must("limit -1048576");
+        is_held_up(&mut source);
+        source.must("limit -0");
+        switched(&mut source, 2 * 6);
+        runs(&mut source);
+
+        let socket = dir.join("qmp");
+        source.must(&format!("listen unix:{}", socket.display()));
+        let mut client = qmp::Client::ready(&socket);
+        client.try_run("set-vcpu-dirty-limit", serde_json::json!({"dirty-rate": 1})).unwrap();
+        is_held_up(&mut source);
+        client.run("cancel-vcpu-dirty-limit");
+        switched(&mut source, 4 * 6);
+        runs(&mut source);
+
+        let (destination, address) = waiting(&dir);
+        slow(&mut source, &address);
+        runs(&mut source);
+        source.must("cancel");
+        source.must_end_in("cancelled");
+        switched(&mut source, 6 * 6);
+        runs(&mut source);
+        destination.quit();
         source.quit();
     }
 }

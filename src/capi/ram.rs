@@ -247,7 +247,8 @@ pub unsafe extern "C" fn vmig_dirty_ring_full(m: *mut vmig, vcpu: c_uint) -> c_i
 /// Limits how fast a vCPU dirties memory, in bytes per second; 0: no longer. `vcpu` -1: all of them. With a migration or
 /// without one: writes are logged as long as there is a limit, and the limit stays until it is lifted. vCPUs below their
 /// limit are not slowed down; one beyond it stands at its full ring, some milliseconds at a time, and is to be stopped with
-/// a kick of its thread as ever. Slots that are added meanwhile are limited when a limit is set again. A migration may limit them further (option `dirty-limit`), for as long as it runs. -EINVAL:
+/// a kick of its thread as ever. Slots that are added meanwhile are limited when a limit is set again. A migration may
+/// limit them further (option `dirty-limit`), for as long as it runs. Hook `log_dirty` is called on this thread. -EINVAL:
 /// there are no rings, or no such vCPU; -EBUSY: a migration is just beginning or ending. \[free\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_set_vcpu_dirty_limit(m: *mut vmig, vcpu: c_int, bytes_per_second: u64) -> c_int {
@@ -258,7 +259,7 @@ pub unsafe extern "C" fn vmig_set_vcpu_dirty_limit(m: *mut vmig, vcpu: c_int, by
             return Err(Error::invalid(format!("there is no vCPU {vcpu}; -1 stands for all of them")));
         }
         // SAFETY: the C contract of handles.
-        unsafe { guest(m) }?.ring()?.set_limit(one, bytes_per_second)?;
+        unsafe { guest(m) }?.limit_vcpu(one, bytes_per_second)?;
         Ok(0)
     })
 }

@@ -14,7 +14,8 @@
 
 use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use super::kvm_slots::{KvmTracker, Placed, Slots, Switch};
@@ -25,9 +26,9 @@ use crate::pacing::dirty_limit::Meter;
 use crate::ram::{Block, RamList};
 use crate::sys::eventfd::Wake;
 use crate::sys::io;
-use crate::sys::kvm::{DirtyLog, Slot, Vm};
+use crate::sys::kvm::{DirtyLog, Vm};
 use crate::sys::kvm_ring::Ring;
-use crate::thread::{Handle, Threads, lock};
+use crate::thread::{Handle, Threads, current_token, lock};
 use limit::{PERIOD, now};
 
 mod limit;
@@ -85,8 +86,12 @@ struct Rings {
     trouble: Option<Error>,
 }
 
-/// What the harvester and the tracker share. Lock order: users, rings, slots.
+/// What the harvester and the tracker share. Lock order: users, switching, rings, slots.
 struct Shared {
+    /// Held while a slot's log is switched, and to take a slot away: KVM would make one anew that was deleted meanwhile.
+    switching: Mutex<()>,
+    /// The thread that is in the hook for that; 0: none.
+    switcher: AtomicUsize,
     rings: Mutex<Rings>,
     slots: Slots<Noted>,
     /// A limit was lifted: who stands at a ring looks again.
@@ -132,6 +137,8 @@ impl KvmRing {
         let rings = Rings { vcpus, suspended: false, period: PERIOD, period_began: Duration::ZERO, trouble: None };
         Self {
             shared: Arc::new(Shared {
+                switching: Mutex::default(),
+                switcher: AtomicUsize::new(0),
                 rings: Mutex::new(rings),
                 slots: Slots::new(vm, switch),
                 lifted: Condvar::new(),
@@ -173,9 +180,9 @@ impl KvmRing {
             return;
         }
         self.end_harvester();
+        self.shared.switch_off(|_| true);
         let mut rings = lock(&self.shared.rings);
         let mut slots = self.shared.slots.lock();
-        self.shared.switch_off(slots.iter_mut());
         // A vCPU that stands at a full ring must go on.
         let _ = self.shared.harvest(&mut rings, &mut slots);
         rings.vcpus.iter_mut().for_each(|vcpu| vcpu.meter.restart(now()));
@@ -266,46 +273,50 @@ impl Shared {
         Ok(())
     }
 
-    /// Switches logging of the slots in `list` on, or of all. Neither rings nor slots are locked while the hook is called: a
-    /// VMM with one thread may stand at a full ring before it comes to the hook.
+    /// Switches logging of the slots in `list` on, or of all.
     fn switch_on(&self, list: Option<&RamList>) -> Result<()> {
-        let is_in = |block| list.is_none_or(|list| list.iter().any(|other| Arc::ptr_eq(block, other)));
-        let wanted: Vec<Slot> = {
-            let slots = self.slots.lock();
-            let wanted = slots.iter().filter(|noted| !noted.on && is_in(&noted.placed.block));
-            wanted.map(|noted| noted.placed.slot).collect()
-        };
-        self.switch_on_slots(&wanted).inspect_err(|_| {
-            let ours = |noted: &&mut Noted| wanted.iter().any(|slot| slot.slot == noted.placed.slot.slot);
-            self.switch_off(self.slots.lock().iter_mut().filter(ours));
-        })
+        let is_in = |noted: &Noted| list.is_none_or(|list| list.iter().any(|b| Arc::ptr_eq(&noted.placed.block, b)));
+        let wanted = self.numbers(|noted| !noted.on && is_in(noted));
+        let switched = wanted.iter().try_for_each(|number| self.switch(*number, true));
+        switched.inspect_err(|_| self.switch_off(|noted| wanted.contains(&noted.placed.slot.slot)))
     }
 
-    fn switch_on_slots(&self, wanted: &[Slot]) -> Result<()> {
-        for slot in wanted {
-            self.with_slot(slot, |noted| {
-                noted.on = true;
-                Ok(())
-            })?;
-            let done = self.slots.set_logging(slot, true);
-            self.with_slot(slot, |noted| {
-                done.and_then(|()| noted.look_beside(&self.slots.vm)).map_err(|e| noted.placed.named(e))
-            })?;
-        }
-        Ok(())
-    }
-
-    fn with_slot(&self, slot: &Slot, f: impl FnOnce(&mut Noted) -> Result<()>) -> Result<()> {
-        // None can go away while a migration runs.
-        self.slots.lock().iter_mut().find(|noted| noted.placed.slot.slot == slot.slot).map_or(Ok(()), f)
-    }
-
-    fn switch_off<'a>(&self, slots: impl Iterator<Item = &'a mut Noted>) {
-        for noted in slots.filter(|noted| noted.on) {
-            noted.on = false;
+    /// Switches logging of these slots off, where it is on.
+    fn switch_off(&self, ours: impl Fn(&Noted) -> bool) {
+        for number in self.numbers(|noted| noted.on && ours(noted)) {
             // Whatever fails here, the guest runs on.
-            let _ = self.slots.set_logging(&noted.placed.slot, false);
+            let _ = self.switch(number, false);
         }
+    }
+
+    fn numbers(&self, which: impl Fn(&Noted) -> bool) -> Vec<u32> {
+        self.slots.lock().iter().filter(|noted| which(noted)).map(|noted| noted.placed.slot.slot).collect()
+    }
+
+    /// Switches a slot's logging, unless it was taken away or stands so already. Neither rings nor slots are locked while the
+    /// hook is called: it may ask what vCPUs do, or wait for one that stands at a full ring.
+    fn switch(&self, number: u32, on: bool) -> Result<()> {
+        let _stays = lock(&self.switching);
+        let is_it = |noted: &&mut Noted| noted.placed.slot.slot == number;
+        let mut slots = self.slots.lock();
+        let Some(noted) = slots.iter_mut().find(is_it).filter(|noted| noted.on != on) else { return Ok(()) };
+        noted.on = on;
+        let slot = noted.placed.slot;
+        drop(slots);
+        self.switcher.store(current_token(), Ordering::Relaxed);
+        let done = self.slots.set_logging(&slot, on);
+        self.switcher.store(0, Ordering::Relaxed);
+        match self.slots.lock().iter_mut().find(is_it) {
+            Some(noted) if on => {
+                done.and_then(|()| noted.look_beside(&self.slots.vm)).map_err(|e| noted.placed.named(e))
+            }
+            _ => done,
+        }
+    }
+
+    /// Keeps slots from being switched, so that one can go away; the hook itself need not wait for its own end.
+    fn unswitched(&self) -> Option<MutexGuard<'_, ()>> {
+        (self.switcher.load(Ordering::Relaxed) != current_token()).then(|| lock(&self.switching))
     }
 }
 
@@ -333,10 +344,12 @@ impl KvmTracker for KvmRing {
     }
 
     fn remove_slot(&self, number: u32) -> Result<()> {
+        let _unswitched = self.shared.unswitched();
         self.shared.slots.remove(number)
     }
 
     fn remove_block(&self, block: &Arc<Block>) {
+        let _unswitched = self.shared.unswitched();
         self.shared.slots.remove_block(block);
     }
 }

@@ -41,6 +41,23 @@ impl Machine {
         self.ring.get().map_or_else(Vec::new, |ring| ring.dirt())
     }
 
+    /// Limits how fast a vCPU dirties memory, or all; 0: no longer. With one thread it is for that thread, outside of
+    /// callbacks: whoever switches the log waits for its hook. \[free\]
+    pub fn limit_vcpu(&self, vcpu: Option<usize>, limit: u64) -> Result<()> {
+        // A log that is still to be switched off is switched off before it is switched on.
+        self.catch_up("limit a vCPU")?;
+        self.ring()?.set_limit(vcpu, limit)
+    }
+
+    /// The same for a client of QMP: it is done where the VMM may be called back.
+    pub fn limit_vcpu_there(&self, vcpu: Option<usize>, limit: u64) -> Result<()> {
+        let home = self.vmm.dispatch().home();
+        if !home.is_manual() || home.is_here() {
+            return self.limit_vcpu(vcpu, limit);
+        }
+        self.vmm.dispatch().run("the limit of a vCPU", || self.ring()?.set_limit(vcpu, limit))
+    }
+
     /// What the options that slow a guest down need, and cannot go with.
     pub fn check_slowing_down(&self, options: &Options) -> Result<()> {
         let [converge, limit, ladder] = [Opt::AutoConverge, Opt::DirtyLimit, Opt::Ladder].map(|o| options.on(o));

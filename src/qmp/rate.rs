@@ -142,8 +142,9 @@ fn vcpu(call: &Call<'_>) -> Result<Option<usize>, Refusal> {
 }
 
 fn limit(call: &Call<'_>, rate: u64) -> Outcome {
-    let ring = call.face.machine.ring().map_err(|_| Refusal::new(NO_RING))?;
-    ring.set_limit(vcpu(call)?, rate.saturating_mul(MB))?;
+    let machine = &call.face.machine;
+    machine.ring().map_err(|_| Refusal::new(NO_RING))?;
+    machine.limit_vcpu_there(vcpu(call)?, rate.saturating_mul(MB))?;
     done()
 }
 

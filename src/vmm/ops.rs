@@ -40,7 +40,8 @@ pub struct vmig_ops {
     pub held: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
     /// Switch KVM's dirty log of memory slot `slot` on (1) or off (0): KVM_SET_USER_MEMORY_REGION with or without
     /// KVM_MEM_LOG_DIRTY_PAGES. Optional: the flags of a slot are the VMM's, and only this hook may change them.
-    /// Called on a migration thread, without the big lock. Must not take it: who has it may wait for the log.
+    /// Called without the big lock on a migration thread, or on one that limits a vCPU. Must not take that lock: who has
+    /// it may wait for the log. May wait for vCPUs, also for one in vmig_dirty_ring_full().
     pub log_dirty: Option<unsafe extern "C" fn(vm: *mut c_void, slot: u32, on: c_int) -> c_int>,
     /// The guest lives on this host now: tell the network, for example by a gratuitous ARP. Optional. Called on a
     /// migration thread, after the guest was started.

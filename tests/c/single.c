@@ -130,6 +130,7 @@ static void refused_inside(void)
     MUST(vmig_stop(vmm.m) == -EDEADLK && vmig_start(vmm.m) == -EDEADLK && vmig_resolve(vmm.m, 1) == -EDEADLK);
     MUST(vmig_outgoing(vmm.m, "tcp:127.0.0.1:1") == -EDEADLK && vmig_incoming(vmm.m, "tcp:127.0.0.1:0") == -EDEADLK);
     MUST(vmig_bql_wait(vmm.m, 0) == -EDEADLK && vmig_set(vmm.m, "dispatch", "auto") < 0);
+    MUST(vmig_set_vcpu_dirty_limit(vmm.m, -1, 0) == -EDEADLK);
     vmig_free(vmm.m);                   /* does nothing */
     MUST(vmig_bql_held(vmm.m) == 1 && !vmig_qmp(vmm.m, "{\"execute\": \"query-status\"}"));
 }
@@ -416,7 +417,7 @@ static void *stranger(void *opaque)
     MUST(vmig_bql_lock(m) == -EPERM && vmig_bql_unlock(m) == -EPERM && vmig_bql_wait(m, 0) == -EPERM);
     MUST(vmig_add_ram(m, &ram) == -EPERM && vmig_add_device(m, &rtc, 0, &vmm.rtc) == -EPERM);
     MUST(vmig_remove_device(m, &vmm.rtc) == -EPERM && vmig_on_run(m, 0, on_run, NULL, NULL) == -EPERM);
-    MUST(vmig_set(m, "dispatch", "auto") == -EPERM);
+    MUST(vmig_set(m, "dispatch", "auto") == -EPERM && vmig_set_vcpu_dirty_limit(m, -1, 0) == -EPERM);
     vmig_free(m);                       /* does nothing */
     MUST(vmig_bql_held(m) == 0 && vmig_get_status(m, &s) == 0 && vmig_get_stop_reasons(m) >= 0);
     MUST(vmig_cancel(m) == 0 && vmig_bql_wake(m) == 0 && vmig_dispatch_fd(m) >= 0 && vmig_clock_ns(m) != 1);

@@ -35,7 +35,7 @@ struct machine {
     struct kvm_run *run;
     struct block block[BLOCKS];
     struct slot slot[SLOTS];
-    pthread_t thread;
+    pthread_t thread, home;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     bool go, parked, quit, hook, manual;
@@ -328,11 +328,28 @@ static int start(void *opaque)
     return 0;
 }
 
+/* What a VMM may do that sets a slot while no vCPU runs. */
+static void ask_and_wait(struct machine *vm)
+{
+    vmig_vcpu_dirt dirt = VMIG_SIZED(vmig_vcpu_dirt);
+    bool ran = vm->go;
+
+    if (ran)
+        pause_vcpu(vm);
+    need(vmig_get_vcpu_dirt(vm->m, 0, &dirt), "vmig_get_vcpu_dirt");
+    if (ran)
+        resume_vcpu(vm);
+}
+
 static int log_dirty(void *opaque, uint32_t slot, int on)
 {
     struct machine *vm = opaque;
 
     vm->switched++;
+    if (vm->manual && !pthread_equal(pthread_self(), vm->home))
+        _exit(3);
+    if (!on && vm->ring)
+        ask_and_wait(vm);
     return slot < SLOTS ? set_slot(vm, slot, vm->slot[slot].pages, on ? KVM_MEM_LOG_DIRTY_PAGES : 0) : -EINVAL;
 }
 
@@ -459,6 +476,8 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         vmig_vcpu_dirt dirt = VMIG_SIZED(vmig_vcpu_dirt);
         need(vmig_get_vcpu_dirt(vm->m, 0, &dirt), "vmig_get_vcpu_dirt");
         printf("dirt limit=%" PRIu64 " rate=%" PRIu64 " throttle=%" PRIu64 "\n", dirt.limit, dirt.rate, dirt.throttle);
+    } else if (strcmp(verb, "listen") == 0 && rest) {
+        answer(verb, vmig_qmp_listen(vm->m, rest));
     } else if (strcmp(verb, "tracker") == 0) {
         answer_text(vmig_get(vm->m, "dirty-tracker-in-use"));
     } else if (strcmp(verb, "logging") == 0) {
@@ -528,6 +547,7 @@ int main(int argc, char **argv)
             return 2;
     setvbuf(stdout, NULL, _IOLBF, 0);
     sigaction(SIGUSR1, &kick, NULL);
+    vm.home = pthread_self();
     make_vm(&vm);
     make_ram(&vm);
     if (!arrives)
