@@ -24,12 +24,12 @@ const FLAG_SYNC: u32 = 1;
 const FLAG_ZERO_RUNS: u32 = 0x100;
 /// Runs of zero pages in one packet.
 pub const ZERO_RUNS_MAX: usize = PAGES_MAX / 2;
-/// CRC32C of the first 60 bytes of an init packet, and in a header of the header and of the pages, between two vmigs that
-/// agreed on it; zero elsewhere.
 /// Between two vmigs that agreed on resuming: the migration's 16 bytes and the be32 attempt; zero elsewhere.
 const INIT_TAG_AT: usize = 32;
 /// Bytes of a [`Tag`].
 pub const TAG_BYTES: usize = 20;
+/// CRC32C of the first 60 bytes of an init packet, and in a header of the header and of the pages, between two vmigs that
+/// agreed on it; zero elsewhere.
 const INIT_SUM_AT: usize = 60;
 const HEADER_SUM_AT: usize = 40;
 const PAGES_SUM_AT: usize = 44;

@@ -1,4 +1,4 @@
-/* A guest whose hooks are told epochs, and fail or wait as they are told; for tests/switchover.rs.
+/* A guest whose hooks are told epochs, and fail or wait as they are told; for switchover_words.rs, resume.rs, mismatch.rs.
  *
  *   switchover FILL [PAGES]         FILL 0: a destination; PAGES of high memory, if not a few
  *
