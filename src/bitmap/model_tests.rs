@@ -1,4 +1,5 @@
-//! Every interleaving of setters and a taker, tried by loom (up to a few preemptions) on the same source file with loom's atomics.
+//! Every interleaving of setters and a taker, tried by loom (up to a few preemptions) on the same source file with loom's
+//! atomics.
 
 use loom::sync::Arc;
 use loom::thread;

@@ -59,7 +59,8 @@ unsafe impl SizedStruct for vmig_check_report {
 /// vmig_start() or is stopped: vCPUs that run cannot be looked at.
 ///
 /// -EBUSY: a migration runs here, another guest is arriving there, or something blocks migration; -ENOTSUP: nobody can be
-/// asked at such an address (fd:, file:, exec:, or with peer=qemu); -EPERM: the guest is not here; also errors of connecting. \[free\]
+/// asked at such an address (fd:, file:, exec:, or with peer=qemu); -EPERM: the guest is not here; also errors of
+/// connecting. \[free\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_check(
     m: *mut vmig,

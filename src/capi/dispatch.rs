@@ -1,12 +1,17 @@
 //! A VMM with one thread and a poll loop, an interpreter for example, sets option `dispatch` to `manual` before it
 //! registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, dirty sources,
-//! commands of QMP, log) wait in a queue until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
-//! another thread. The big lock does nothing then: that thread always has it, and need not take it.
+//! commands of QMP, log) wait in a queue until the thread that made the handle calls vmig_dispatch(), and run there;
+//! nothing of the VMM is touched by another thread, but for guest RAM, and for connections of its own: the callbacks of
+//! vmig_channel_ops run on threads of the library as ever, several at a time, while the loop is busy, because pages go
+//! through them. They must not touch what the one thread works with. The big lock does nothing then: that thread always
+//! has it, and need not take it.
 //!
-//! Functions not marked \[cb\] are for that thread only (-EPERM elsewhere). Those marked \[free\] run what waits in the queue
-//! themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK.
-//! Those that remove something run first what waits in the queue; from inside a callback they are -EBUSY then. While the
-//! guest runs each callback costs a turn of the loop. From the stop hook to the last device's state all is one callback.
+//! Functions of the guest that are marked \[bql\] or \[free\], and vmig_outgoing(), are for that thread only (-EPERM
+//! elsewhere); those of a gate are for vCPU threads as ever. Those marked \[free\] run what waits in the queue
+//! themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK, and so is
+//! vmig_outgoing(). Those that remove something run first what waits in the queue; from inside a callback they are
+//! -EBUSY then. While the guest runs each callback costs a turn of the loop. From the stop hook to the last device's
+//! state all is one callback.
 
 use std::ffi::c_int;
 

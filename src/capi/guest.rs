@@ -43,9 +43,9 @@ pub unsafe extern "C" fn vmig_new(ops: *const vmig_ops, vm: *mut c_void, out: *m
 /// `destroy` is called, that of vmig_ops last) and frees the guest. NULL is fine. \[free\]
 ///
 /// A migration whose guest was handed over already is not ended but waited for, at most for `switchover-timeout` (towards a
-/// QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits,
-/// without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
-/// the big lock held, or from a command of QMP, it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started.
+/// QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits, without a limit, for a
+/// vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With the big lock held, or from
+/// a command of QMP, it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_free(m: *mut vmig) {
     if m.is_null() {

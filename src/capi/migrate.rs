@@ -435,10 +435,10 @@ pub extern "C" fn vmig_state_name(state: u32) -> *const c_char {
     name.as_ptr()
 }
 
-/// Why the present (or last) migration failed, on whichever side, as JSON with the keys text, errno and, as far as
-/// known, side (where it failed), phase, section, field, expected, got, option (whose time ran out, where errno is
-/// ETIMEDOUT), byte (of the stream); `message` is all of it as one sentence. With `compares` true it is a difference
-/// between the two sides: expected is what the source has, got what the destination has. NULL if there is no error. Free it with
+/// Why the present (or last) migration failed, on whichever side, as JSON with the keys text, errno and, as far as known,
+/// side (where it failed), phase, section, field, expected, got, option (whose time ran out, where errno is ETIMEDOUT),
+/// byte (of the stream); `message` is all of it as one sentence. With `compares` true it is a difference between the two
+/// sides: expected is what the source has, got what the destination has. NULL if there is no error. Free it with
 /// vmig_string_free(). \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get_error(m: *mut vmig) -> *mut c_char {
@@ -493,7 +493,8 @@ pub unsafe extern "C" fn vmig_set(m: *mut vmig, option: *const c_char, value: *c
 }
 
 /// The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens, and of
-/// "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free(). \[any\]\[cb\]
+/// "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free().
+/// \[any\]\[cb\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_get(m: *mut vmig, option: *const c_char) -> *mut c_char {
     enter_text("vmig_get", || {

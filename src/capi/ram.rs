@@ -152,11 +152,11 @@ pub unsafe extern "C" fn vmig_remove_dirty_source(m: *mut vmig, opaque: *mut c_v
     })
 }
 
-/// Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
-/// the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
-/// sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are
-/// then used instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time; -ENOSYS on architectures
-/// that are not supported yet. \[bql\]
+/// Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and the
+/// dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both sides.
+/// Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are then used
+/// instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time;
+/// -ENOSYS on architectures that are not supported yet. \[bql\]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmig_use_kvm(m: *mut vmig, vm_fd: c_int, vcpu_fds: *const c_int, vcpus: usize) -> c_int {
     /// More vCPUs than any kernel has.

@@ -92,10 +92,10 @@ pub struct vmig_field {
 /// The state of a kind of device: one table saves, loads, describes and compares.
 ///
 /// Everything here is copied when the device is added (strings, fields, nested tables, parts); the callbacks must stay
-/// callable until the device is removed. Callbacks run on a thread of the library, big lock held. They get the pointer given to vmig_add_device, or in a nested table a pointer to
-/// the element. They return 0, or a negative errno, which fails the migration with an error that names device and
-/// callback; the guest goes on at the source. They must not wait, throw or longjmp, nor call vmig functions other than
-/// those marked `[cb]`.
+/// callable until the device is removed. Callbacks run on a thread of the library, big lock held. They get the pointer
+/// given to vmig_add_device, or in a nested table a pointer to the element. They return 0, or a negative errno, which fails
+/// the migration with an error that names device and callback; the guest goes on at the source. They must not wait, throw
+/// or longjmp, nor call vmig functions other than those marked `[cb]`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct vmig_device {

@@ -17,14 +17,16 @@ pub const VMIG_SHUT_BOTH: c_int = 2;
 
 /// Callbacks of a kind of connection: reliable, in order, both ways, with an end in each direction, as TCP is.
 ///
-/// They are called on threads of the library, without the big lock, and must not throw or longjmp. A `timeout_ms` is
-/// how long a call may wait; 0 is not at all; the library never asks for more than 50, and looks at cancels and
-/// limits (options `connect-timeout`, `stall-timeout`) between two calls: so no callback needs to know of these. What
-/// does not happen in time is -EAGAIN (or -EINTR), after which the call is repeated; any other negative errno ends the
-/// connection and is part of the migration's error.
+/// They are called on threads of the library, with option `dispatch=manual`, too, and without the big lock; `listen`, and
+/// what vmig_check() needs, on the thread that called. They must not throw or longjmp. A `timeout_ms` is how long a call may
+/// wait; 0 is not at all; the library never asks for more than 50, and looks at cancels and limits (options
+/// `connect-timeout`, `stall-timeout`) between two calls: so no callback needs to know of these. What does not happen in
+/// time is -EAGAIN (or -EINTR), after which the call is repeated; any other negative errno ends the connection and is part
+/// of the migration's error.
 ///
-/// They may call the vmig functions marked `[cb]`. On one connection at most one `read` and one `write` run at a time, on two threads; `shutdown` may come on a third
-/// while they run. `close` comes last, once, when no other call runs. The struct is copied when the channel is added.
+/// They may call the vmig functions marked `[cb]`. On one connection at most one `read` and one `write` run at a time, on
+/// two threads; `shutdown` may come on a third while they run. `close` comes last, once, when no other call runs. The
+/// struct is copied when the channel is added.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct vmig_channel_ops {

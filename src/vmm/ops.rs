@@ -23,12 +23,13 @@ pub struct vmig_ops {
     /// sizeof(vmig_ops) of the caller. 0 or less than the first two hooks is -EINVAL; more than the library knows is
     /// -E2BIG unless the rest is zero.
     pub size: usize,
-    /// Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
-    /// guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a migration
-    /// thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or vmig_start()
-    /// (-EDEADLK), nor wait for a thread that does.
+    /// Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled.
+    /// On failure the guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a
+    /// migration thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or
+    /// vmig_start() (-EDEADLK), nor wait for a thread that does.
     pub stop: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
-    /// Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`.
+    /// Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and
+    /// rules as for `stop`.
     pub start: Option<unsafe extern "C" fn(vm: *mut c_void) -> c_int>,
     /// The VMM's own big lock; give `lock` and `unlock` or neither, then the library brings one. Wait until this
     /// thread has it. Any thread. Must not call the library.
