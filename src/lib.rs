@@ -2,6 +2,7 @@
 //!
 //! C programs read `include/vmig.h`; this is the map of the inside. The modules below stand in floor order: a module
 //! uses only those listed before it, and the two halves never use each other (tests/floors.rs keeps it so).
+//! docs/design.md says why things are as they are.
 //!
 //! # Where does a line go?
 //!
@@ -17,6 +18,37 @@
 //! | calls a C function pointer | [`vmm`] for hooks, run-state handlers and connections, [`section`] for devices |
 //! | takes a C pointer | [`capi`] |
 //! | speaks QMP | [`qmp`] |
+//! | tells others what happens | [`status`] for states and events, [`trace`], [`metrics`]; log lines: [`vmm`] |
+//! | is the tool's | `src/bin/vmig`; the man pages': `man` |
+//!
+//! # What is where?
+//!
+//! | module | what |
+//! |---|---|
+//! | [`error`] | one error type: errno for C, a sentence for people, the place it belongs to for programs |
+//! | [`sys`] | every system call, a file for each kernel interface, safe outside |
+//! | [`thread`] | named threads, fenced against panics, listed and joined; the one thread of a VMM that has no other |
+//! | [`bql`] | the big lock: the library's own or the VMM's |
+//! | [`bitmap`] | a bit for each page, set by many and taken by one |
+//! | [`zero`] | finds pages of zeros |
+//! | [`options`] | the one table of options, for the C API, QMP and their page |
+//! | [`pacing`] | when and how fast: bandwidth, convergence, downtime, throttle, dirty limits, ladder, forecast |
+//! | [`status`] | state, numbers, first error and news of a migration; who is told of them |
+//! | [`trace`] | what happens, as lines of a file |
+//! | [`metrics`] | numbers for Prometheus |
+//! | [`ram`] | blocks and addresses; which pages exist, fresh and populated memory, files that are handed over, hashes |
+//! | [`wire`] | bytes to values and back: QEMU's stream, and what two vmigs add |
+//! | [`switchover`] | who may run the guest: the protocol as one pure function |
+//! | [`transport`] | a connection, and its kinds: sockets, commands, files, descriptors, the VMM's own |
+//! | [`dirty`] | trackers of writes, the hub that asks them, what was sent and may not be there; the dirty rate |
+//! | [`section`] | devices by tables, sections by callbacks, and the trial of both |
+//! | [`kvm`] | vCPUs, interrupt controllers and clock as sections; comparing CPUs |
+//! | [`vmm`] | the VMM as we see it: hooks, run state, vCPU gate, connections, its thread's queue of callbacks, log |
+//! | [`outgoing`] | the source half |
+//! | [`incoming`] | the destination half |
+//! | [`machine`] | one guest: registering, starting, steering and watching; the safe face of the library |
+//! | [`qmp`] | QMP: the same operations for the tools that drive QEMU |
+//! | [`capi`] | what C calls; a file for each chapter of the header |
 //!
 //! # Words
 //!
