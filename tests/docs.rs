@@ -156,3 +156,67 @@ fn documents_lead_to_what_is_there() {
     }
     assert!(links > 20, "only {links} links");
 }
+
+/// The files of a folder that end so, by their names.
+fn names(folder: &str, end: &str) -> Vec<String> {
+    let entries = fs::read_dir(common::root().join(folder)).unwrap().map(|e| e.unwrap().file_name());
+    entries.filter_map(|name| name.into_string().ok()).filter(|name| name.ends_with(end)).collect()
+}
+
+#[test]
+fn the_page_of_qmp_has_each_command_once() {
+    let page = page("qmp.md");
+    let told: Vec<&str> = rows(page.split("## Commands\n").nth(1).unwrap().split("### ").next().unwrap());
+    for command in &vmig::qmp::table::COMMANDS {
+        let times = told.iter().filter(|name| **name == command.name).count();
+        assert_eq!(times, 1, "qmp.md has {times} rows for '{}'", command.name);
+    }
+    assert_eq!(told.len(), vmig::qmp::table::COMMANDS.len(), "{told:?}");
+}
+
+#[test]
+fn each_test_crate_and_module_has_its_line() {
+    let (testing, dependencies) = (page("testing.md"), page("dependencies.md"));
+    let told = rows(&testing);
+    for name in names("tests", ".rs") {
+        assert!(told.contains(&format!("tests/{name}").as_str()), "testing.md has no row for tests/{name}");
+    }
+    for name in names("tests/c", ".c") {
+        assert!(told.contains(&name.as_str()), "testing.md has no row for tests/c/{name}");
+    }
+    let cargo = fs::read_to_string(common::root().join("Cargo.toml")).unwrap();
+    let sections = cargo.split("\n[").filter(|section| section.split(']').next().unwrap().ends_with("dependencies"));
+    let crates: Vec<&str> = sections.flat_map(str::lines).filter_map(|line| Some(line.split_once(" = ")?.0)).collect();
+    let explained = rows(&dependencies);
+    assert!(crates.len() > 10, "{crates:?}");
+    for name in &crates {
+        assert!(explained.contains(name), "dependencies.md has no row for '{name}'");
+    }
+    for name in &explained {
+        assert!(crates.contains(name), "dependencies.md has a row for '{name}', which Cargo.toml has not");
+    }
+    let map = fs::read_to_string(common::root().join("src/lib.rs")).unwrap();
+    let modules: Vec<&str> = map.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
+    let rows = map.lines().filter_map(|line| line.strip_prefix("//! | [`")?.split_once("`] | ")).map(|row| row.0);
+    assert_eq!(rows.collect::<Vec<_>>(), modules, "src/lib.rs: a row for each module, in floor order");
+}
+
+#[test]
+fn the_page_of_threads_has_each_name() {
+    let design = page("design.md");
+    let told = rows(design.split("## Threads\n").nth(1).unwrap());
+    let mut started = 0;
+    for path in common::source::files(&common::root().join("src")) {
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        let code = text.split("\nmod tests").next().unwrap().split("#[cfg(test)]").next().unwrap();
+        for rest in ["threads.spawn(", "threads.spawn_with("].iter().flat_map(|call| code.split(call).skip(1)) {
+            let start = rest.trim_start().trim_start_matches("&format!(");
+            let Some(name) = start.strip_prefix('"').and_then(|rest| rest.split('"').next()) else { continue };
+            let name = name.split('{').next().unwrap();
+            started += 1;
+            let known = told.iter().any(|row| *row == name || row.strip_suffix('N') == Some(name));
+            assert!(known, "{}: design.md has no row for the thread '{name}'", path.display());
+        }
+    }
+    assert!(started > 10, "only {started} threads found");
+}
