@@ -365,14 +365,17 @@ pub static TABLE: [Row; Opt::Defaults as usize + 1] = [
         true,
         "Milliseconds a callback waits for vmig_dispatch(); after them the migration fails, and the guest goes on.",
     ),
-    row(
-        "auto-converge",
-        Type::Bool,
-        0,
-        BOOL,
-        false,
-        "Slow the guest's vCPUs down, in steps, while it dirties more than is sent; needs the hook throttle or a gate.",
-    ),
+    Row {
+        capability: true,
+        ..row(
+            "auto-converge",
+            Type::Bool,
+            0,
+            BOOL,
+            false,
+            "Slow the guest's vCPUs down, in steps, while it dirties more than is sent; needs the hook throttle or a gate.",
+        )
+    },
     row(
         "throttle-trigger-threshold",
         Type::Number,

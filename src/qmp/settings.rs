@@ -204,6 +204,7 @@ mod tests {
     fn what_is_absent_is_not_in_the_table() {
         let there = |name: &str| TABLE.iter().any(|row| row.name == name);
         assert!(!ABSENT_CAPABILITIES.iter().any(|name| there(name)));
+        assert_eq!(rows(true).count() + ABSENT_CAPABILITIES.len(), 22, "each capability of QEMU 10.0 is known");
         assert!(!absent_parameters().iter().any(|(name, ..)| there(name)));
         let said = |arguments: Value| takes_parameters().check_arguments(arguments.as_object().unwrap());
         for (name, _, first) in absent_parameters() {
