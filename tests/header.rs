@@ -281,6 +281,21 @@ fn programs_that_use_it_compile_everywhere() {
 }
 
 #[test]
+fn field_macros_make_what_they_say_and_refuse_the_rest() {
+    for kind in compilers() {
+        let dir = scratch(&format!("macros-{}{}", kind.0, kind.1));
+        run(&mut compile(kind, &dir, &[&source("macros.c"), "-o", "macros"]));
+        let told = words(&run(&mut Command::new(dir.join("macros"))));
+        let most = told.lines().find_map(|line| line.strip_prefix("WRONG_MAX ")?.parse::<usize>().ok()).unwrap();
+        assert!(most > 0, "{told}");
+        for wrong in 1..=most {
+            let out = try_run(&mut compile(kind, &dir, &[&format!("-DWRONG={wrong}"), "-fsyntax-only", &source("macros.c")]));
+            assert!(!out.status.success(), "{kind:?}: WRONG={wrong} of macros.c compiles");
+        }
+    }
+}
+
+#[test]
 fn each_wrong_use_is_refused() {
     let text = fs::read_to_string(source("header_wrong.c")).unwrap();
     let numbers = text.match_indices("CASE == ").filter_map(|(i, m)| {
