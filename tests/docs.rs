@@ -186,7 +186,8 @@ fn each_test_crate_and_module_has_its_line() {
     }
     let cargo = fs::read_to_string(common::root().join("Cargo.toml")).unwrap();
     let sections = cargo.split("\n[").filter(|section| section.split(']').next().unwrap().ends_with("dependencies"));
-    let crates: Vec<&str> = sections.flat_map(str::lines).filter_map(|line| Some(line.split_once(" = ")?.0)).collect();
+    let crates: Vec<&str> =
+        sections.flat_map(str::lines).filter_map(|line| Some(line.split_once(" = ")?.0)).collect();
     let explained = rows(&dependencies);
     assert!(crates.len() > 10, "{crates:?}");
     for name in &crates {
@@ -196,7 +197,8 @@ fn each_test_crate_and_module_has_its_line() {
         assert!(crates.contains(name), "dependencies.md has a row for '{name}', which Cargo.toml has not");
     }
     let map = fs::read_to_string(common::root().join("src/lib.rs")).unwrap();
-    let modules: Vec<&str> = map.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
+    let modules: Vec<&str> =
+        map.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
     let rows = map.lines().filter_map(|line| line.strip_prefix("//! | [`")?.split_once("`] | ")).map(|row| row.0);
     assert_eq!(rows.collect::<Vec<_>>(), modules, "src/lib.rs: a row for each module, in floor order");
 }

@@ -289,7 +289,8 @@ fn field_macros_make_what_they_say_and_refuse_the_rest() {
         let most = told.lines().find_map(|line| line.strip_prefix("WRONG_MAX ")?.parse::<usize>().ok()).unwrap();
         assert!(most > 0, "{told}");
         for wrong in 1..=most {
-            let out = try_run(&mut compile(kind, &dir, &[&format!("-DWRONG={wrong}"), "-fsyntax-only", &source("macros.c")]));
+            let case = format!("-DWRONG={wrong}");
+            let out = try_run(&mut compile(kind, &dir, &[&case, "-fsyntax-only", &source("macros.c")]));
             assert!(!out.status.success(), "{kind:?}: WRONG={wrong} of macros.c compiles");
         }
     }
