@@ -87,12 +87,13 @@ typedef struct vmig_ops {
     /* sizeof(vmig_ops) of the caller. 0 or less than the first two hooks is -EINVAL; more than the library knows is
      * -E2BIG unless the rest is zero. */
     size_t size;
-    /* Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled. On failure the
-     * guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a migration
-     * thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or vmig_start()
-     * (-EDEADLK), nor wait for a thread that does. */
+    /* Required, unless `gate` is given. Return once no vCPU and no device runs and the last exit of each vCPU was handled.
+     * On failure the guest must still run. Called on the thread that stops the guest: the caller of vmig_stop() or a
+     * migration thread, never two at once and never when the guest is stopped already. Must not call vmig_stop() or
+     * vmig_start() (-EDEADLK), nor wait for a thread that does. */
     int (*stop)(void *vm);
-    /* Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and rules as for `stop`. */
+    /* Required, unless `gate` is given. Let the guest run. Fail only if it did not run a single instruction. Thread and
+     * rules as for `stop`. */
     int (*start)(void *vm);
     /* The VMM's own big lock; give `lock` and `unlock` or neither, then the library brings one. Wait until this
      * thread has it. Any thread. Must not call the library. */
@@ -214,9 +215,9 @@ int vmig_new(const vmig_ops *ops, void *vm, vmig **out);
  * `destroy` is called, that of vmig_ops last) and frees the guest. NULL is fine. [free]
  *
  * A migration whose guest was handed over already is not ended but waited for, at most for `switchover-timeout` (towards a
- * QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits,
- * without a limit, for a vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With
- * the big lock held, or from a command of QMP, it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
+ * QEMU `stall-timeout`); in the states `switchover-unknown` and `held` nothing is decided. Waits, without a limit, for a
+ * vCPU that is still inside KVM_RUN although the stop hook returned. Not from a callback. With the big lock held, or from
+ * a command of QMP, it does nothing, which vmig_errmsg() says. The guest itself is not stopped or started. */
 void vmig_free(vmig *m);
 
 /* Version of the library at run time: major << 16 | minor << 8 | patch. [any][cb] */
@@ -458,11 +459,11 @@ int vmig_add_dirty_source(vmig *m,
 int vmig_remove_dirty_source(vmig *m,
                              void *opaque);
 
-/* Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and
- * the dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both
- * sides. Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are
- * then used instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time; -ENOSYS on architectures
- * that are not supported yet. [bql] */
+/* Takes over the KVM side of the guest: vCPU, interrupt controller, PIT and clock state migrate as ready sections, and the
+ * dirty log is read from KVM. The fds are duplicated; the caller keeps its own. vCPU i is `vcpu_fds[i]`, on both sides.
+ * Switches on KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for the VM, unless the VMM enabled KVM's dirty rings: these are then used
+ * instead, see vmig_dirty_ring_full(); the VMM must not switch that capability on with them. -EEXIST the second time;
+ * -ENOSYS on architectures that are not supported yet. [bql] */
 int vmig_use_kvm(vmig *m,
                  int vm_fd,
                  const int *vcpu_fds,
@@ -586,10 +587,10 @@ typedef struct vmig_field {
 /* The state of a kind of device: one table saves, loads, describes and compares.
  *
  * Everything here is copied when the device is added (strings, fields, nested tables, parts); the callbacks must stay
- * callable until the device is removed. Callbacks run on a thread of the library, big lock held. They get the pointer given to vmig_add_device, or in a nested table a pointer to
- * the element. They return 0, or a negative errno, which fails the migration with an error that names device and
- * callback; the guest goes on at the source. They must not wait, throw or longjmp, nor call vmig functions other than
- * those marked `[cb]`. */
+ * callable until the device is removed. Callbacks run on a thread of the library, big lock held. They get the pointer
+ * given to vmig_add_device, or in a nested table a pointer to the element. They return 0, or a negative errno, which fails
+ * the migration with an error that names device and callback; the guest goes on at the source. They must not wait, throw
+ * or longjmp, nor call vmig functions other than those marked `[cb]`. */
 typedef struct vmig_device {
     /* Size of the struct, in bytes: VMIG_SIZED(vmig_device). */
     size_t size;
@@ -1116,10 +1117,10 @@ int vmig_get_expected_downtime(vmig *m,
  * [any][cb] */
 const char *vmig_state_name(uint32_t state);
 
-/* Why the present (or last) migration failed, on whichever side, as JSON with the keys text, errno and, as far as
- * known, side (where it failed), phase, section, field, expected, got, option (whose time ran out, where errno is
- * ETIMEDOUT), byte (of the stream); `message` is all of it as one sentence. With `compares` true it is a difference
- * between the two sides: expected is what the source has, got what the destination has. NULL if there is no error. Free it with
+/* Why the present (or last) migration failed, on whichever side, as JSON with the keys text, errno and, as far as known,
+ * side (where it failed), phase, section, field, expected, got, option (whose time ran out, where errno is ETIMEDOUT),
+ * byte (of the stream); `message` is all of it as one sentence. With `compares` true it is a difference between the two
+ * sides: expected is what the source has, got what the destination has. NULL if there is no error. Free it with
  * vmig_string_free(). [any][cb] */
 char *vmig_get_error(vmig *m);
 
@@ -1139,7 +1140,8 @@ int vmig_next_event(vmig *m,
 int vmig_set(vmig *m, const char *option, const char *value);
 
 /* The value of an option as text; also of "listen-address", the URI at which vmig_incoming() listens, and of
- * "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free(). [any][cb] */
+ * "qmp-address", that of the last vmig_qmp_listen(). NULL on failure (vmig_errmsg()). Free it with vmig_string_free().
+ * [any][cb] */
 char *vmig_get(vmig *m,
                const char *option);
 
@@ -1160,7 +1162,8 @@ char *vmig_get(vmig *m,
  * vmig_start() or is stopped: vCPUs that run cannot be looked at.
  *
  * -EBUSY: a migration runs here, another guest is arriving there, or something blocks migration; -ENOTSUP: nobody can be
- * asked at such an address (fd:, file:, exec:, or with peer=qemu); -EPERM: the guest is not here; also errors of connecting. [free] */
+ * asked at such an address (fd:, file:, exec:, or with peer=qemu); -EPERM: the guest is not here; also errors of
+ * connecting. [free] */
 int vmig_check(vmig *m,
                const char *uri,
                vmig_check_report *report,
@@ -1336,13 +1339,18 @@ int vmig_gate_end(vmig_gate *g);
 /* ---- 8. a VMM with one thread ---------------------------------------------------------------------------------- */
 /* A VMM with one thread and a poll loop, an interpreter for example, sets option `dispatch` to `manual` before it
  * registers anything. From there on all its callbacks (hooks, run-state handlers, devices, sections, dirty sources,
- * commands of QMP, log) wait in a queue until the thread that made the handle calls vmig_dispatch(), and run there; nothing of the VMM is ever touched by
- * another thread. The big lock does nothing then: that thread always has it, and need not take it.
+ * commands of QMP, log) wait in a queue until the thread that made the handle calls vmig_dispatch(), and run there;
+ * nothing of the VMM is touched by another thread, but for guest RAM, and for connections of its own: the callbacks of
+ * vmig_channel_ops run on threads of the library as ever, several at a time, while the loop is busy, because pages go
+ * through them. They must not touch what the one thread works with. The big lock does nothing then: that thread always
+ * has it, and need not take it.
  *
- * Functions not marked [cb] are for that thread only (-EPERM elsewhere). Those marked [free] run what waits in the queue
- * themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK.
- * Those that remove something run first what waits in the queue; from inside a callback they are -EBUSY then. While the
- * guest runs each callback costs a turn of the loop. From the stop hook to the last device's state all is one callback. */
+ * Functions of the guest that are marked [bql] or [free], and vmig_outgoing(), are for that thread only (-EPERM
+ * elsewhere); those of a gate are for vCPU threads as ever. Those marked [free] run what waits in the queue
+ * themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK, and so is
+ * vmig_outgoing(). Those that remove something run first what waits in the queue; from inside a callback they are
+ * -EBUSY then. While the guest runs each callback costs a turn of the loop. From the stop hook to the last device's
+ * state all is one callback. */
 
 /* Runs the callbacks that wait, and returns how many. Call it when vmig_dispatch_fd() is readable, or whenever it suits:
  * often enough that no callback waits for `dispatch-timeout`, which would fail the migration. While the guest stands
@@ -1382,14 +1390,16 @@ char *vmig_metrics(vmig *m,
 
 /* Callbacks of a kind of connection: reliable, in order, both ways, with an end in each direction, as TCP is.
  *
- * They are called on threads of the library, without the big lock, and must not throw or longjmp. A `timeout_ms` is
- * how long a call may wait; 0 is not at all; the library never asks for more than 50, and looks at cancels and
- * limits (options `connect-timeout`, `stall-timeout`) between two calls: so no callback needs to know of these. What
- * does not happen in time is -EAGAIN (or -EINTR), after which the call is repeated; any other negative errno ends the
- * connection and is part of the migration's error.
+ * They are called on threads of the library, with option `dispatch=manual`, too, and without the big lock; `listen`, and
+ * what vmig_check() needs, on the thread that called. They must not throw or longjmp. A `timeout_ms` is how long a call may
+ * wait; 0 is not at all; the library never asks for more than 50, and looks at cancels and limits (options
+ * `connect-timeout`, `stall-timeout`) between two calls: so no callback needs to know of these. What does not happen in
+ * time is -EAGAIN (or -EINTR), after which the call is repeated; any other negative errno ends the connection and is part
+ * of the migration's error.
  *
- * They may call the vmig functions marked `[cb]`. On one connection at most one `read` and one `write` run at a time, on two threads; `shutdown` may come on a third
- * while they run. `close` comes last, once, when no other call runs. The struct is copied when the channel is added. */
+ * They may call the vmig functions marked `[cb]`. On one connection at most one `read` and one `write` run at a time, on
+ * two threads; `shutdown` may come on a third while they run. `close` comes last, once, when no other call runs. The
+ * struct is copied when the channel is added. */
 typedef struct vmig_channel_ops {
     /* Size of the struct, in bytes: VMIG_SIZED(vmig_channel_ops). */
     size_t size;
