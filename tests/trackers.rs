@@ -25,7 +25,7 @@ use vmig::dirty::choice::Choice;
 use vmig::dirty::{self, write_protect::WriteProtect};
 
 /// Schedules of each tracker.
-const ALL: usize = 2000;
+const ALL: usize = 400;
 const SAMPLE: usize = 60;
 
 /// A thread that writes and tells nobody.
