@@ -1,6 +1,6 @@
 """What is measured, and the rows that come of it."""
 import collections, json, os, statistics, subprocess, time
-import forecast
+import forecast, trackers
 from peers import HOPELESS_S, Age, Failed, HandOver, Held, Qemu, Vmig, Words, child, OTHER_CORE
 
 RANDOM, ZEROS, NOTHING = 2, 1, 0
@@ -34,6 +34,7 @@ GROUPS = {
     'converge': Guest(RANDOM, 64, MIB_128, 'a guest that dirties 260 MB/s over a link of 100'),
     'hand-over': None,
     'gate': None,
+    'trackers': None,
     'forecast': None,
     'forecast-steady': None,
 }
@@ -50,7 +51,7 @@ CANCELLED_IN = {'active': 'while memory is sent', 'pre-switchover': 'with the gu
 FELT = ['idle'] + [group for group in GROUPS if group.startswith('busy')]
 # Seconds a run takes, about, for the estimate.
 COST = {'vmig': 3.6, 'qemu': 5.0, 'push': 3.4, 'read': 0.8, 'rate': 6.7, 'words': 0.2, 'hello': 3.0, 'cancel': 4.0, 'hand-over': 90.0,
-        'gate': 45.0, 'converge': 25.0, 'hopeless': 32.0, 'forecast': 210.0, 'forecast-steady': 150.0}
+        'gate': 45.0, 'trackers': 150.0, 'converge': 25.0, 'hopeless': 32.0, 'forecast': 210.0, 'forecast-steady': 150.0}
 
 Row = collections.namedtuple('Row', 'row unit better vmig qemu limit panel')
 
@@ -357,6 +358,7 @@ def rows_of(found, b):
     rows += cancel_rows(found) if 'cancel' in found else []
     rows += hand_over_rows(found) if 'hand-over' in found else []
     rows += gate_rows(found) if 'gate' in found else []
+    rows += trackers.rows(found['trackers'], Row) if 'trackers' in found else []
     for group in FORECASTS:
         rows += forecast_rows(found[group]) if group in found else []
     return [row for row in rows if row.vmig or row.qemu or row.limit]

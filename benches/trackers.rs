@@ -170,6 +170,12 @@ fn harvest(c: &mut Criterion) {
         }
         group.finish();
     }
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut group = c.benchmark_group("sync a page written");
+        kvm::written(&mut group);
+        group.finish();
+    }
     if WriteProtect::new().is_ok() {
         let mut group = c.benchmark_group("protect a GiB");
         let memory = Memory::new(Kind::Private, GIB_PAGES, 0).unwrap();

@@ -1347,10 +1347,11 @@ int vmig_gate_end(vmig_gate *g);
  *
  * Functions of the guest that are marked [bql] or [free], and vmig_outgoing(), are for that thread only (-EPERM
  * elsewhere); those of a gate are for vCPU threads as ever. Those marked [free] run what waits in the queue
- * themselves as long as they wait, so the loop need not run then; from inside a callback they are -EDEADLK, and so is
- * vmig_outgoing(). Those that remove something run first what waits in the queue; from inside a callback they are
- * -EBUSY then. While the guest runs each callback costs a turn of the loop. From the stop hook to the last device's
- * state all is one callback. */
+ * themselves as long as they wait, so the loop need not run then; what clients of QMP ask of that thread (`migrate`,
+ * `migrate-incoming`, `vmig-resolve`) is done in vmig_dispatch() and vmig_wait() only. From inside a callback they are
+ * -EDEADLK, and so is vmig_outgoing(). Those that remove something run first what waits in the queue; from inside a
+ * callback they are -EBUSY then. While the guest runs each callback costs a turn of the loop. From the stop hook to the
+ * last device's state all is one callback. */
 
 /* Runs the callbacks that wait, and returns how many. Call it when vmig_dispatch_fd() is readable, or whenever it suits:
  * often enough that no callback waits for `dispatch-timeout`, which would fail the migration. While the guest stands

@@ -309,8 +309,15 @@ impl Machine {
         if !self.vmm.dispatch().home().is_manual() {
             return self.status.wait(deadline);
         }
-        let ended = || self.status.wait(Some(Instant::now())).then_some(());
-        self.vmm.dispatch().pump(deadline, ended).is_some()
+        let dispatch = self.vmm.dispatch();
+        let ended = || {
+            let ended = self.status.wait(Some(Instant::now()));
+            if !ended {
+                dispatch.run_errands();
+            }
+            ended.then_some(())
+        };
+        dispatch.pump(deadline, ended).is_some()
     }
 
     /// Ends everything: a migration that runs is cancelled (or, once handed over, waited for), threads are joined.

@@ -26,17 +26,24 @@ pub struct Rate {
     moved: u64,
     /// Bytes per second over the last whole window; before that, since the start.
     measured: u64,
+    round_start: Duration,
+    /// Written in this round.
+    round: u64,
+    /// Bytes per second over the last whole round. A window in which there was little to write, or the VMM was waited for,
+    /// says too little of the link.
+    of_round: u64,
 }
 
 impl Rate {
     /// Starts the first window at `now`.
     pub fn new(now: Duration) -> Self {
-        Self { window_start: now, moved: 0, measured: 0 }
+        Self { window_start: now, moved: 0, measured: 0, round_start: now, round: 0, of_round: 0 }
     }
 
     /// Accounts `bytes` that just left, and closes the window if it is over.
     pub fn moved(&mut self, now: Duration, bytes: u64) {
         self.moved = self.moved.saturating_add(bytes);
+        self.round = self.round.saturating_add(bytes);
         let age = now.saturating_sub(self.window_start);
         if age >= WINDOW {
             self.measured = per_second(self.moved, age);
@@ -45,12 +52,20 @@ impl Rate {
         }
     }
 
-    /// Bytes per second: the last whole window's, or the current one's while there is none.
+    /// A round ended, all of which left.
+    pub fn round_over(&mut self, now: Duration) {
+        self.of_round = per_second(self.round, now.saturating_sub(self.round_start));
+        (self.round_start, self.round) = (now, 0);
+    }
+
+    /// Bytes per second: the last whole window's, or the current one's while there is none; the last whole round's if that
+    /// is more.
     pub fn bandwidth(&self, now: Duration) -> u64 {
-        match self.measured {
+        let measured = match self.measured {
             0 => per_second(self.moved, now.saturating_sub(self.window_start)),
             measured => measured,
-        }
+        };
+        measured.max(self.of_round)
     }
 }
 
@@ -205,6 +220,21 @@ mod tests {
         assert_eq!(rate.bandwidth(101 * MS), 1200);
         rate.moved(150 * MS, 1000);
         assert_eq!(rate.bandwidth(150 * MS), 1200, "the last whole window's");
+    }
+
+    #[test]
+    fn a_window_of_waiting_does_not_hide_how_fast_the_round_was() {
+        let mut rate = Rate::new(Duration::ZERO);
+        rate.moved(100 * MS, 1000);
+        rate.moved(200 * MS, 0);
+        assert_eq!(rate.bandwidth(200 * MS), 0);
+        rate.round_over(200 * MS);
+        assert_eq!(rate.bandwidth(200 * MS), 5000);
+        rate.moved(300 * MS, 900);
+        assert_eq!(rate.bandwidth(300 * MS), 9000, "the window's is more");
+        rate.moved(400 * MS, 0);
+        rate.round_over(400 * MS);
+        assert_eq!(rate.bandwidth(400 * MS), 4500, "the last round's, not an older one's");
     }
 
     /// Writes packets of the sizes given as fast as the bucket lets them go, for a second under each limit; the most

@@ -248,7 +248,13 @@ fn freeing_the_guest_between_two_connections_waits_for_nobody() {
 
 /// A client's line and the answer to it; `vmm` runs its loop meanwhile.
 fn ask(client: &mut BufReader<UnixStream>, command: &str) -> String {
-    writeln!(client.get_mut(), "{{\"execute\": \"{command}\"}}").expect("a connection of the VMM");
+    ask_with(client, command, "{}")
+}
+
+/// The same with arguments.
+fn ask_with(client: &mut BufReader<UnixStream>, command: &str, arguments: &str) -> String {
+    let line = format!("{{\"execute\": \"{command}\", \"arguments\": {arguments}}}");
+    writeln!(client.get_mut(), "{line}").expect("a connection of the VMM");
     loop {
         let mut line = String::new();
         client.read_line(&mut line).expect("a connection of the VMM");
@@ -283,34 +289,55 @@ fn commands_of_qmp_call_back_on_the_one_thread() {
         must_live(&mut vmm);
         assert!(ask(&mut client, "double-it").contains("\"twice\":2"));
     }
-    // What has to wait on the one thread is asked for there.
-    let request = r#"{"execute": "migrate", "arguments": {"uri": "tcp:127.0.0.1:1"}}"#;
-    writeln!(client.get_mut(), "{request}").unwrap();
-    let mut refused = String::new();
-    while !refused.contains("error") {
-        client.read_line(&mut refused).unwrap();
-    }
-    assert!(refused.contains("option 'dispatch' is manual"), "{refused}");
     let refused = vmm.command("qmp {\"execute\": \"migrate\", \"arguments\": {\"uri\": \"fd:1x\"}}");
     assert!(refused.contains("fd:1x") && !refused.contains("dispatch"), "{refused}");
     vmm.quit();
 }
 
 #[test]
-fn a_command_that_nobody_dispatches_fails_and_freeing_the_guest_waits_for_none() {
+fn clients_move_a_guest_of_one_thread() {
     let dir = common::scratch("single");
-    let mut vmm = single("a", &dir, "guest");
-    let mut client = client(&mut vmm, &dir);
-    vmm.must("set dispatch-timeout 200");
-    vmm.must(&format!("sleepy 0 {SLEEP_MS}"));
-    let failed = ask(&mut client, "stop");
-    assert!(failed.contains("vmig_dispatch() was not called"), "{failed}");
-    must_live(&mut vmm);
-    vmm.must("set dispatch-timeout 60000");
-    vmm.must("sleepy 0 60000");
-    writeln!(client.get_mut(), "{{\"execute\": \"stop\"}}").unwrap();
-    // It is being carried out, or was not begun: both are over when the guest is freed.
-    vmm.quit();
+    let (mut a, mut b) = (single("a", &dir, "guest"), single("b", &dir, "empty"));
+    let (mut to_a, mut to_b) = (client(&mut a, &dir), client(&mut b, &dir));
+    must_live(&mut a);
+    let uri = format!("{{\"uri\": \"unix:{}\"}}", dir.join("m").display());
+    a.must("set max-bandwidth 100000");
+    for (command, client) in [("migrate-incoming", &mut to_b), ("migrate", &mut to_a)] {
+        let answer = ask_with(client, command, &uri);
+        assert!(answer.contains("return"), "{answer}");
+    }
+    // Who waits for the end does what clients ask for, too.
+    a.send("wait");
+    for _ in 0..3 {
+        let busy = ask_with(&mut to_a, "migrate", &uri);
+        assert!(busy.contains("in progress"), "{busy}");
+    }
+    let faster = ask_with(&mut to_a, "migrate-set-parameters", "{\"max-bandwidth\": 0}");
+    assert!(faster.contains("return"), "{faster}");
+    assert_eq!(a.reply(), "ok");
+    b.must_end_in("completed");
+    must_live(&mut b);
+    a.quit();
+    b.quit();
+}
+
+#[test]
+fn a_command_that_nobody_dispatches_fails_and_freeing_the_guest_waits_for_none() {
+    for (command, arguments) in [("stop", "{}"), ("vmig-resolve", r#"{"decision": "run"}"#)] {
+        let dir = common::scratch("single");
+        let mut vmm = single("a", &dir, "guest");
+        let mut client = client(&mut vmm, &dir);
+        vmm.must("set dispatch-timeout 200");
+        vmm.must(&format!("sleepy 0 {SLEEP_MS}"));
+        let failed = ask_with(&mut client, command, arguments);
+        assert!(failed.contains("vmig_dispatch() was not called"), "{failed}");
+        must_live(&mut vmm);
+        vmm.must("set dispatch-timeout 60000");
+        vmm.must("sleepy 0 60000");
+        // It is being carried out, or was not begun: both are over when the guest is freed.
+        writeln!(client.get_mut(), r#"{{"execute": "{command}", "arguments": {arguments}}}"#).unwrap();
+        vmm.quit();
+    }
 }
 
 /// Nobody dispatches from the `n`-th callback on, at one side: the guest must live on exactly one side then, and the

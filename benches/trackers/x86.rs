@@ -53,6 +53,14 @@ fn tracker(vm: &VmFd, guest: &Guest, kind: Kind, tracked: &Tracked) -> Arc<dyn K
     log
 }
 
+/// The guest's own memory, tracked.
+fn small(guest: &Guest, kind: Kind) -> Tracked {
+    let (tracked, block) = Tracked::new(guest.mem, MEM / 4096, false, Choice::Only(kind));
+    let slots = tracker(&guest.vm, guest, kind, &tracked);
+    slots.add_slot(0, 0, &block, 0, MEM as u64, 0).unwrap();
+    tracked
+}
+
 /// The guest writes all its pages.
 fn write(guest: &mut Guest) {
     let mut regs = guest.vcpus[0].get_regs().unwrap();
@@ -69,11 +77,24 @@ pub fn writers(group: &mut BenchmarkGroup<'_, WallTime>) {
     }
     for kind in [Kind::KvmLog, Kind::KvmRing] {
         let Some(mut guest) = guest(kind) else { return };
-        let (mut tracked, block) = Tracked::new(guest.mem, MEM / 4096, false, Choice::Only(kind));
-        let slots = tracker(&guest.vm, &guest, kind, &tracked);
-        slots.add_slot(0, 0, &block, 0, MEM as u64, 0).unwrap();
+        let mut tracked = small(&guest, kind);
         tracked.begin();
         row(group, kind.name(), || tracked.take(), || write(&mut guest), || tracked.sync());
+    }
+}
+
+/// What a sync takes of pages that were written, each.
+pub fn written(group: &mut BenchmarkGroup<'_, WallTime>) {
+    group.throughput(Throughput::Elements(PAGES));
+    for kind in [Kind::KvmLog, Kind::KvmRing] {
+        let Some(mut guest) = guest(kind) else { return };
+        let mut tracked = small(&guest, kind);
+        tracked.begin();
+        let before = || {
+            tracked.take();
+            write(&mut guest);
+        };
+        row(group, kind.name(), before, || tracked.sync(), || assert!(tracked.dirty() as u64 >= PAGES));
     }
 }
 

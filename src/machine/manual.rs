@@ -44,7 +44,8 @@ impl Machine {
         dispatch.set_manual(manual)
     }
 
-    /// Runs the callbacks that wait; how many it were. On the thread that made the handle.
+    /// Runs the callbacks that wait, and what others may not do themselves; how many it were. On the thread that made the
+    /// handle.
     pub fn dispatch(&self) -> Result<usize> {
         let dispatch = self.vmm.dispatch();
         if !dispatch.home().is_manual() {
@@ -52,7 +53,7 @@ impl Machine {
         }
         dispatch.home().require_outside("dispatch")?;
         let until = Instant::now() + LINGER_MAX;
-        let mut ran = dispatch.run_queued();
+        let mut ran = dispatch.run_queued() + dispatch.run_errands();
         while ran > 0 && !self.vmm.is_running() && Instant::now() < until && dispatch.await_more(LINGER) {
             ran += dispatch.run_queued();
         }

@@ -495,6 +495,8 @@ impl<'a> Migration<'a> {
         self.sender.new_round();
         let age = self.last_sync.elapsed();
         self.last_sync = Instant::now();
+        self.account();
+        self.rate.round_over(self.now());
         let dirty = self.dirty_pages() as u64 * PAGE;
         self.slow_down(dirty)?;
         let counters = &self.job.status.counters;

@@ -88,7 +88,12 @@ impl Face {
                 return Err(Refusal::new(format!("The command {name} does not support OOB")));
             }
             (command.takes)().check_arguments(&arguments)?;
-            return (command.run)(&mut Call { face: self, arguments, fd });
+            let mut call = Call { face: self, arguments, fd };
+            if command.home {
+                let what = format!("command '{name}'");
+                return self.machine.vmm().dispatch().errand(&what, || Ok((command.run)(&mut call)))?;
+            }
+            return (command.run)(&mut call);
         }
         let own = lock(&self.own).get(&name).cloned();
         match own {

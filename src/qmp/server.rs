@@ -165,6 +165,7 @@ impl Shared {
             jobs.clear();
         }
         self.came.notify_all();
+        self.face.machine.vmm().dispatch().close_errands();
         // The command that runs may have to call the VMM back.
         if let Err(error) = self.face.machine.join(|limit| runner.join(limit)) {
             self.face.machine.vmm().log().to("qmp").error(error);

@@ -17,6 +17,8 @@ pub struct Command {
     pub name: &'static str,
     /// May be carried out while an earlier one still runs.
     pub oob: bool,
+    /// A VMM with one thread carries it out on that thread, where it may wait and call back.
+    pub home: bool,
     /// A client should not begin to use it.
     pub deprecated: bool,
     /// What it takes: an object.
@@ -65,11 +67,15 @@ const fn command(
     gives: fn() -> Shape,
     run: fn(&mut Call<'_>) -> Outcome,
 ) -> Command {
-    Command { name, oob: false, deprecated: false, takes, gives, run }
+    Command { name, oob: false, home: false, deprecated: false, takes, gives, run }
 }
 
 const fn oob(command: Command) -> Command {
     Command { oob: true, ..command }
+}
+
+const fn home(command: Command) -> Command {
+    Command { home: true, ..command }
 }
 
 /// All of them, by theme.
@@ -83,14 +89,14 @@ pub static COMMANDS: [Command; 32] = [
     command("stop", nothing, nothing, run::stop),
     command("cont", nothing, nothing, run::cont),
     command("announce-self", run::takes_announce, nothing, run::announce),
-    command("migrate", migrate::takes_migrate, nothing, migrate::migrate),
-    command("migrate-incoming", migrate::takes_incoming, nothing, migrate::incoming),
+    home(command("migrate", migrate::takes_migrate, nothing, migrate::migrate)),
+    home(command("migrate-incoming", migrate::takes_incoming, nothing, migrate::incoming)),
     command("migrate_cancel", nothing, nothing, migrate::cancel),
     command("migrate-continue", migrate::takes_continue, nothing, migrate::go_on),
     oob(command("migrate-pause", nothing, nothing, migrate::pause)),
     oob(command("migrate-recover", migrate::takes_recover, nothing, migrate::recover)),
     command("migrate-start-postcopy", nothing, nothing, migrate::start_postcopy),
-    command("vmig-resolve", migrate::takes_resolve, nothing, migrate::resolve),
+    home(command("vmig-resolve", migrate::takes_resolve, nothing, migrate::resolve)),
     command("query-migrate", nothing, report::gives, report::migrate),
     command("migrate-set-capabilities", settings::takes_capabilities, nothing, settings::set_capabilities),
     command("query-migrate-capabilities", nothing, settings::gives_capabilities, settings::capabilities),

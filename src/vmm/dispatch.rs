@@ -35,8 +35,14 @@ struct Entry {
 struct Queue {
     last_id: u64,
     entries: VecDeque<Entry>,
-    /// The task that runs now.
+    /// What other threads want done outside of callbacks.
+    errands: VecDeque<Entry>,
+    /// No errand is taken any more.
+    closed: bool,
+    /// The callback that runs now.
     running: Option<u64>,
+    /// The errand that does; callbacks may run inside of it.
+    on_errand: Option<u64>,
     /// A task was not run in time: the next ones do not wait until somebody dispatches again.
     absent: bool,
     /// Log lines among the entries, and those there was no room for.
@@ -70,8 +76,37 @@ impl Queue {
         Some(entry)
     }
 
+    fn push_errand(&mut self, task: Task) -> u64 {
+        self.last_id += 1;
+        self.errands.push_back(Entry { id: self.last_id, task, is_line: false });
+        self.last_id
+    }
+
+    /// The oldest, if it came no later than `last` and none is being done.
+    fn next_errand(&mut self, last: u64) -> Option<Entry> {
+        self.errands.front().filter(|entry| entry.id <= last && self.on_errand.is_none())?;
+        let entry = self.errands.pop_front()?;
+        self.on_errand = Some(entry.id);
+        Some(entry)
+    }
+
+    /// One that was not begun.
+    fn take_back(&mut self, id: u64) -> Option<Entry> {
+        let lanes = [&mut self.entries, &mut self.errands];
+        lanes.into_iter().find_map(|lane| lane.remove(lane.iter().position(|entry| entry.id == id)?))
+    }
+
+    fn runs(&self, id: u64) -> bool {
+        self.running == Some(id) || self.on_errand == Some(id)
+    }
+
     fn is_done(&self, id: u64) -> bool {
-        self.running != Some(id) && !self.entries.iter().any(|entry| entry.id == id)
+        !self.runs(id) && !self.entries.iter().chain(&self.errands).any(|entry| entry.id == id)
+    }
+
+    /// Nothing waits.
+    fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.errands.is_empty()
     }
 }
 
@@ -126,13 +161,16 @@ impl Dispatch {
         if let Some(_inside) = self.here() {
             return f();
         }
-        let mut result = None;
-        let task: Box<dyn FnOnce() + Send + '_> = Box::new(|| result = Some(fence(what, f)));
-        // SAFETY: only the lifetime changes. `ask` returns when the task has run or was taken out of the queue and
-        // dropped, and does not unwind; nobody else keeps it. So it is gone before anything it borrows.
-        let task = unsafe { std::mem::transmute::<Box<dyn FnOnce() + Send + '_>, Task>(task) };
-        self.ask(what, task)?;
-        result.unwrap_or_else(|| Err(self.nobody(what)))
+        self.ask(what, f, |queue, task| queue.push(task, false))
+    }
+
+    /// Does for another thread what only the VMM's may, outside of callbacks: in [`run_errands`](Self::run_errands).
+    /// `ETIMEDOUT`: that was not called, or will not be any more, and it is not done.
+    pub fn errand<T: Send>(&self, what: &str, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        if !self.home.is_manual() || self.home.is_here() {
+            return f();
+        }
+        self.ask(what, f, Queue::push_errand)
     }
 
     /// The same for what must happen: if nobody dispatches it in time, it runs when somebody does, or at the end.
@@ -198,36 +236,49 @@ impl Dispatch {
         self.changed.notify_all();
     }
 
-    /// Has a task run, or takes it back. Does not unwind.
-    fn ask(&self, what: &str, task: Task) -> Result<()> {
+    /// Has `f` run by the VMM's thread, or takes it back.
+    fn ask<T: Send>(
+        &self,
+        what: &str,
+        f: impl FnOnce() -> Result<T> + Send,
+        push: impl FnOnce(&mut Queue, Task) -> u64,
+    ) -> Result<T> {
+        let mut result = None;
+        let task: Box<dyn FnOnce() + Send + '_> = Box::new(|| result = Some(fence(what, f)));
+        // SAFETY: only the lifetime changes. `await_task` returns when the task has run or was taken out of the queue and
+        // dropped, and does not unwind; nobody else keeps it. So it is gone before anything it borrows.
+        let task = unsafe { std::mem::transmute::<Box<dyn FnOnce() + Send + '_>, Task>(task) };
+        self.await_task(task, push);
+        result.unwrap_or_else(|| Err(self.nobody(what)))
+    }
+
+    /// Returns when the task has run, or will not. Does not unwind.
+    fn await_task(&self, task: Task, push: impl FnOnce(&mut Queue, Task) -> u64) {
         let mut queue = lock(&self.queue);
-        let id = queue.push(task, false);
-        let (mut queue, done) = self.wait_for(queue, id);
-        if done {
-            return Ok(());
-        }
-        let at = queue.entries.iter().position(|entry| entry.id == id);
-        let entry = at.and_then(|at| queue.entries.remove(at));
+        let id = push(&mut queue, task);
+        let (mut queue, _) = self.wait_for(queue, id);
+        let entry = queue.take_back(id);
         drop(queue);
         drop(entry);
-        Err(self.nobody(what))
     }
 
     /// Waits until a task has run; false: it was not begun in time. One that runs is waited for as long as it takes.
     fn wait_for<'a>(&self, mut queue: MutexGuard<'a, Queue>, id: u64) -> (MutexGuard<'a, Queue>, bool) {
         self.ring();
         let deadline = Instant::now() + self.timeout();
+        let errand = queue.errands.iter().any(|entry| entry.id == id);
         loop {
             if queue.is_done(id) {
                 return (queue, true);
             }
-            if queue.running == Some(id) {
+            if queue.runs(id) {
                 queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || queue.absent {
-                queue.absent = true;
+            if left.is_zero() || (queue.absent && !errand) || (queue.closed && errand) {
+                // A thread that does no errands may well run callbacks.
+                queue.absent |= !errand;
                 return (queue, false);
             }
             queue = self.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -263,10 +314,38 @@ impl Dispatch {
             queue.running = None;
             self.changed.notify_all();
         }
-        if let (true, Some(fd)) = (queue.entries.is_empty(), self.fd.get()) {
+        self.quieten(&queue);
+        ran
+    }
+
+    /// Does the errands that wait now, and says how many. On the VMM's thread, where it may call any function.
+    pub fn run_errands(&self) -> usize {
+        let mut ran = 0;
+        let mut queue = lock(&self.queue);
+        let last = queue.last_id;
+        while let Some(entry) = queue.next_errand(last) {
+            drop(queue);
+            // Its result, a panic too, is with whoever waits for it.
+            (entry.task)();
+            ran += 1;
+            queue = lock(&self.queue);
+            queue.on_errand = None;
+            self.changed.notify_all();
+        }
+        self.quieten(&queue);
+        ran
+    }
+
+    /// No errand is begun any more: the guest is about to be freed.
+    pub fn close_errands(&self) {
+        lock(&self.queue).closed = true;
+        self.changed.notify_all();
+    }
+
+    fn quieten(&self, queue: &Queue) {
+        if let (true, Some(fd)) = (queue.is_empty(), self.fd.get()) {
             fd.clear();
         }
-        ran
     }
 
     /// Waits until there is something to run; false: for so long there was nothing.

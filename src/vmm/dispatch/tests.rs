@@ -161,3 +161,45 @@ fn without_a_dispatch_nothing_runs_and_what_needs_none_is_done() {
     elsewhere(&|| vmm.take_over(false).map(drop)).unwrap();
     assert_eq!(vmm.reasons(), StopReason::User.into());
 }
+
+#[test]
+fn an_errand_is_done_outside_of_callbacks_and_may_wait_for_some() {
+    let dispatch = queue(60_000);
+    let here = crate::thread::current_token();
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            dispatch.errand("it", || {
+                dispatch.home().require_outside("go on")?;
+                let callback = scope.spawn(|| dispatch.run("a callback", || Ok(crate::thread::current_token())));
+                let ran_on = dispatch.pump(None, || callback.is_finished().then_some(()));
+                // Another errand waits until this one is done.
+                assert_eq!((ran_on, dispatch.run_errands()), (Some(()), 0));
+                Ok((crate::thread::current_token(), callback.join().unwrap()?))
+            })
+        });
+        while !is_readable(&dispatch) {}
+        assert_eq!((dispatch.run_queued(), is_readable(&dispatch), dispatch.run_errands()), (0, true, 1));
+        assert_eq!(asked.join().unwrap(), Ok((here, here)));
+    });
+    assert!(!is_readable(&dispatch));
+    assert_eq!(dispatch.errand("it", || Ok(1)), Ok(1), "on the VMM's thread there is nobody to ask");
+}
+
+#[test]
+fn an_errand_that_is_not_begun_is_not_done_and_callbacks_wait_as_ever() {
+    let (dispatch, ran) = (queue(5), AtomicU32::new(0));
+    let errand = || dispatch.errand("command 'x'", || Ok(ran.fetch_add(1, Ordering::SeqCst)));
+    std::thread::scope(|scope| {
+        let error = scope.spawn(errand).join().unwrap().unwrap_err();
+        assert!(error.errno() == libc::ETIMEDOUT && error.text().contains("command 'x'"), "{error}");
+        dispatch.set_timeout(3_600_000);
+        let callback = scope.spawn(|| dispatch.run("it", || Ok(7)));
+        assert!(dispatch.await_more(Duration::from_secs(30)));
+        assert_eq!((dispatch.run_queued(), callback.join().unwrap()), (1, Ok(7)));
+        let last = scope.spawn(errand);
+        while !is_readable(&dispatch) {}
+        dispatch.close_errands();
+        assert!(last.join().unwrap().is_err() && scope.spawn(errand).join().unwrap().is_err());
+    });
+    assert_eq!((dispatch.run_errands(), ran.load(Ordering::SeqCst)), (0, 0));
+}
