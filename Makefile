@@ -90,6 +90,9 @@ $(MAN)/.built: $(MAN_TEXTS) $(wildcard man/*.rs) Cargo.toml Makefile
 	    $(MAN)/pages $(MAN) $(VERSION) "$$(date -u -d "@$${changed:-$$(stat -c %Y include/vmig.h)}" +%F)"
 	touch $@
 
+# With another choice of programs they are built anew.
+BUILT := .built$(if $(RDMA),-rdma)
+
 # $(call programs,directory,library,extra flags): all C programs, from scratch, for they are few and small.
 define programs
 	rm -rf $(1)
@@ -106,18 +109,18 @@ define programs
 endef
 
 ## c: the C examples and test programs, into target/c (RDMA=1: the one that needs librdmacm, too)
-c: $(C)/.built
-$(C)/.built: $(LIB) $(C_SOURCES) Makefile
+c: $(C)/$(BUILT)
+$(C)/$(BUILT): $(LIB) $(C_SOURCES) Makefile
 	$(call programs,$(C),$(LIB),)
 
 ## c-asan: the same under AddressSanitizer and UndefinedBehaviorSanitizer, into target/c-asan
-c-asan: $(C_ASAN)/.built
-$(C_ASAN)/.built: $(LIB) $(C_SOURCES) Makefile
+c-asan: $(C_ASAN)/$(BUILT)
+$(C_ASAN)/$(BUILT): $(LIB) $(C_SOURCES) Makefile
 	$(call programs,$(C_ASAN),$(LIB),$(SANITIZE))
 
 ## c-fault: the same with the library that loses a dirty bit or fails at a system call on purpose, into target/c-fault
-c-fault: $(C_FAULT)/.built
-$(C_FAULT)/.built: $(LIB_FAULT) $(DOORS_OBJ) $(C_SOURCES) Makefile
+c-fault: $(C_FAULT)/$(BUILT)
+$(C_FAULT)/$(BUILT): $(LIB_FAULT) $(DOORS_OBJ) $(C_SOURCES) Makefile
 	$(call programs,$(C_FAULT),$(DOORS_OBJ) $(LIB_FAULT),)
 
 ## check: all tests, samples drawn by a printed seed (VMIG_SEED=N repeats a run)

@@ -262,6 +262,10 @@ impl Machine {
         let busy = self.status.check_idle().is_err();
         let tried = self.options.snapshot();
         for (name, value) in settings {
+            if *name == Opt::Dispatch.name() && *value != self.get(name)? {
+                let text = "option 'dispatch' says where the VMM is called back: the VMM itself sets it, alone";
+                return Err(Error::new(libc::EPERM, text));
+            }
             tried.set_text(name, value, busy)?;
         }
         check(&tried)?;

@@ -144,7 +144,14 @@ impl Options {
             for (slot, row) in self.values.iter().zip(&TABLE) {
                 slot.store(if value == 1 { row.qemu } else { row.default }, Ordering::Release);
             }
-            *lock(&self.allow_features) = "all".to_owned();
+            let first = Self::default();
+            for (text, first) in [
+                (&self.allow_features, &first.allow_features),
+                (&self.trace_file, &first.trace_file),
+                (&self.machine, &first.machine),
+            ] {
+                *lock(text) = lock(first).clone();
+            }
         }
         self.values[index].store(value, Ordering::Release);
         match row.name {

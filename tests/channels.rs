@@ -68,7 +68,7 @@ fn a_busy_guest_moves_over_any_number_of_channels() {
 
 #[test]
 fn a_lone_descriptor_has_only_the_plain_stream() {
-    let settings = ["multifd=on".to_string(), "multifd-channels=4".into()];
+    let settings = ["multifd-channels=4".to_string()];
     let (here, there) = UnixStream::pair().unwrap();
     moves("fd:0", &settings, Some((here.into(), there.into())));
     let pipe = scratch("pipe").join("p");

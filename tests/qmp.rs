@@ -128,22 +128,60 @@ fn the_shell_that_comes_with_the_client_works() {
     let dir = scratch("qmp-shell");
     let vmm = vmm(&dir, "shell", &[]);
     assert_eq!(vmm.reply(), "running");
-    let input = dir.join("input");
-    std::fs::write(
-        &input,
-        "query-status\nmigrate-set-parameters max-bandwidth=4096\nquery-migrate-parameters\nquery-nothing\nquit\n",
-    )
-    .unwrap();
-    let shell = "from qemu.qmp.qmp_shell import main; main()";
-    let mut command = Command::new("timeout");
-    command.args(["-k", "5", "60"]).arg(&python).args(["-c", shell, &socket(&dir, "shell")]);
-    let out = try_run(command.stdin(std::fs::File::open(&input).unwrap()).env("HOME", &dir));
-    let text = words(&out);
+    let lines =
+        "query-status\nmigrate-set-parameters max-bandwidth=4096\nquery-migrate-parameters\nquery-nothing\nquit\n";
+    let text = shell(&python, &dir, "shell", lines);
     for part in ["Connected to QEMU 10.0.0", "\"running\"", "\"max-bandwidth\": 4096", "CommandNotFound"] {
         assert!(text.contains(part), "no {part} in:\n{text}");
     }
     let mut vmm = vmm;
     vmm.wait_end(0);
+}
+
+/// What qmp-shell prints for these lines.
+fn shell(python: &Path, dir: &Path, name: &str, lines: &str) -> String {
+    let input = dir.join("input");
+    std::fs::write(&input, lines).unwrap();
+    let main = "from qemu.qmp.qmp_shell import main; main()";
+    let mut command = Command::new("timeout");
+    command.args(["-k", "5", "60"]).arg(python).args(["-c", main, &socket(dir, name)]);
+    words(&try_run(command.stdin(std::fs::File::open(&input).unwrap()).env("HOME", dir)))
+}
+
+#[test]
+fn the_shell_cancels_and_then_moves_a_guest_with_a_pause() {
+    let Some(python) = (if without_kvm() { None } else { client() }) else { return };
+    let dir = scratch("qmp-shell-moves");
+    let (mut source, mut destination) =
+        (vmm(&dir, "source", &[]), vmm(&dir, "destination", &["--incoming", "defer"]));
+    assert_eq!(source.reply(), "running");
+    source.await_generations(0, 2);
+    let uri = format!("unix:{}", dir.join("guest").display());
+    let pause = r#"migrate-set-capabilities capabilities=[{"capability":"pause-before-switchover","state":true}]"#;
+    let text = shell(&python, &dir, "destination", &format!("migrate-incoming uri={uri}\n"));
+    assert!(text.contains("\"return\": {}"), "{text}");
+    let text = shell(
+        &python,
+        &dir,
+        "source",
+        &format!(
+            "{pause}\nmigrate-set-parameters max-bandwidth=65536\nmigrate uri={uri}\nquery-migrate\nmigrate_cancel\n"
+        ),
+    );
+    assert!(text.matches("\"return\": {}").count() == 4 && text.contains("\"status\""), "{text}");
+    source.must_end_in("cancelled");
+    destination.ended_in();
+    assert!(shell(&python, &dir, "destination", &format!("migrate-incoming uri={uri}\n")).contains("\"return\": {}"));
+    shell(&python, &dir, "source", &format!("migrate-set-parameters max-bandwidth=0\nmigrate uri={uri}\n"));
+    let end = std::time::Instant::now() + program::MOVE;
+    while source.status_text("state") != "pre-switchover" {
+        assert!(std::time::Instant::now() < end, "{}", source.command("status"));
+    }
+    let text = shell(&python, &dir, "source", "query-status\nmigrate-continue state=pre-switchover\n");
+    assert!(text.contains("finish-migrate"), "{text}");
+    source.must_end_in("completed");
+    destination.must_end_in("completed");
+    arrived(Some((source, destination)));
 }
 
 #[test]

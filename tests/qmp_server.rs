@@ -11,6 +11,7 @@ mod qmp;
 use std::fs;
 use std::io::{BufRead, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
@@ -153,7 +154,21 @@ fn tcp_is_served_only_where_it_is_asked_for() {
     let args = ["--mem", "64", "--qmp", "tcp:127.0.0.1:0", "--serial", "/dev/null", "--events-fd", "1"];
     let vmm = Program::start("vmm", &dir, &c_program("vmm"), &args);
     let address = vmm.await_news("note qmp").strip_prefix("note qmp tcp:").unwrap().to_owned();
-    let mut stream = TcpStream::connect(address).unwrap();
+    let said_to = |words: &[u8]| {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(words).unwrap();
+        let mut said = Vec::new();
+        // One that is reset was closed with bytes unread.
+        let ended = stream.read_to_end(&mut said);
+        assert!(!ended.is_err_and(|e| e.kind() != ErrorKind::ConnectionReset), "the server goes on with it");
+        String::from_utf8(said).unwrap()
+    };
+    // What a browser says for a page of somebody else's is not listened to.
+    let request =
+        b"POST / HTTP/1.1\r\nHost: a\r\n\r\n{\"execute\":\"qmp_capabilities\"}\r\n{\"execute\":\"quit\"}\r\n";
+    assert!(!said_to(request).contains("return"));
+    let mut stream = TcpStream::connect(&address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"quit\"}").unwrap();
     let mut said = String::new();
@@ -161,6 +176,36 @@ fn tcp_is_served_only_where_it_is_asked_for() {
     assert!(said.contains("\"QMP\"") && said.matches("{\"return\":{}}").count() == 2, "{said}");
     let mut vmm = vmm;
     vmm.wait_end(0);
+}
+
+#[test]
+fn a_descriptor_is_for_the_command_that_comes_next() {
+    if without_kvm() {
+        return;
+    }
+    let (vmm, socket) = vmm();
+    let mut client = Client::ready(&socket);
+    let null = fs::File::open("/dev/null").unwrap();
+    let zero = fs::File::open("/dev/zero").unwrap();
+    let pass = |client: &mut Client, bytes: &[u8], file: &fs::File| {
+        let sent = vmig::sys::fdpass::send(client.lines.get_ref().as_fd(), bytes, &[file.as_fd()]).unwrap();
+        assert_eq!(sent, Some(bytes.len()));
+    };
+    let getfd = r#"{"execute":"getfd","arguments":{"fdname":"a"}}"#;
+    for bytes in [&b"nonsense\n"[..], b"{\"execute\":\"query-status\"}\n", b"{\"execute\":\"nothing\"}\n"] {
+        pass(&mut client, bytes, &null);
+        client.hear();
+        assert!(client.ask(getfd)["error"].is_object(), "the descriptor of {:?}", String::from_utf8_lossy(bytes));
+    }
+    pass(&mut client, b" ", &null);
+    client.run("query-fdsets");
+    pass(&mut client, b" ", &null);
+    pass(&mut client, b" ", &zero);
+    let added = client.run("add-fd");
+    let link = fs::read_link(format!("/proc/{}/fd/{}", vmm.id(), added["fd"])).unwrap();
+    assert_eq!(link, PathBuf::from("/dev/zero"), "the last one");
+    assert!(client.ask(getfd)["error"].is_object());
+    vmm.quit();
 }
 
 /// Bytes of memory that are the process's own.

@@ -127,9 +127,14 @@ impl Machine {
         self.check_slowing_down(&self.options)?;
         // Most commands only write; one that answers is waited for.
         let answers = self.options.is_set(Opt::ReturnPath) && self.options.on(Opt::ReturnPath);
+        let target = Target::new(uri, answers, &self.means, wake)?;
+        if self.options.is_set(Opt::Multifd) && self.options.on(Opt::Multifd) && !target.has_channels() {
+            // QEMU's words.
+            return Err(Error::invalid("Migration requires multi-channel URIs (e.g. tcp)"));
+        }
         let stop_timeout = self.options.time(Opt::StopTimeout);
         Ok(outgoing::Job {
-            route: Arc::new(Route::new(Target::new(uri, answers, &self.means, wake)?)?),
+            route: Arc::new(Route::new(target)?),
             ram: self.ram.list(),
             sections: self.sections.snapshot(),
             kvm: kvm_of(&self.kvm, stop_timeout),

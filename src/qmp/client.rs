@@ -20,7 +20,7 @@ const REQUESTS_MAX: usize = 8;
 const BYTES_MAX: usize = 256 << 10;
 /// Bytes that a client may leave unread: one that does is told no events, but disconnected.
 const UNREAD_MAX: usize = 1 << 20;
-/// Descriptors kept that came along and that no command took yet; the oldest are closed.
+/// Descriptors kept of those that came along at once; the last are closed.
 const FDS_MAX: usize = 16;
 /// Bytes read at once.
 const READ_BYTES: usize = 8 << 10;
@@ -63,11 +63,13 @@ pub struct Client {
     ended: bool,
     /// Nothing goes to it any more.
     gone: bool,
+    /// It came over a network.
+    remote: bool,
 }
 
 impl Client {
     /// One that has just come, and is greeted.
-    pub fn new(id: u64, fd: OwnedFd) -> Self {
+    pub fn new(id: u64, fd: OwnedFd, remote: bool) -> Self {
         let mut client = Self {
             id,
             fd,
@@ -81,6 +83,7 @@ impl Client {
             request_bytes: 0,
             ended: false,
             gone: false,
+            remote,
         };
         client.say(&request::greeting());
         client
@@ -118,9 +121,11 @@ impl Client {
             Ok(Some(got)) => {
                 self.ended |= got.bytes == 0;
                 self.unseen.extend(&buf[..got.bytes]);
-                self.fds.extend(got.fds);
-                let more = self.fds.len().saturating_sub(FDS_MAX);
-                self.fds.drain(..more);
+                if !got.fds.is_empty() {
+                    // Those of an earlier message that no command took are not for the commands to come.
+                    self.fds = got.fds.into();
+                    self.fds.truncate(FDS_MAX);
+                }
             }
             Err(_) => self.gone = true,
         }
@@ -187,13 +192,17 @@ impl Client {
     /// What a frame leads to, if it is not answered at once.
     fn take(&mut self, face: &Face, frame: Frame) -> Option<Task> {
         let text = match frame {
-            Frame::Wrong(why) => return self.in_turn(complaint(why)),
+            Frame::Wrong(why) => return self.nonsense(complaint(why)),
             Frame::Text(text) => text,
         };
         let request = match request::read(&text) {
             Ok(request) => request,
-            Err((refusal, id)) => return self.in_turn(answer(Err(refusal), id)),
+            Err((refusal, id)) => return self.nonsense(answer(Err(refusal), id)),
         };
+        if !wants_fd(&request.name) {
+            // A descriptor is for the command that comes next, or for none.
+            self.fds.clear();
+        }
         if !self.negotiated {
             let line = self.negotiate(request);
             self.say(&line);
@@ -214,6 +223,19 @@ impl Client {
                 None
             }
         }
+    }
+
+    /// What is no request. Who begins with that over a network is no client: a browser can be made to send commands by a
+    /// page, behind the lines of a request of its own.
+    fn nonsense(&mut self, line: String) -> Option<Task> {
+        self.fds.clear();
+        if self.remote && !self.negotiated {
+            self.say(&line);
+            self.ended = true;
+            self.unseen.clear();
+            return None;
+        }
+        self.in_turn(line)
     }
 
     /// An answer that is known at once, and waits for those before it.
@@ -255,7 +277,7 @@ mod tests {
     #[test]
     fn one_who_does_not_read_events_is_let_go() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let mut client = Client::new(1, ours.into());
+        let mut client = Client::new(1, ours.into(), false);
         let line = "x".repeat(1000);
         (0..2 * UNREAD_MAX / 1000).for_each(|_| assert!(client.tell(&line), "no events before the negotiation"));
         assert!(client.out.len() < 1000);
@@ -268,7 +290,7 @@ mod tests {
     #[test]
     fn descriptors_nobody_asked_for_are_few() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut client = Client::new(1, ours.into());
+        let mut client = Client::new(1, ours.into(), false);
         let many: Vec<_> = (0..FDS_MAX + 5).map(|_| theirs.as_fd()).collect();
         fdpass::send(theirs.as_fd(), b" ", &many).unwrap();
         client.read();

@@ -16,8 +16,9 @@ const MILLI: u64 = 1_000_000;
 pub fn gives() -> Shape {
     let mut ram: Vec<_> = RAM.iter().map(|(name, _)| must(name, Shape::Int)).collect();
     ram.push(must("mbps", Shape::Number));
-    let socket = ["host", "port", "path"].map(|name| may(name, Shape::Str));
-    let socket = [vec![must("type", words(["inet", "unix"]))], socket.into()].concat();
+    let mut socket = vec![must("type", words(["inet", "unix", "vsock"]))];
+    socket.extend(["host", "port", "path", "cid"].map(|name| may(name, Shape::Str)));
+    socket.extend(["ipv4", "ipv6"].map(|name| may(name, Shape::Bool)));
     let mut fields = vec![may("status", words(STATES.map(State::name))), may("ram", Shape::Object(ram))];
     fields.extend(["setup-time", "total-time", "expected-downtime", "downtime"].map(|name| may(name, Shape::Int)));
     fields.extend(SLOW.map(|name| may(name, Shape::Int)));
@@ -152,7 +153,11 @@ fn destination(machine: &Machine, now: &Snapshot, out: &mut Map<String, Value>) 
     }
     let address = machine.get("listen-address").ok().and_then(|uri| Uri::parse(&uri).ok());
     let address = match address {
-        Some(Uri::Tcp { host, port }) => json!({"type": "inet", "host": host, "port": port.to_string()}),
+        Some(Uri::Tcp { host, port }) => {
+            let family = if host.contains(':') { "ipv6" } else { "ipv4" };
+            json!({"type": "inet", "host": host, "port": port.to_string(), family: true})
+        }
+        Some(Uri::Vsock { cid, port }) => json!({"type": "vsock", "cid": cid.to_string(), "port": port.to_string()}),
         Some(Uri::Unix { path }) => json!({"type": "unix", "path": path}),
         _ => return,
     };

@@ -268,7 +268,7 @@ impl Speaker {
             }
             Ok(Some(fd)) => {
                 self.last += 1;
-                self.clients.push(Client::new(self.last, fd));
+                self.clients.push(Client::new(self.last, fd, listener.is_network()));
             }
             Err(error) => {
                 self.shared.face.machine.vmm().log().to("qmp").warning(format_args!("QMP: {error}"));

@@ -29,6 +29,10 @@ pub const ABSENT_CAPABILITIES: [&str; 15] = [
 /// Said where KVM's dirty rings are needed and there are none.
 pub const NO_RING: &str = "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set";
 
+/// Said when the most by which vCPUs are throttled is less than the first step, too.
+const THROTTLE_MAX: &str =
+    "Parameter 'max_cpu_throttle' expects an integer in the range of cpu_throttle_initial to 99";
+
 /// Parameters of QEMU's that nothing here obeys, with the value that they have there at first: it may be set again.
 fn absent_parameters() -> Vec<(&'static str, Shape, Value)> {
     let number = |name, value: u64| (name, Shape::U64, json!(value));
@@ -172,7 +176,10 @@ pub fn set_parameters(call: &mut Call<'_>) -> Outcome {
             settings.push((row.name, setting(row, value)?));
         }
     }
-    call.face.machine.set_all(&settings, |_| Ok(()))?;
+    call.face.machine.set_all(&settings, |options| match options.get(Opt::ThrottleMax) {
+        max if max < options.get(Opt::ThrottleInitial) => Err(crate::error::Error::invalid(THROTTLE_MAX)),
+        _ => Ok(()),
+    })?;
     done()
 }
 
@@ -183,17 +190,25 @@ fn setting(row: &Row, value: &Value) -> Result<String, Refusal> {
         Value::Bool(on) => Ok((if *on { "on" } else { "off" }).to_owned()),
         Value::String(text) => Ok(text.clone()),
         _ if value.as_u64().is_some_and(|n| (min..=max).contains(&n)) => Ok(value.to_string()),
-        _ => {
-            let name = row.name.replace('-', "_");
-            let range = match row.kind {
-                Type::Millis if max % 1000 == 0 => {
-                    format!("an integer in the range of {min} to ({} * 1000) ms", max / 1000)
-                }
-                _ => format!("a value between {min} and {max}"),
-            };
-            Err(Refusal::new(format!("Parameter '{name}' expects {range}")))
-        }
+        _ => Err(Refusal::new(out_of_range(row))),
     }
+}
+
+/// QEMU's words, which it chose one by one.
+fn out_of_range(row: &Row) -> String {
+    let (min, max) = row.range;
+    let name = if row.name.starts_with("x-") { row.name.to_owned() } else { row.name.replace('-', "_") };
+    let range = match row.kind {
+        _ if row.name == Opt::ThrottleMax.name() => return THROTTLE_MAX.to_owned(),
+        Type::Millis if max > 1000 && max % 1000 == 0 => {
+            format!("an integer in the range of {min} to ({} * 1000) ms", max / 1000)
+        }
+        Type::Number if max <= 100 && row.name.contains("throttle") => {
+            format!("an integer in the range of {min} to {max}")
+        }
+        _ => format!("a value between {min} and {max}"),
+    };
+    format!("Parameter '{name}' expects {range}")
 }
 
 #[cfg(test)]

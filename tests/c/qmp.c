@@ -61,6 +61,15 @@ static void case_strings(void)
     says("{\"execute\": \"query-migrate\"}", "\"blocked-reasons\":[\"a device of glass\"]");
     says("{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"tcp::1\"}}", "a device of glass");
     says("{\"execute\": \"announce-self\", \"arguments\": {\"initial\": 1, \"max\": 1, \"rounds\": 1, \"step\": 1}}", "{}");
+    CHECK(g.calls[CB_ANNOUNCE] == 1, "the hook is called %u times", g.calls[CB_ANNOUNCE]);
+    says("{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"dispatch\": \"auto\"}}", "{\"return\":{}}");
+    says("{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"dispatch\": \"manual\", \"downtime-limit\": 7}}",
+         "the VMM itself sets it");
+    says("{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"downtime-limit\": 8, \"trace-file\": \"/tmp/x\"}}", "{}");
+    says("{\"execute\": \"query-migrate-parameters\"}", "\"trace-file\":\"/tmp/x\"");
+    says("{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"defaults\": \"vmig\"}}", "{}");
+    says("{\"execute\": \"query-migrate-parameters\"}", "\"downtime-limit\":300");
+    says("{\"execute\": \"query-migrate-parameters\"}", "\"trace-file\":\"none\"");
 }
 
 /* ---- commands of the VMM's --------------------------------------------------------------------------------------- */

@@ -88,9 +88,11 @@ def move(source, destination):
     destination.run("migrate-set-parameters", max_bandwidth=0)  # two vmigs keep to the lower limit
     destination.run("migrate-incoming", uri="tcp:127.0.0.1:0")
     waiting = destination.run("query-migrate")
-    seen.append(("waiting", sorted(waiting), waiting["status"]))
     address = waiting["socket-address"][0]
-    source.run("migrate", uri=f"tcp:{address['host']}:{address['port']}", detach=True)
+    seen.append(("waiting", sorted(waiting), waiting["status"], {**address, "port": ""}))
+    # What one side tells, the other understands.
+    addr = {"transport": "socket", **address}
+    source.run("migrate", channels=[{"channel-type": "main", "addr": addr}], detach=True)
     source.until("MIGRATION active")
     active = source.run("query-migrate")
     seen.append(("active", form({**active, "ram": {**active["ram"], "mbps": 0.0}}), source.run("query-status")))
