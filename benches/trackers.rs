@@ -11,6 +11,8 @@ mod kvm;
 mod kvm_guest;
 #[path = "../tests/trackers/memory.rs"]
 mod memory;
+#[path = "trackers/source.rs"]
+mod source;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -110,8 +112,9 @@ fn writers(c: &mut Criterion) {
     marks.begin();
     let all = || (0..memory.pages).for_each(|page| marks.ram.mark(block.host_address(page as u64 * PAGE), 8));
     row(&mut group, "vmig_dirty alone", || marks.take(), all, || marks.sync());
-    for (name, kind) in [("private", Kind::Private), ("shared", Kind::Shared)] {
-        let memory = Memory::new(kind, GIB_PAGES / 16, 0).unwrap();
+    for (name, kind) in [("private", Kind::Private), ("shared", Kind::Shared), ("hugetlb", Kind::Hugetlb)] {
+        // There may be no huge pages.
+        let Some(memory) = Memory::new(kind, GIB_PAGES / 16, 0) else { continue };
         write(&memory, 1);
         if WriteProtect::new().is_err() {
             continue;
@@ -164,6 +167,18 @@ fn harvest(c: &mut Criterion) {
             let count = memory.pages.checked_div(part).unwrap_or(0);
             row(&mut group, name, before, || tracked.sync(), || assert_eq!(tracked.dirty(), count));
         }
+        let memory = Memory::new(Kind::Private, GIB_PAGES, 0).unwrap();
+        let (mut tracked, _) = Tracked::new(memory.at, memory.pages, false, Choice::Auto);
+        source::add(&tracked);
+        tracked.begin();
+        let count = memory.pages.checked_div(part).unwrap_or(0);
+        let before = || {
+            tracked.take();
+            if part > 0 {
+                source::write(part);
+            }
+        };
+        row(&mut group, "dirty source", before, || tracked.sync(), || assert_eq!(tracked.dirty(), count));
         #[cfg(target_arch = "x86_64")]
         if part == 0 {
             kvm::harvest(&mut group);
@@ -182,7 +197,11 @@ fn harvest(c: &mut Criterion) {
         write(&memory, 1);
         let (mut tracked, _) = Tracked::new(memory.at, memory.pages, false, Choice::Only(Tracker::WriteProtect));
         tracked.begin();
-        row(&mut group, "write-protect, private", || write(&memory, 1), || tracked.take(), || tracked.sync());
+        let before = || {
+            write(&memory, 1);
+            tracked.sync();
+        };
+        row(&mut group, "write-protect, private", before, || tracked.take(), || ());
         group.finish();
     }
 }
