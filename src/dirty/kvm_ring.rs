@@ -32,6 +32,8 @@ use crate::thread::{Handle, Threads, current_token, lock};
 use limit::{PERIOD, now};
 
 mod limit;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests;
 pub use limit::VcpuDirt;
 
 /// Between two looks of the harvester at how full the rings are.
@@ -40,6 +42,8 @@ const LOOK: Duration = Duration::from_millis(2);
 const PART: usize = 4;
 /// A ring that is less full than one part in so many has room.
 const ROOM: usize = 2;
+/// So often KVM is asked to take entries back, if it ends early.
+const TRIES: usize = 16;
 
 /// A slot with what was taken of it.
 #[derive(Debug)]
@@ -84,6 +88,42 @@ struct Rings {
     period_began: Duration,
     /// What went wrong where nobody could be told; the next sync fails with it.
     trouble: Option<Error>,
+    /// KVM may have left pages unprotected that it was given back, until logging is switched on anew.
+    unprotected: bool,
+}
+
+impl Rings {
+    fn owed(&self) -> usize {
+        self.vcpus.iter().map(|vcpu| vcpu.ring.owed()).sum()
+    }
+
+    /// Gives KVM the entries that were taken, also those that an earlier try left: a vCPU whose ring is full of them would
+    /// never go on.
+    fn give_back(&mut self, mut reset: impl FnMut() -> Result<usize>) -> Result<()> {
+        let mut owed = self.owed();
+        for _ in 0..TRIES {
+            if owed == 0 {
+                return Ok(());
+            }
+            let given = reset()?;
+            owed = self.owed();
+            if given > 0 && owed > 0 {
+                // Signals are blocked, but a debugger or SIGSTOP still gets through. KVM protects pages of several entries
+                // at a time, and skips it for the last ones when it ends early.
+                self.unprotected = true;
+            }
+        }
+        match owed {
+            0 => Ok(()),
+            _ => {
+                let text = format!(
+                    "KVM did not take back {owed} entries of dirty rings in {TRIES} calls of KVM_RESET_DIRTY_RINGS: \
+                     something interrupts every one of them"
+                );
+                Err(Error::new(libc::EINTR, text))
+            }
+        }
+    }
 }
 
 /// What the harvester and the tracker share. Lock order: users, switching, rings, slots.
@@ -134,7 +174,8 @@ impl KvmRing {
     /// A tracker for the VM with these rings. `switch` switches logging; without it the library sets the slot's flags.
     pub fn new(vm: Vm, rings: Vec<Ring>, threads: Arc<Threads>, switch: Option<Switch>) -> Self {
         let vcpus = rings.into_iter().map(|ring| Vcpu { ring, meter: Meter::default(), taken: 0 }).collect();
-        let rings = Rings { vcpus, suspended: false, period: PERIOD, period_began: Duration::ZERO, trouble: None };
+        let (period, period_began) = (PERIOD, Duration::ZERO);
+        let rings = Rings { vcpus, suspended: false, period, period_began, trouble: None, unprotected: false };
         Self {
             shared: Arc::new(Shared {
                 switching: Mutex::default(),
@@ -185,6 +226,7 @@ impl KvmRing {
         let mut slots = self.shared.slots.lock();
         // A vCPU that stands at a full ring must go on.
         let _ = self.shared.harvest(&mut rings, &mut slots);
+        rings.unprotected = false;
         rings.vcpus.iter_mut().for_each(|vcpu| vcpu.meter.restart(now()));
     }
 
@@ -219,8 +261,7 @@ impl Shared {
 
     /// Takes as many entries of each ring as `most` says, and gives them back to KVM.
     fn take(&self, rings: &mut Rings, slots: &mut [Noted], most: impl Fn(&mut Vcpu) -> usize) -> Result<()> {
-        let mut all = 0;
-        let Rings { vcpus, trouble, .. } = rings;
+        let Rings { vcpus, trouble, .. } = &mut *rings;
         for vcpu in vcpus {
             let most = most(vcpu);
             let Vcpu { ring, meter, taken: count } = vcpu;
@@ -240,12 +281,8 @@ impl Shared {
                 }
             });
             meter.took(taken);
-            all += taken;
         }
-        if all > 0 {
-            self.slots.vm.reset_dirty_rings()?;
-        }
-        Ok(())
+        rings.give_back(|| self.slots.vm.reset_dirty_rings())
     }
 
     /// The harvester's work: until `wake`.
@@ -259,7 +296,7 @@ impl Shared {
     }
 
     fn look(&self, rings: &mut Rings) -> Result<()> {
-        if rings.vcpus.iter().any(|vcpu| vcpu.ring.has(vcpu.ring.entries() / PART)) {
+        if rings.vcpus.iter().any(|vcpu| vcpu.ring.has(vcpu.ring.entries() / PART) || vcpu.ring.owed() > 0) {
             self.harvest_allowed(rings, &mut self.slots.lock())?;
         }
         let now = now();
@@ -361,15 +398,21 @@ impl Tracker for KvmRing {
 
     fn start(&self, list: &RamList) -> Result<()> {
         let mut users = lock(&self.users);
-        {
+        let unprotected = {
             let mut rings = lock(&self.shared.rings);
             let mut slots = self.shared.slots.lock();
             (rings.trouble, rings.suspended) = (None, false);
             // What an earlier attempt left is of no interest, but would fill the rings.
             self.shared.harvest(&mut rings, &mut slots)?;
             slots.iter_mut().for_each(|noted| noted.kept.fill(0));
+            rings.unprotected
+        };
+        if unprotected {
+            // A limit has kept logging on: KVM protects everything when it is switched on again.
+            self.shared.switch_off(|_| true);
+            lock(&self.shared.rings).unprotected = false;
         }
-        self.begin(&users, Some(list))?;
+        self.begin(&users, (!users.limits).then_some(list))?;
         users.readers = true;
         Ok(())
     }
@@ -386,6 +429,11 @@ impl Tracker for KvmRing {
         self.shared.harvest(&mut rings, &mut slots)?;
         if let Some(error) = rings.trouble.take() {
             return Err(error);
+        }
+        if rings.unprotected {
+            let text = "KVM_RESET_DIRTY_RINGS was interrupted (the process was stopped, or is traced): writes to some pages \
+                        may not have been noted; migrate again";
+            return Err(Error::new(libc::EINTR, text));
         }
         for noted in slots.iter_mut().filter(|noted| noted.on) {
             found(&noted.placed.block, noted.placed.first, &noted.kept);

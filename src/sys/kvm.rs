@@ -11,6 +11,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 
+use super::thread_sys::with_signals_blocked;
 use crate::error::{Error, Result, strerror};
 
 /// `KVMIO`: the type byte of every KVM ioctl.
@@ -224,10 +225,14 @@ impl Vm {
         })
     }
 
-    /// Protects the pages of all ring entries that were taken, and gives the entries back to KVM.
-    pub fn reset_dirty_rings(&self) -> Result<()> {
-        let done = self.ioctl(RESET_DIRTY_RINGS, 0).map(drop);
-        done.map_err(|errno| Error::new(errno, format!("KVM_RESET_DIRTY_RINGS: {}", strerror(errno))))
+    /// Protects the pages of all ring entries that were taken, and gives the entries back to KVM; how many.
+    ///
+    /// Signals wait meanwhile: for one, newer kernels end early, leave entries taken, and do not protect all pages of
+    /// those they gave back.
+    pub fn reset_dirty_rings(&self) -> Result<usize> {
+        let done = with_signals_blocked(|| self.ioctl(RESET_DIRTY_RINGS, 0))?;
+        done.map(|entries| usize::try_from(entries).unwrap_or(0))
+            .map_err(|errno| Error::new(errno, format!("KVM_RESET_DIRTY_RINGS: {}", strerror(errno))))
     }
 
     /// `ESTALE` unless the slot has exactly `pages` pages; costs one ioctl and changes nothing.

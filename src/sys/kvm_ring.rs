@@ -108,6 +108,12 @@ impl Ring {
         }
         taken
     }
+
+    /// How many of the entries that were taken KVM has not got back: it goes by their order, as `take` does.
+    pub fn owed(&self) -> usize {
+        let before = |n: &usize| self.flags(self.next + self.entries - n).load(Ordering::Acquire);
+        (1..=self.entries).take_while(|n| before(n) & TAKEN != 0).count()
+    }
 }
 
 impl Drop for Ring {

@@ -68,7 +68,7 @@ pub fn with_signals_blocked<T>(f: impl FnOnce() -> T) -> Result<T> {
     // SAFETY: `all` was initialised by sigfillset; `old` is room for one set.
     let err = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), old.as_mut_ptr()) };
     if err != 0 {
-        return Err(Error::new(err, "cannot block the signals of a library thread"));
+        return Err(Error::new(err, "cannot block the signals of a thread"));
     }
     // SAFETY: pthread_sigmask succeeded, so it filled `old`.
     let _restore = Restore(unsafe { old.assume_init() });

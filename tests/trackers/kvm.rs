@@ -2,8 +2,10 @@
 #![allow(unreachable_pub, reason = "parts of one test file")]
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_EXIT_DIRTY_RING_FULL, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VcpuExit};
@@ -13,6 +15,8 @@ use vmig::dirty::kvm_log::KvmLog;
 use vmig::dirty::kvm_ring::KvmRing;
 use vmig::dirty::kvm_slots::KvmTracker;
 use vmig::sys::kvm::Vm;
+use vmig::sys::signal::{EmptyHandler, kill_thread};
+use vmig::sys::thread_sys::tid;
 use vmig::thread::Threads;
 
 use super::memory::Memory;
@@ -23,10 +27,54 @@ use crate::kvm_guest::{CODE, DATA, Guest, MEM, Shape, WRITE_PAGES};
 const PAGES: usize = MEM / 4096;
 const FIRST: usize = (DATA / 4096) as usize;
 
+/// Kicks the thread that runs a vCPU all the time, as a VMM does now and then.
+struct Kicker {
+    /// The thread; 0: none runs the vCPU.
+    whom: Arc<Mutex<i32>>,
+    quit: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    _handler: EmptyHandler,
+}
+
+impl Kicker {
+    fn new(every: Duration) -> Self {
+        let handler = EmptyHandler::install(libc::SIGUSR1).unwrap();
+        let (whom, quit) = (Arc::<Mutex<i32>>::default(), Arc::<AtomicBool>::default());
+        let (to, end) = (Arc::clone(&whom), Arc::clone(&quit));
+        let kick = move || {
+            while !end.load(Ordering::Relaxed) {
+                let tid = to.lock().unwrap();
+                if *tid != 0 {
+                    kill_thread(*tid, libc::SIGUSR1).unwrap();
+                }
+                drop(tid);
+                std::thread::sleep(every);
+            }
+        };
+        Self { whom, quit, thread: Some(std::thread::spawn(kick)), _handler: handler }
+    }
+}
+
+impl Drop for Kicker {
+    fn drop(&mut self) {
+        self.quit.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
 /// Writes as the guest: its vCPU runs and stores.
 struct Vcpu {
     guest: Arc<Mutex<Guest>>,
     ring: Option<Arc<KvmRing>>,
+    kicker: Option<Kicker>,
+}
+
+impl Vcpu {
+    fn kicked(&self, tid: i32) {
+        if let Some(kicker) = &self.kicker {
+            *kicker.whom.lock().unwrap() = tid;
+        }
+    }
 }
 
 impl Writer for Vcpu {
@@ -39,13 +87,18 @@ impl Writer for Vcpu {
         let mut regs = vcpu.get_regs().unwrap();
         (regs.rip, regs.rsi, regs.rcx, regs.r12) = (CODE, page as u64 * 4096, pages as u64, value);
         vcpu.set_regs(&regs).unwrap();
+        self.kicked(tid());
         loop {
-            match vcpu.run().unwrap() {
-                VcpuExit::IoOut(..) => return,
-                VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => self.ring.as_ref().unwrap().ring_full(0).unwrap(),
+            match vcpu.run() {
+                Ok(VcpuExit::IoOut(..)) => break,
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                    self.ring.as_ref().unwrap().ring_full(0).unwrap();
+                }
+                Err(error) if error.errno() == libc::EINTR => {}
                 other => panic!("unexpected exit {other:?}"),
             }
         }
+        self.kicked(0);
     }
 }
 
@@ -109,7 +162,8 @@ pub fn world(kind: Kind, rng: &mut Rng) -> Option<World> {
         _ => {}
     }
     let ram = Arc::clone(&world.ram);
-    let vcpu = Vcpu { guest: Arc::new(Mutex::new(guest)), ring };
+    let kicker = (rng.below(2) == 0).then(|| Kicker::new(Duration::from_micros(1 + rng.below(50) as u64)));
+    let vcpu = Vcpu { guest: Arc::new(Mutex::new(guest)), ring, kicker };
     world.writers = vec![Box::new(vcpu), Box::new(Device(ram))];
     Some(world)
 }
