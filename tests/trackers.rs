@@ -43,7 +43,10 @@ fn all_schedules(name: &str, mut build: impl FnMut(&mut Rng) -> Option<World>) -
     let mut done = 0;
     for point in points(name, ALL, SAMPLE) {
         let mut rng = Rng::new(&format!("{name} {point}"));
-        let Some(world) = build(&mut rng) else { continue };
+        let Some(mut world) = build(&mut rng) else { continue };
+        if rng.below(3) == 0 {
+            source::beside(&mut world, &mut rng);
+        }
         schedule::run(world, &mut rng, &format!("{name}, schedule {point}"));
         done += 1;
     }
@@ -139,7 +142,15 @@ fn sources_that_forget_and_sources_that_are_cleared() {
 #[test]
 fn a_kvm_guest_and_its_device_by_the_dirty_log() {
     if !common::without_kvm() {
-        all_schedules("kvm-log", |rng| kvm::world(dirty::Kind::KvmLog, rng));
+        all_schedules("kvm-log", |rng| kvm::world(kvm::By::Log, rng));
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_kvm_guest_and_its_device_by_a_log_without_manual_protection() {
+    if !common::without_kvm() {
+        all_schedules("kvm-log, old", |rng| kvm::world(kvm::By::OldLog, rng));
     }
 }
 
@@ -149,13 +160,13 @@ fn a_kvm_guest_and_its_device_by_the_dirty_ring() {
     if common::without_kvm() || kvm::ring_entries() == 0 && skip("kvm", "this KVM has no dirty rings") {
         return;
     }
-    all_schedules("kvm-ring", |rng| kvm::world(dirty::Kind::KvmRing, rng));
+    all_schedules("kvm-ring", |rng| kvm::world(kvm::By::Ring, rng));
 }
 
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn a_kvm_guest_and_its_device_by_write_protection() {
     if !common::without_kvm() && !without_write_protect() {
-        all_schedules("kvm, protected", |rng| kvm::world(dirty::Kind::WriteProtect, rng));
+        all_schedules("kvm, protected", |rng| kvm::world(kvm::By::WriteProtect, rng));
     }
 }

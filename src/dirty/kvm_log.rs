@@ -55,6 +55,11 @@ impl KvmLog {
         let manual = vm.enable_manual_protect()?.manual;
         Ok(Self { manual, slots: Slots::new(vm, switch) })
     }
+
+    /// The same as on a kernel without manual protection: reading a log protects all pages of it that are dirty.
+    pub fn without_manual_protection(vm: Vm, switch: Option<Switch>) -> Self {
+        Self { manual: false, slots: Slots::new(vm, switch) }
+    }
 }
 
 impl KvmTracker for KvmLog {

@@ -243,10 +243,12 @@ impl Vm {
     pub fn check_slot_size(&self, slot: u32, pages: u64) -> Result<()> {
         let first = pages.saturating_sub(1) / GROUP * GROUP;
         let rest = u32::try_from(pages - first).unwrap_or(0);
-        self.clear_dirty_log(slot, first, rest, &[0]).map_err(|error| match error.errno() {
-            libc::EINVAL => resized(slot, pages, "it has another size now"),
-            _ => error,
-        })
+        match self.clear_dirty_log(slot, first, rest, &[0]) {
+            Err(error) if error.errno() == libc::EINVAL => Err(resized(slot, pages, "it has another size now")),
+            // Kernels without manual protection cannot be asked.
+            Err(error) if error.errno() == libc::ENOTTY => Ok(()),
+            done => done,
+        }
     }
 
     fn with<T>(&self, request: libc::c_ulong, value: &T) -> std::result::Result<(), i32> {

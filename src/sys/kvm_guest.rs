@@ -168,12 +168,18 @@ impl Guest {
     }
 
     pub fn set_slot(&self, slot: u32, len: u64, flags: u32) {
+        self.set_part(slot, 0, len, 0, flags);
+    }
+
+    /// A slot that shows `len` bytes of the memory from `offset` on at `gpa`.
+    pub fn set_part(&self, slot: u32, offset: u64, len: u64, gpa: u64, flags: u32) {
+        assert!(offset + len <= MEM as u64);
         let region = kvm_userspace_memory_region {
             slot,
             flags,
-            guest_phys_addr: 0,
+            guest_phys_addr: gpa,
             memory_size: len,
-            userspace_addr: self.mem as u64,
+            userspace_addr: self.mem as u64 + offset,
         };
         // SAFETY: the mapping outlives the VM's use of it.
         unsafe { self.vm.set_user_memory_region(region) }.unwrap();

@@ -3,12 +3,12 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_EXIT_DIRTY_RING_FULL, kvm_enable_cap};
-use kvm_ioctls::{Cap, Kvm, VcpuExit};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use vmig::dirty::Kind;
 use vmig::dirty::choice::Choice;
 use vmig::dirty::kvm_log::KvmLog;
@@ -33,12 +33,14 @@ struct Kicker {
     whom: Arc<Mutex<i32>>,
     quit: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
-    _handler: EmptyHandler,
 }
+
+/// For all kickers of the process, as long as it lives.
+static HANDLER: OnceLock<EmptyHandler> = OnceLock::new();
 
 impl Kicker {
     fn new(every: Duration) -> Self {
-        let handler = EmptyHandler::install(libc::SIGUSR1).unwrap();
+        HANDLER.get_or_init(|| EmptyHandler::install(libc::SIGUSR1).unwrap());
         let (whom, quit) = (Arc::<Mutex<i32>>::default(), Arc::<AtomicBool>::default());
         let (to, end) = (Arc::clone(&whom), Arc::clone(&quit));
         let kick = move || {
@@ -51,7 +53,7 @@ impl Kicker {
                 std::thread::sleep(every);
             }
         };
-        Self { whom, quit, thread: Some(std::thread::spawn(kick)), _handler: handler }
+        Self { whom, quit, thread: Some(std::thread::spawn(kick)) }
     }
 }
 
@@ -62,11 +64,22 @@ impl Drop for Kicker {
     }
 }
 
-/// Writes as the guest: its vCPU runs and stores.
+/// Part of the guest's memory that it sees a second time, from `HOLE` on.
+#[derive(Clone, Copy)]
+struct Alias {
+    first: usize,
+    pages: usize,
+}
+
+/// Writes as the guest: a vCPU of it runs and stores.
 struct Vcpu {
-    guest: Arc<Mutex<Guest>>,
+    vcpu: VcpuFd,
+    index: usize,
+    /// Its memory is mapped as long as it is there.
+    _guest: Arc<Mutex<Guest>>,
     ring: Option<Arc<KvmRing>>,
     kicker: Option<Kicker>,
+    alias: Option<Alias>,
 }
 
 impl Vcpu {
@@ -81,18 +94,22 @@ impl Writer for Vcpu {
     fn write(&mut self, _place: &Place, page: usize, pages: usize, value: u64) {
         // Below that are its code and tables.
         let page = FIRST + page % (PAGES - FIRST);
-        let pages = pages.min(PAGES - page);
-        let mut guest = self.guest.lock().unwrap();
-        let vcpu = &mut guest.vcpus[0];
-        let mut regs = vcpu.get_regs().unwrap();
-        (regs.rip, regs.rsi, regs.rcx, regs.r12) = (CODE, page as u64 * 4096, pages as u64, value);
-        vcpu.set_regs(&regs).unwrap();
+        let mut pages = pages.min(PAGES - page);
+        let mut at = page * 4096;
+        let in_it = |alias: &Alias| value % 3 == 0 && (alias.first..alias.first + alias.pages).contains(&page);
+        if let Some(alias) = self.alias.filter(in_it) {
+            at = MEM + (page - alias.first) * 4096;
+            pages = pages.min(alias.first + alias.pages - page);
+        }
+        let mut regs = self.vcpu.get_regs().unwrap();
+        (regs.rip, regs.rsi, regs.rcx, regs.r12) = (CODE, at as u64, pages as u64, value);
+        self.vcpu.set_regs(&regs).unwrap();
         self.kicked(tid());
         loop {
-            match vcpu.run() {
+            match self.vcpu.run() {
                 Ok(VcpuExit::IoOut(..)) => break,
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
-                    self.ring.as_ref().unwrap().ring_full(0).unwrap();
+                    self.ring.as_ref().unwrap().ring_full(self.index).unwrap();
                 }
                 Err(error) if error.errno() == libc::EINTR => {}
                 other => panic!("unexpected exit {other:?}"),
@@ -120,30 +137,88 @@ pub fn ring_entries() -> usize {
     usize::try_from(Kvm::new().map_or(0, |kvm| kvm.check_extension_int(Cap::DirtyLogRing))).unwrap_or(0) / 16
 }
 
-/// A guest tracked by KVM's log or ring, or by write protection. Its memory is one block, shown by two slots.
-pub fn world(kind: Kind, rng: &mut Rng) -> Option<World> {
-    let shape = Shape { vcpus: 1, irqchip: false, cpuid: true };
+/// A slot of the guest.
+struct Slot {
+    number: u32,
+    offset: usize,
+    pages: usize,
+    gpa: usize,
+}
+
+/// Shows the guest its memory by one to three slots, cut at odd pages, and sometimes some of it once more.
+fn cut(guest: &Guest, rng: &mut Rng) -> (Vec<Slot>, Option<Alias>) {
+    let mut ends: Vec<usize> = (0..rng.below(3)).map(|_| 1 + 2 * rng.below(PAGES / 2)).collect();
+    ends.push(PAGES);
+    ends.sort_unstable();
+    ends.dedup();
+    let step = 1 + rng.below(5);
+    let number = |n: usize| u32::try_from(n * step).unwrap();
+    let mut slots = Vec::new();
+    let mut offset = 0;
+    for end in ends {
+        slots.push(Slot { number: number(slots.len()), offset, pages: end - offset, gpa: offset * 4096 });
+        offset = end;
+    }
+    let alias = (rng.below(2) == 0).then(|| {
+        let first = FIRST + 1 + 2 * rng.below(600);
+        Alias { first, pages: (1 + 2 * rng.below(256)).min(PAGES - first) }
+    });
+    if let Some(Alias { first, pages }) = alias {
+        slots.push(Slot { number: number(slots.len()), offset: first, pages, gpa: MEM });
+    }
+    guest.set_slot(0, 0, 0);
+    for slot in &slots {
+        guest.set_part(slot.number, slot.offset as u64 * 4096, slot.pages as u64 * 4096, slot.gpa as u64, 0);
+    }
+    (slots, alias)
+}
+
+/// What tracks the guest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum By {
+    Log,
+    /// As kernels did before they had manual protection.
+    OldLog,
+    Ring,
+    WriteProtect,
+}
+
+/// A guest of one or two vCPUs and its device. Its memory is one block.
+pub fn world(by: By, rng: &mut Rng) -> Option<World> {
+    let shape = Shape { vcpus: 1 + rng.below(2), irqchip: false, cpuid: true };
     // The smallest are full all the time.
     let entries = [256, 1024, 65536][rng.below(3)].min(ring_entries());
-    let guest = Guest::prepared(shape, |vm| {
-        if kind == Kind::KvmRing {
+    let mut guest = Guest::prepared(shape, |vm| {
+        if by == By::Ring {
             let mut cap = kvm_enable_cap { cap: KVM_CAP_DIRTY_LOG_RING, ..Default::default() };
             cap.args[0] = entries as u64 * 16;
             vm.enable_cap(&cap).unwrap();
         }
     })?;
-    guest.start_at(0, &WRITE_PAGES);
+    (0..shape.vcpus).for_each(|index| guest.start_at(index, &WRITE_PAGES));
+    let (slots, alias) = cut(&guest, rng);
     // The guest's memory stays mapped as long as the guest, which the writers have.
     let memory = Arc::new(Memory::borrowed(guest.mem, PAGES));
-    let mut world = World::empty(Choice::Only(kind));
+    let kind = match by {
+        By::Log | By::OldLog => Kind::KvmLog,
+        By::Ring => Kind::KvmRing,
+        By::WriteProtect => Kind::WriteProtect,
+    };
+    let mut world = World { first: FIRST, ..World::empty(Choice::Only(kind)) };
     let block = world.add(memory, "ram".to_owned());
     let vm = Vm::dup(guest.vm.as_raw_fd()).unwrap();
     let mut ring = None;
-    let add = |tracker: &dyn KvmTracker| tracker.add_slot(0, 0, &block, 0, MEM as u64, 0).unwrap();
-    match kind {
-        Kind::KvmRing => {
-            let rings = KvmRing::find(&guest.vcpu_fds()).unwrap();
-            assert_eq!(rings.iter().map(vmig::sys::kvm_ring::Ring::entries).collect::<Vec<_>>(), [entries]);
+    let add = |tracker: &dyn KvmTracker| {
+        for slot in &slots {
+            let [offset, len, gpa] = [slot.offset * 4096, slot.pages * 4096, slot.gpa].map(|n| n as u64);
+            tracker.add_slot(slot.number, 0, &block, offset, len, gpa).unwrap();
+        }
+    };
+    let rings = KvmRing::find(&guest.vcpu_fds()).unwrap();
+    let found: Vec<usize> = rings.iter().map(vmig::sys::kvm_ring::Ring::entries).collect();
+    assert_eq!(found, if by == By::Ring { vec![entries; shape.vcpus] } else { Vec::new() });
+    match by {
+        By::Ring => {
             let tracker = Arc::new(KvmRing::new(vm, rings, Arc::<Threads>::default(), None));
             add(&*tracker);
             if rng.below(2) == 0 {
@@ -153,17 +228,23 @@ pub fn world(kind: Kind, rng: &mut Rng) -> Option<World> {
             world.hub.add_tracker(Arc::<KvmRing>::clone(&tracker)).unwrap();
             ring = Some(tracker);
         }
-        Kind::KvmLog => {
-            assert!(KvmRing::find(&guest.vcpu_fds()).unwrap().is_empty(), "nobody enabled a ring");
-            let tracker = Arc::new(KvmLog::new(vm, None).unwrap());
-            add(&*tracker);
-            world.hub.add_tracker(tracker).unwrap();
+        By::Log | By::OldLog => {
+            let tracker = match by {
+                By::Log => KvmLog::new(vm, None).unwrap(),
+                _ => KvmLog::without_manual_protection(vm, None),
+            };
+            add(&tracker);
+            world.hub.add_tracker(Arc::new(tracker)).unwrap();
         }
-        _ => {}
+        By::WriteProtect => {}
     }
-    let ram = Arc::clone(&world.ram);
-    let kicker = (rng.below(2) == 0).then(|| Kicker::new(Duration::from_micros(1 + rng.below(50) as u64)));
-    let vcpu = Vcpu { guest: Arc::new(Mutex::new(guest)), ring, kicker };
-    world.writers = vec![Box::new(vcpu), Box::new(Device(ram))];
+    world.writers = vec![Box::new(Device(Arc::clone(&world.ram)))];
+    let vcpus = std::mem::take(&mut guest.vcpus);
+    let guest = Arc::new(Mutex::new(guest));
+    for (index, vcpu) in vcpus.into_iter().enumerate() {
+        let kicker = (rng.below(2) == 0).then(|| Kicker::new(Duration::from_micros(1 + rng.below(50) as u64)));
+        let vcpu = Vcpu { vcpu, index, _guest: Arc::clone(&guest), ring: ring.clone(), kicker, alias };
+        world.writers.push(Box::new(vcpu));
+    }
     Some(world)
 }

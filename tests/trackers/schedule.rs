@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use vmig::dirty::choice::Choice;
 use vmig::dirty::cursor::Cursor;
@@ -17,6 +18,7 @@ use vmig::dirty::set::DirtySet;
 use vmig::ram::{Block, BlockSpec, Ram, RamList};
 
 use super::memory::{Kind, Memory, PAGE};
+use super::source::Faults;
 use crate::common::Rng;
 
 /// Writes pages of the guest, in the way the tracker is told of.
@@ -42,12 +44,30 @@ pub struct World {
     /// Which kind of block may be added between attempts.
     pub plug: Option<Kind>,
     pub marked: bool,
+    /// Pages before that are nobody's to write.
+    pub first: usize,
+    /// Of sources that fail.
+    pub faults: Vec<Arc<Faults>>,
 }
 
 impl World {
     pub fn empty(choice: Choice) -> Self {
         let (ram, hub) = (Arc::default(), Hub::default());
-        Self { ram, hub, choice, places: Vec::new(), writers: Vec::new(), plug: None, marked: false }
+        Self {
+            ram,
+            hub,
+            choice,
+            places: Vec::new(),
+            writers: Vec::new(),
+            plug: None,
+            marked: false,
+            first: 0,
+            faults: Vec::new(),
+        }
+    }
+
+    fn may_fail(&self) -> bool {
+        !self.faults.is_empty()
     }
 
     /// Adds a block over `memory`; its number in the guest's life names it.
@@ -61,6 +81,11 @@ impl World {
     }
 }
 
+/// Fails if it failed, unless that is the error of a source that may fail.
+fn well_or_fault<T>(done: vmig::error::Result<T>, may_fail: bool) -> Option<T> {
+    done.inspect_err(|e| assert!(may_fail && e.text().contains("dirty source 'log'"), "{e}")).ok()
+}
+
 /// A copy of the memory, and what it has still to take.
 struct Reader {
     set: Arc<DirtySet>,
@@ -72,7 +97,8 @@ struct Reader {
 impl Reader {
     fn new(world: &World) -> Self {
         let list = world.ram.list();
-        let set = world.hub.subscribe(&list, world.choice).unwrap_or_else(|e| panic!("{e}"));
+        let begin = || well_or_fault(world.hub.subscribe(&list, world.choice), world.may_fail());
+        let set = begin().or_else(begin).expect("two failures in a row");
         assert_eq!(set.pages(), list.iter().map(|b| b.pages()).sum::<usize>(), "an attempt begins with all pages");
         let copy = list.iter().map(|b| vec![u64::MAX; b.pages()]).collect();
         Self { set, list, cursor: Cursor::default(), copy }
@@ -144,6 +170,17 @@ pub fn run(mut world: World, rng: &mut Rng, what: &str) -> World {
                     }
                 });
             }
+            // Some steps run beside somebody else's syncs.
+            if rng.below(3) == 0 {
+                let (stop, hub, pause) = (&stop, &world.hub, Duration::from_micros(rng.below(300) as u64));
+                let may_fail = world.may_fail();
+                scope.spawn(move || {
+                    while !stop.load(Ordering::SeqCst) {
+                        well_or_fault(hub.sync(), may_fail);
+                        std::thread::sleep(pause);
+                    }
+                });
+            }
             let until = step + 1 + rng.below(6);
             while step < until {
                 step += 1;
@@ -159,7 +196,9 @@ pub fn run(mut world: World, rng: &mut Rng, what: &str) -> World {
                             calm[writer].write(place, page, pages.min(300), value);
                         }
                     }
-                    4..6 => world.hub.sync().unwrap(),
+                    4..6 => {
+                        well_or_fault(world.hub.sync(), world.may_fail());
+                    }
                     6 => {
                         let place = &places[rng.below(places.len())];
                         let moves = [libc::MADV_PAGEOUT, libc::MADV_COLD, libc::MADV_COLLAPSE, libc::MADV_HUGEPAGE];
@@ -195,6 +234,7 @@ pub fn run(mut world: World, rng: &mut Rng, what: &str) -> World {
             _ => {}
         }
     }
+    world.faults.iter().for_each(|faults| faults.every.store(0, Ordering::SeqCst));
     world.hub.sync().unwrap();
     for reader in readers {
         reader.finish(&world, what);

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vmig::dirty::callback::{Source, VMIG_SOURCE_ALL_WRITES, vmig_dirty_bitmap, vmig_dirty_source};
@@ -18,23 +18,46 @@ use crate::common::Rng;
 
 /// Bits by the name of the block.
 #[derive(Debug, Default)]
-pub struct Log(Mutex<HashMap<String, Arc<Vec<AtomicU64>>>>);
+pub struct Log {
+    bits: Mutex<HashMap<String, Arc<Vec<AtomicU64>>>>,
+    /// A callback runs.
+    inside: AtomicBool,
+    faults: Arc<Faults>,
+}
+
+/// When the source fails.
+#[derive(Debug, Default)]
+pub struct Faults {
+    /// Every call of so many; 0: none.
+    pub every: AtomicUsize,
+    calls: AtomicUsize,
+}
+
+impl Faults {
+    fn is_due(&self) -> bool {
+        let (every, calls) = (self.every.load(Ordering::SeqCst), self.calls.fetch_add(1, Ordering::SeqCst));
+        every != 0 && calls % every == every - 1
+    }
+}
 
 impl Log {
     fn of(&self, name: &str, pages: usize) -> Arc<Vec<AtomicU64>> {
-        let mut all = self.0.lock().unwrap();
+        let mut all = self.bits.lock().unwrap();
         let new = || Arc::new((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
         Arc::clone(all.entry(name.to_owned()).or_insert_with(new))
     }
 }
 
-/// Writes and notes.
-struct Noting(Arc<Log>);
+/// Writes pages from `first` of a block on, and notes.
+struct Noting {
+    log: Arc<Log>,
+    first: usize,
+}
 
 impl Writer for Noting {
     fn write(&mut self, place: &Place, page: usize, pages: usize, value: u64) {
-        let bits = self.0.of(place.block.name(), place.block.pages());
-        for page in page..place.memory.pages.min(page + pages) {
+        let bits = self.log.of(place.block.name(), place.block.pages());
+        for page in self.first.max(page)..place.memory.pages.min(page + pages) {
             place.memory.word(page).store(value, Ordering::SeqCst);
             bits[page / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
         }
@@ -62,30 +85,51 @@ unsafe fn parts<'a>(
     (unsafe { std::slice::from_raw_parts_mut(bitmap.bits, words) }, log.of(name, first + words * 64), first / 64)
 }
 
+/// As the library promises: one callback of a source at a time.
+fn alone(opaque: *mut c_void, f: impl FnOnce(&Log) -> c_int) -> c_int {
+    // SAFETY: our own pointer.
+    let log = unsafe { &*opaque.cast::<Log>() };
+    assert!(!log.inside.swap(true, Ordering::SeqCst), "two callbacks of one source at once");
+    let done = f(log);
+    log.inside.store(false, Ordering::SeqCst);
+    done
+}
+
+fn done(log: &Log) -> c_int {
+    if log.faults.is_due() { -libc::EIO } else { 0 }
+}
+
 unsafe extern "C" fn take(opaque: *mut c_void, bitmap: *const vmig_dirty_bitmap) -> c_int {
-    // SAFETY: called as the library calls.
-    let (words, bits, first) = unsafe { parts(opaque, bitmap) };
-    words.iter_mut().enumerate().for_each(|(i, word)| *word |= bits[first + i].swap(0, Ordering::SeqCst));
-    0
+    alone(opaque, |log| {
+        // SAFETY: called as the library calls.
+        let (words, bits, first) = unsafe { parts(opaque, bitmap) };
+        words.iter_mut().enumerate().for_each(|(i, word)| *word |= bits[first + i].swap(0, Ordering::SeqCst));
+        // Whatever it took is gone then.
+        done(log)
+    })
 }
 
 unsafe extern "C" fn look(opaque: *mut c_void, bitmap: *const vmig_dirty_bitmap) -> c_int {
-    // SAFETY: called as the library calls.
-    let (words, bits, first) = unsafe { parts(opaque, bitmap) };
-    words.iter_mut().enumerate().for_each(|(i, word)| *word |= bits[first + i].load(Ordering::SeqCst));
-    0
+    alone(opaque, |log| {
+        // SAFETY: called as the library calls.
+        let (words, bits, first) = unsafe { parts(opaque, bitmap) };
+        words.iter_mut().enumerate().for_each(|(i, word)| *word |= bits[first + i].load(Ordering::SeqCst));
+        done(log)
+    })
 }
 
 unsafe extern "C" fn clear(opaque: *mut c_void, bitmap: *const vmig_dirty_bitmap) -> c_int {
-    // SAFETY: called as the library calls.
-    let (words, bits, first) = unsafe { parts(opaque, bitmap) };
-    words.iter().enumerate().for_each(|(i, word)| {
-        bits[first + i].fetch_and(!*word, Ordering::SeqCst);
-    });
-    0
+    alone(opaque, |_| {
+        // SAFETY: called as the library calls.
+        let (words, bits, first) = unsafe { parts(opaque, bitmap) };
+        words.iter().enumerate().for_each(|(i, word)| {
+            bits[first + i].fetch_and(!*word, Ordering::SeqCst);
+        });
+        0
+    })
 }
 
-/// A source that is asked and forgets, or one that is cleared.
+/// A source that is asked and forgets, or one that is cleared; sometimes it fails.
 pub fn world(clears: bool, rng: &mut Rng) -> Option<World> {
     let mut world = World::empty(Choice::Auto);
     world.plug = Some(Kind::Private);
@@ -93,11 +137,28 @@ pub fn world(clears: bool, rng: &mut Rng) -> Option<World> {
         let memory = Memory::new(Kind::Private, size(Kind::Private, rng), 0)?;
         world.add(Arc::new(memory), format!("ram{n}"));
     }
+    let log = register(&mut world, clears, VMIG_SOURCE_ALL_WRITES, rng);
+    world.writers = vec![Box::new(Noting { log: Arc::clone(&log), first: 0 }), Box::new(Noting { log, first: 0 })];
+    Some(world)
+}
+
+/// A device with a log of its own, beside whatever tracks this world.
+pub fn beside(world: &mut World, rng: &mut Rng) {
+    let log = register(world, rng.below(2) == 0, 0, rng);
+    world.writers.push(Box::new(Noting { log, first: world.first }));
+}
+
+fn register(world: &mut World, clears: bool, flags: u64, rng: &mut Rng) -> Arc<Log> {
     let log = Arc::new(Log::default());
+    if rng.below(4) == 0 {
+        // Less often than there are blocks: the next sync is a good one.
+        log.faults.every.store(5 + rng.below(30), Ordering::SeqCst);
+        world.faults.push(Arc::clone(&log.faults));
+    }
     let ops = vmig_dirty_source {
         size: size_of::<vmig_dirty_source>(),
         name: c"log".as_ptr(),
-        flags: VMIG_SOURCE_ALL_WRITES,
+        flags,
         start: None,
         sync: Some(if clears { look } else { take }),
         clear: clears.then_some(clear as _),
@@ -108,6 +169,5 @@ pub fn world(clears: bool, rng: &mut Rng) -> Option<World> {
     let source = unsafe { Source::new(&raw const ops, Arc::as_ptr(&log).cast_mut().cast()) }.unwrap();
     source.adopt(Arc::new(Dispatch::new(&Arc::new(Home::new()))));
     world.hub.add_tracker(Arc::new(source)).unwrap();
-    world.writers = vec![Box::new(Noting(Arc::clone(&log))), Box::new(Noting(log))];
-    Some(world)
+    log
 }
