@@ -29,6 +29,8 @@ pub struct Ring {
     entries: usize,
     /// The entry that is taken next.
     next: usize,
+    /// Known to be that. Somebody may have emptied the ring before us, and in an empty one nothing tells.
+    found: bool,
     _vcpu: OwnedFd,
 }
 
@@ -67,7 +69,24 @@ impl Ring {
         };
         let map = NonNull::new(map.cast()).filter(|_| map != libc::MAP_FAILED);
         let map = map.ok_or_else(|| Error::last_os("mapping a vCPU's dirty ring"))?;
-        Ok(Some(Self { map, entries: pages * PAGE / ENTRY, next: 0, _vcpu: copy }))
+        let mut ring = Self { map, entries: pages * PAGE / ENTRY, next: 0, found: false, _vcpu: copy };
+        ring.found = ring.find_next();
+        Ok(Some(ring))
+    }
+
+    /// Finds the entry that is to be taken next by those that are filled or taken. False: there are none.
+    fn find_next(&mut self) -> bool {
+        let state = |n: usize| self.flags(n).load(Ordering::Acquire) & (DIRTY | TAKEN);
+        let next = match (0..self.entries).find(|n| state(*n) == DIRTY) {
+            // The kernel fills forwards, so what is before the first stays as it is.
+            Some(filled) => {
+                let before = (0..self.entries).take_while(|n| state(filled + self.entries - n - 1) == DIRTY).count();
+                Some(filled + self.entries - before)
+            }
+            None => (0..self.entries).find(|n| state(*n) != 0 && state(n + 1) == 0).map(|n| n + 1),
+        };
+        self.next = next.unwrap_or(0) % self.entries;
+        next.is_some()
     }
 
     /// Entries it has room for.
@@ -85,13 +104,19 @@ impl Ring {
 
     /// Whether at least so many entries wait to be taken.
     pub fn has(&self, entries: usize) -> bool {
-        let last = self.next + entries.clamp(1, self.entries) - 1;
-        self.flags(last).load(Ordering::Acquire) & (DIRTY | TAKEN) == DIRTY
+        let entries = entries.clamp(1, self.entries);
+        let is_filled = |n: usize| self.flags(n).load(Ordering::Acquire) & (DIRTY | TAKEN) == DIRTY;
+        match self.found {
+            true => is_filled(self.next + entries - 1),
+            // So many in a row have one of these, wherever they begin; fewer may, too, which does no harm.
+            false => (0..self.entries).step_by(entries).any(is_filled),
+        }
     }
 
     /// Takes entries, at most `most`, as (slot, page of the slot); returns how many. They are the kernel's again only after
     /// `Vm::reset_dirty_rings`.
     pub fn take(&mut self, most: usize, mut f: impl FnMut(u32, u64)) -> usize {
+        self.found = self.found || self.find_next();
         let mut taken = 0;
         // One more turn than there is room for cannot be: what was taken is not given again before a reset.
         while taken < most.min(self.entries)

@@ -115,6 +115,39 @@ fn a_vcpu_at_a_ring_of_taken_entries_goes_on() {
     assert!(write(&mut guest, 0, 10));
 }
 
+/// A VMM may make a handle for each migration: KVM goes on in its rings where it was.
+#[test]
+fn rings_that_were_in_use_are_taken_up_where_kvm_is() {
+    let Some((mut guest, first)) = tracked() else { return };
+    let sync = |ring: &KvmRing| {
+        let mut pages = 0;
+        ring.sync(&mut |_, _, kept| pages += kept.iter().map(|w| w.count_ones() as usize).sum::<usize>()).unwrap();
+        pages
+    };
+    let mut last = first;
+    // All given back; some taken and not given back; some not even taken; and once around.
+    for turn in 0..12 {
+        assert!(write(&mut guest, 0, 50), "turn {turn}");
+        assert!((50..100).contains(&sync(&last)), "turn {turn}");
+        match turn % 4 {
+            0 => {}
+            1 | 2 => {
+                assert!(write(&mut guest, 0, 20));
+                lock(&last.shared.rings).vcpus[0].ring.take(if turn % 4 == 1 { 20 } else { 5 }, |_, _| ());
+            }
+            _ => assert!(write(&mut guest, 0, 20)),
+        }
+        let rings = KvmRing::find(&guest.vcpu_fds()).unwrap();
+        let next = KvmRing::new(Vm::dup(guest.vm.as_raw_fd()).unwrap(), rings, Arc::default(), None);
+        let block = Arc::clone(&last.shared.slots.lock()[0].placed.block);
+        next.add_slot(0, 0, &block, 0, MEM as u64, 0).unwrap();
+        next.shared.switch_on(None).unwrap();
+        sync(&next);
+        assert_eq!(lock(&next.shared.rings).owed(), 0, "turn {turn}");
+        last = next;
+    }
+}
+
 #[test]
 fn pages_that_may_be_unprotected_fail_every_sync_until_logging_begins_anew() {
     let Some((guest, ring)) = tracked() else { return };
