@@ -93,9 +93,18 @@ fn a_guest_that_does_not_converge_is_throttled_by_the_gate() {
     b.quit();
 }
 
+fn runs_through(word: &str) {
+    let out = common::run(Command::new("timeout").args(["-k", "5", "60"]).arg(common::c_program("gated")).arg(word));
+    assert!(common::words(&out).contains("done"));
+}
+
 #[test]
 fn misuse_is_refused() {
-    let out =
-        common::run(Command::new("timeout").args(["-k", "5", "60"]).arg(common::c_program("gated")).arg("misuse"));
-    assert!(common::words(&out).contains("done"));
+    runs_through("misuse");
+}
+
+/// The one that is refused leaves nothing behind: the other is told to come out, and named.
+#[test]
+fn two_threads_as_one_vcpu_are_told_apart() {
+    runs_through("twins");
 }

@@ -85,6 +85,7 @@ fn counts(block: &Arc<Block>, presence: Option<&Presence>, check: &dyn Fn() -> R
     for first in (0..block.pages()).step_by(GRANULE) {
         check()?;
         let pages = first..block.pages().min(first + GRANULE);
+        block.check_mapped(&pages)?;
         let (mut existing, mut looked, mut zero) = (0, 0, 0);
         let mut look = |range: Range<usize>| {
             existing += range.len() as u64;

@@ -7,6 +7,7 @@ use super::places::Places;
 use super::rate::{Probe, Whole};
 use crate::error::{Error, Result};
 use crate::ram::digest::{page_hash, zero_hash};
+use crate::ram::presence::GRANULE;
 use crate::ram::{PAGE, PAGE_BYTES};
 use crate::sys::random::random;
 
@@ -60,10 +61,17 @@ impl<'a> Samples<'a> {
     fn each(&mut self, mut f: impl FnMut(&mut Sample, Option<u64>)) -> Result<()> {
         let mut copy = Vec::new();
         copy.try_reserve_exact(PAGE_BYTES).map_err(|_| Error::no_memory("a page", PAGE))?;
+        let mut mapped = None;
         for sample in &mut self.samples {
             (self.check)()?;
+            // Samples ascend: the kernel is asked once for all of a granule.
+            let (block, first) = (self.places.block(sample.block), sample.page / GRANULE * GRANULE);
+            if mapped != Some((sample.block, first)) {
+                block.check_mapped(&(first..block.pages().min(first + GRANULE)))?;
+                mapped = Some((sample.block, first));
+            }
             let absent = self.places.is_absent(sample.block, sample.page);
-            let now = (!absent).then(|| page_hash(self.places.block(sample.block), sample.page, &mut copy));
+            let now = (!absent).then(|| page_hash(block, sample.page, &mut copy));
             f(sample, now);
         }
         Ok(())

@@ -55,7 +55,9 @@ impl Migration<'_> {
             }
             let mut bytes = Vec::new();
             let hinted = self.existing.iter().filter(|_| survey.is_some());
-            hinted.for_each(|(block, hint)| hello::put_hint(&mut bytes, &without_zeros(block, hint)));
+            for (block, hint) in hinted {
+                hello::put_hint(&mut bytes, &without_zeros(block, hint)?);
+            }
             self.out.write(&bytes)?;
         }
         let channels = self.channels();
@@ -196,16 +198,17 @@ impl Migration<'_> {
 
 /// Touched memory may be all zeros, which the destination need not have: a few pages of each full granule tell. Others
 /// are not looked at, because looking at a page that does not exist may make it.
-fn without_zeros(block: &Block, hint: &Hint) -> Hint {
+fn without_zeros(block: &Block, hint: &Hint) -> Result<Hint> {
     const SAMPLES: usize = 4;
     let mut without = hint.clone();
     for (granule, _) in hint.full().enumerate().filter(|(_, full)| *full) {
         let (first, pages) = (granule * GRANULE, hint.granule_pages(granule));
+        block.check_mapped(&(first..first + pages))?;
         if (0..SAMPLES).all(|n| block.is_zero(first + n * pages / SAMPLES)) {
             without.set(granule, 0);
         }
     }
-    without
+    Ok(without)
 }
 
 fn needs_vmig() -> Error {

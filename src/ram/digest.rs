@@ -1,7 +1,7 @@
 //! Hashes of guest RAM: of each page, and of each granule over those of its pages, so that two sides which differ find the
 //! first page by looking at one granule. What option `verify` compares.
 //!
-//! Memory that does not exist reads as zero and is not touched. A page is copied before it is hashed: guest memory never
+//! Memory that does not exist reads as zero and is not touched; what is not mapped any more is an error. A page is copied before it is hashed: guest memory never
 //! has a Rust reference.
 
 use std::sync::Arc;
@@ -252,6 +252,7 @@ impl Work {
         let mut sums = Vec::new();
         sums.try_reserve_exact(count).map_err(|_| Error::no_memory("hashes of guest RAM", block.len() / PAGE * 8))?;
         sums.resize(count, self.zero);
+        block.check_mapped(&(first..first + count))?;
         presence.each_existing(first..first + count, |range| {
             for start in range.clone().step_by(STEP) {
                 let some = STEP.min(range.end - start);

@@ -10,7 +10,7 @@ mod sync {
 }
 
 use std::ffi::c_int;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::sys::clock::monotonic_ns;
 use crate::sys::signal::{EmptyHandler, has_handler, kill_thread};
 use crate::sys::thread_sys;
-use crate::thread::{Handle, Threads, current_token, lock};
+use crate::thread::{Handle, Threads, lock};
 
 /// The most vCPUs of one gate: more than any kernel runs.
 pub const VCPUS_MAX: usize = 4096;
@@ -43,9 +43,8 @@ pub struct Kick {
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Seat {
-    /// Thread that was inside last: kernel id, and what tells threads apart cheaply.
+    /// Thread that was inside last.
     tid: AtomicI32,
-    token: AtomicUsize,
     /// Set to 1 to have the run come back: `kvm_run.immediate_exit`, or what an interpreter looks at.
     flag: AtomicPtr<u8>,
     /// Throttled: it may not run before this.
@@ -129,22 +128,21 @@ impl Gate {
         if self.core.is_inside(vcpu) {
             return Err(self.twice(vcpu));
         }
-        // Before it goes in: from there on somebody may want to reach it.
-        let me = current_token();
-        if seat.token.load(Ordering::Relaxed) != me {
-            seat.tid.store(thread_sys::tid(), Ordering::Relaxed);
-            seat.token.store(me, Ordering::Relaxed);
-        }
-        seat.flag.store(flag, Ordering::Relaxed);
+        let sit = || {
+            seat.tid.store(own_tid(), Ordering::Relaxed);
+            seat.flag.store(flag, Ordering::Relaxed);
+            self.set_flag(seat, 0);
+        };
         loop {
             let epoch = self.core.epoch();
-            let nap = seat.nap_until_ns.load(Ordering::Relaxed).saturating_sub(if_set(seat));
+            let nap = nap_left(seat);
             if nap > 0 && !self.core.has_ended() {
                 self.core.await_change(epoch, Instant::now().checked_add(Duration::from_nanos(nap)));
                 continue;
             }
-            self.set_flag(seat, 0);
-            match self.core.enter(vcpu) {
+            match self.core.enter(vcpu, sit) {
+                // Who sent it to nap before it was inside did not tell it.
+                Entered::Inside if nap_left(seat) > 0 => drop(self.core.exit(vcpu)),
                 Entered::Inside => return Ok(()),
                 Entered::Closed(epoch) => self.core.await_change(epoch, None),
                 Entered::Ended => {
@@ -156,9 +154,12 @@ impl Gate {
     }
 
     fn twice(&self, vcpu: usize) -> Error {
-        let tid = self.seats[vcpu].tid.load(Ordering::Relaxed);
+        let who = match self.core.is_inside(vcpu) {
+            true => format!("thread {}", self.seats[vcpu].tid.load(Ordering::Relaxed)),
+            false => "another thread is just going in".to_owned(),
+        };
         let text = format!(
-            "vCPU {vcpu} is inside the gate already (thread {tid}): call vmig_gate_exit() before it enters \
+            "vCPU {vcpu} is inside the gate already ({who}): call vmig_gate_exit() before it enters \
                             again, and give each vCPU a number of its own"
         );
         Error::new(libc::EBUSY, text)
@@ -207,8 +208,8 @@ impl Gate {
         if self.core.is_closed() {
             return Ok(());
         }
-        let me = current_token();
-        let own = |vcpu: &usize| self.seats[*vcpu].token.load(Ordering::Relaxed) == me && self.core.is_inside(*vcpu);
+        let me = own_tid();
+        let own = |vcpu: &usize| self.core.is_inside(*vcpu) && self.seats[*vcpu].tid.load(Ordering::Relaxed) == me;
         if let Some(vcpu) = (0..self.core.vcpus()).find(own) {
             let text = format!(
                 "vCPU {vcpu}'s own thread cannot stop the guest from inside the gate: it would wait for itself"
@@ -314,7 +315,8 @@ impl Gate {
     fn send_to_nap(&self, nap: Duration) {
         let until = monotonic_ns().saturating_add(u64::try_from(nap.as_nanos()).unwrap_or(u64::MAX));
         for (vcpu, seat) in self.seats.iter().enumerate() {
-            seat.nap_until_ns.store(until, Ordering::Relaxed);
+            // In this order: one that is not inside yet looks when it is.
+            seat.nap_until_ns.store(until, Ordering::SeqCst);
             if self.core.is_inside(vcpu) {
                 // One that is gone is found when the guest is stopped.
                 let _ = self.kick(vcpu);
@@ -323,9 +325,20 @@ impl Gate {
     }
 }
 
-/// The time now, if the seat has a nap; else nothing, so that nobody asks for the time in vain.
-fn if_set(seat: &Seat) -> u64 {
-    if seat.nap_until_ns.load(Ordering::Relaxed) == 0 { 0 } else { monotonic_ns() }
+/// Nanoseconds of its nap that are left. Without one nobody asks for the time in vain.
+fn nap_left(seat: &Seat) -> u64 {
+    match seat.nap_until_ns.load(Ordering::SeqCst) {
+        0 => 0,
+        until => until.saturating_sub(monotonic_ns()),
+    }
+}
+
+/// The kernel's number of this thread, asked for once: vCPUs enter often.
+fn own_tid() -> c_int {
+    thread_local! {
+        static TID: c_int = thread_sys::tid();
+    }
+    TID.with(|tid| *tid)
 }
 
 /// Lets the vCPUs run for a slice; then how long they stand still. None: no throttling any more.

@@ -2,6 +2,7 @@
  *
  *   gated guest VCPUS | empty VCPUS   commands as in program.h; "guest": the guest begins its life here
  *   gated misuse                      everything that is refused, then ends
+ *   gated twins                       two threads enter as the same vCPU, again and again, then ends
  *
  * Every vCPU has its own part of RAM, over which it walks and adds one to each word; its register says what every word must
  * hold. Even ones compute until their flag is set, odd ones sleep in pause(2) now and then, until a signal comes.
@@ -221,6 +222,68 @@ static void misuse(void)
     MUST(vmig_new(&ops, NULL, &m) == -EINVAL);
 }
 
+/* ---- two threads as one vCPU ------------------------------------------------------------------------------------- */
+
+enum { ROUNDS = 3000 };
+
+struct twin {
+    pthread_t thread;
+    vmig_gate *gate;
+    uint8_t flag;
+};
+static _Atomic unsigned twins_ready, twins_done;        /* over all rounds */
+static pthread_barrier_t twins_out;
+
+static void *twin_thread(void *opaque)
+{
+    struct twin *t = opaque;
+    char name[32];
+
+    snprintf(name, sizeof name, "thread %d)", (int)gettid());
+    for (unsigned round = 1; round <= ROUNDS; round++) {
+        twins_ready++;
+        while (twins_ready < 2 * round)
+            sched_yield();
+        int err = vmig_gate_enter(t->gate, 0, &t->flag);
+        twins_done++;
+        if (err == 0) {
+            while (!__atomic_load_n(&t->flag, __ATOMIC_SEQ_CST))
+                sched_yield();
+            MUST(vmig_gate_exit(t->gate, 0) == 0);
+        } else {
+            MUST(err == -EBUSY && strstr(vmig_errmsg(), "inside the gate already") && !strstr(vmig_errmsg(), name));
+        }
+        pthread_barrier_wait(&twins_out);
+    }
+    return NULL;
+}
+
+static void twins(void)
+{
+    vmig_gate_config config = VMIG_SIZED(vmig_gate_config);
+    static struct twin twin[2];
+    vmig_gate *g;
+
+    config.vcpus = 1, config.timeout_ms = 10000;
+    need(vmig_gate_new(&config, &g), "gate");
+    MUST(vmig_gate_open(g) == 0);
+    pthread_barrier_init(&twins_out, NULL, 3);
+    for (int i = 0; i < 2; i++) {
+        twin[i].gate = g;
+        need(-pthread_create(&twin[i].thread, NULL, twin_thread, &twin[i]), "thread");
+    }
+    for (unsigned round = 1; round <= ROUNDS; round++) {
+        while (twins_done < 2 * round)
+            sched_yield();
+        MUST(vmig_gate_close(g) == 0);  /* tells the one that is inside */
+        pthread_barrier_wait(&twins_out);
+        MUST(vmig_gate_open(g) == 0);
+    }
+    for (int i = 0; i < 2; i++)
+        pthread_join(twin[i].thread, NULL);
+    vmig_gate_free(g);
+}
+
 int main(int argc, char **argv)
 {
     unsigned long count = argc == 3 ? strtoul(argv[2], NULL, 10) : 0;
@@ -231,8 +294,13 @@ int main(int argc, char **argv)
         printf("done\n");
         return 0;
     }
+    if (argc == 2 && strcmp(argv[1], "twins") == 0) {
+        twins();
+        printf("done\n");
+        return 0;
+    }
     if (count < 1 || count > VCPUS_MAX) {
-        fprintf(stderr, "usage: gated guest|empty VCPUS, or gated misuse\n");
+        fprintf(stderr, "usage: gated guest|empty VCPUS, or gated misuse|twins\n");
         return 2;
     }
     build((unsigned)count);

@@ -162,9 +162,10 @@ static void answer_tracker(struct machine *vm)
     vmig_string_free(text);
 }
 
-static void remap(struct machine *vm, bool again)
+/* A huge page of "spare": the one `mib` MiB from its start, else the first that was never written. */
+static void remap(struct machine *vm, const char *mib, bool again)
 {
-    uint8_t *at = vm->spare + SPARE_BYTES / 2;
+    uint8_t *at = vm->spare + (mib ? (SPARE_BYTES - 1) & strtoul(mib, NULL, 10) << 20 : SPARE_BYTES / 2);
 
     munmap(at, HUGE);
     if (again && mmap(at, HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != at)
@@ -202,7 +203,7 @@ static bool own_command(void *opaque, const char *verb, char *rest)
     } else if (strcmp(verb, "tracker") == 0)
         answer_tracker(vm);
     else if (strcmp(verb, "unmap") == 0 || strcmp(verb, "replace") == 0)
-        remap(vm, *verb == 'r');
+        remap(vm, rest, *verb == 'r');
     else if (strcmp(verb, "touch") == 0) {          /* the whole block is said to be written */
         vmig_dirty(vm->m, vm->spare, SPARE_BYTES);
         printf("ok\n");

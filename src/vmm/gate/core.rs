@@ -3,7 +3,10 @@
 //!
 //! A vCPU says that it is inside and then looks whether the gate is closed; who closes says so and then looks who is
 //! inside. So at least one of them sees the other. Whoever was seen inside is marked, and counts down when it leaves. The
-//! same holds for who ends the gate, except that nobody is waited for.
+//! same holds for who ends the gate, and for who sends vCPUs to nap, except that nobody is waited for.
+//!
+//! Before it says so it takes its place, which of many threads one can, and sits down: who sees it inside sees how it is
+//! reached. One that only took its place is outside still, and is yet to look.
 
 use std::time::Instant;
 
@@ -13,6 +16,8 @@ const OUT: u32 = 0;
 const IN: u32 = 1;
 /// Inside, and whoever closes the gate waits for it.
 const AWAITED: u32 = 2;
+/// A thread took the place and is about to say that it is inside.
+const COMING: u32 = 3;
 
 /// What became of an attempt to enter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +27,7 @@ pub(super) enum Entered {
     Closed(u32),
     /// It never opens again.
     Ended,
-    /// It is inside already.
+    /// It is inside already, or another thread is going in as the same vCPU.
     Twice,
 }
 
@@ -55,7 +60,7 @@ impl Core {
     }
 
     pub(super) fn is_inside(&self, vcpu: usize) -> bool {
-        self.vcpus[vcpu].0.load() != OUT
+        matches!(self.vcpus[vcpu].0.load(), IN | AWAITED)
     }
 
     pub(super) fn is_awaited(&self, vcpu: usize) -> bool {
@@ -70,11 +75,14 @@ impl Core {
         self.ended.load() != 0
     }
 
-    /// Goes in, if the gate is open.
-    pub(super) fn enter(&self, vcpu: usize) -> Entered {
-        if !self.vcpus[vcpu].0.turn(OUT, IN) {
+    /// Goes in, if the gate is open. `sit` stores how it is told to come out: what it stores is seen by whoever sees it
+    /// inside, and nobody else stores meanwhile.
+    pub(super) fn enter(&self, vcpu: usize, sit: impl FnOnce()) -> Entered {
+        if !self.vcpus[vcpu].0.turn(OUT, COMING) {
             return Entered::Twice;
         }
+        sit();
+        self.vcpus[vcpu].0.swap(IN);
         // In this order: an end that is not seen here is yet to change the epoch, and to look who is inside.
         let epoch = self.epoch.load();
         let ended = self.has_ended();
@@ -87,11 +95,20 @@ impl Core {
 
     /// Goes out; false: it was not inside.
     pub(super) fn exit(&self, vcpu: usize) -> bool {
-        let was = self.vcpus[vcpu].0.swap(OUT);
-        if was == AWAITED {
-            self.one_less();
+        let state = &self.vcpus[vcpu].0;
+        // Again only if somebody closed or opened the gate in between.
+        loop {
+            let was = state.load();
+            if !matches!(was, IN | AWAITED) {
+                return false;
+            }
+            if state.turn(was, OUT) {
+                if was == AWAITED {
+                    self.one_less();
+                }
+                return true;
+            }
         }
-        was != OUT
     }
 
     fn one_less(&self) {

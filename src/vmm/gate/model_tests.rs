@@ -88,7 +88,7 @@ fn every_order(vcpus: usize, f: impl Fn(Arc<Guest>) + Sync + Send + 'static) {
 /// Goes in as a vCPU does, runs, and comes out.
 fn run_once(guest: &Guest, vcpu: usize) {
     loop {
-        match guest.core.enter(vcpu) {
+        match guest.core.enter(vcpu, || {}) {
             Entered::Inside => break,
             Entered::Closed(epoch) => guest.core.await_change(epoch, None),
             Entered::Ended => panic!("nobody ended it"),
@@ -157,8 +157,7 @@ fn a_close_that_was_given_up_leaves_nothing_behind() {
 /// A halted vCPU: it comes out when it is told to, and returns when the gate has ended.
 fn run_until_the_end(guest: &Guest) {
     loop {
-        guest.told.swap(0);
-        match guest.core.enter(0) {
+        match guest.core.enter(0, || _ = guest.told.swap(0)) {
             Entered::Inside => {
                 while guest.told.load() == 0 {
                     guest.told.wait(0, None);
@@ -193,7 +192,7 @@ fn ends(before: impl Fn(&Guest) + Sync + Send + 'static) {
         before(&guest);
         end(&guest);
         vcpu.join().unwrap();
-        assert_eq!(guest.core.enter(0), Entered::Ended);
+        assert_eq!(guest.core.enter(0, || {}), Entered::Ended);
     });
 }
 
@@ -226,5 +225,73 @@ fn an_end_while_another_closes_is_heard_by_both() {
         closer.join().unwrap();
         vcpu.join().unwrap();
         assert!(!guest.core.is_closed());
+    });
+}
+
+/// Two threads that go in as the same vCPU: at most one gets in, and it is the one that is told to come out.
+#[test]
+fn of_two_threads_at_one_place_the_one_inside_is_told() {
+    struct Place {
+        core: Core,
+        /// Which thread sat down last.
+        who: sync::Word,
+        told: [sync::Word; 2],
+    }
+    fn run(place: &Place, me: u32) {
+        let told = &place.told[me as usize];
+        let sit = || {
+            place.who.swap(me);
+            told.swap(0);
+        };
+        if place.core.enter(0, sit) == Entered::Inside {
+            while told.load() == 0 {
+                told.wait(0, None);
+            }
+            assert!(place.core.exit(0));
+        }
+    }
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(PREEMPTIONS);
+    builder.check(|| {
+        let told = [sync::Word::new(0), sync::Word::new(0)];
+        let place = Arc::new(Place { core: Core::new(1), who: sync::Word::new(9), told });
+        place.core.open();
+        let one = |me| {
+            let place = Arc::clone(&place);
+            thread::spawn(move || run(&place, me))
+        };
+        let threads = [one(0), one(1)];
+        place.core.close();
+        if place.core.is_awaited(0) {
+            let told = &place.told[place.who.load() as usize];
+            told.swap(1);
+            told.wake_all();
+        }
+        assert!(place.core.await_empty(None));
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    });
+}
+
+/// Who is sent to nap while it goes in is told, or looks when it is inside.
+#[test]
+fn a_nap_that_comes_while_a_vcpu_goes_in_is_seen() {
+    every_order(1, |guest| {
+        guest.core.open();
+        let nap = Arc::new(sync::Word::new(0));
+        let (its, its_nap) = (Arc::clone(&guest), Arc::clone(&nap));
+        let vcpu = thread::spawn(move || {
+            assert_eq!(its.core.enter(0, || _ = its.told.swap(0)), Entered::Inside);
+            if its_nap.load() == 0 {
+                while its.told.load() == 0 {
+                    its.told.wait(0, None);
+                }
+            }
+            assert!(its.core.exit(0));
+        });
+        nap.swap(1);
+        if guest.core.is_inside(0) {
+            tell(&guest);
+        }
+        vcpu.join().unwrap();
     });
 }

@@ -80,6 +80,70 @@ fn a_thread_that_ended_inside_is_named() {
     assert!(!gate.is_closed());
 }
 
+/// A thread may get the stack of one that is gone, and with it whatever the library kept there.
+#[test]
+fn a_thread_that_takes_the_place_of_another_is_told() {
+    let signal = libc::SIGRTMIN() + 6;
+    let gate = Gate::new(1, Kick { signal, install: true }, Duration::from_secs(60)).unwrap();
+    gate.open();
+    for _ in 0..5 {
+        let (flag, inside) = (AtomicU8::new(0), AtomicU8::new(0));
+        let tid = std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                enter(&gate, 0, &flag).unwrap();
+                inside.store(1, Ordering::SeqCst);
+                while flag.load(Ordering::SeqCst) == 0 {
+                    std::thread::yield_now();
+                }
+                gate.exit(0).unwrap();
+                thread_sys::tid()
+            });
+            while inside.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            gate.close().unwrap();
+            vcpu.join().unwrap()
+        });
+        assert!(thread_sys::wait_gone(tid, Duration::from_secs(30)));
+        gate.open();
+    }
+}
+
+/// A vCPU that goes in while all are sent to nap is told, or is not inside before its nap is over.
+#[test]
+fn no_vcpu_runs_through_a_nap_that_begins_as_it_goes_in() {
+    let (gate, flag, over) = (gate(1, 60_000), AtomicU8::new(0), AtomicU8::new(0));
+    let (round, missed) = (std::sync::Barrier::new(2), AtomicU64::new(0));
+    gate.open();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..3000 {
+                round.wait();
+                enter(&gate, 0, &flag).unwrap();
+                if over.load(Ordering::SeqCst) == 0 {
+                    while over.load(Ordering::SeqCst) == 0 && flag.load(Ordering::SeqCst) == 0 {
+                        std::hint::spin_loop();
+                    }
+                    missed.fetch_add(u64::from(flag.load(Ordering::SeqCst) == 0), Ordering::SeqCst);
+                }
+                gate.exit(0).unwrap();
+                round.wait();
+            }
+        });
+        for number in 0..3000 {
+            round.wait();
+            (0..number % 100).for_each(|_| std::hint::spin_loop());
+            gate.send_to_nap(Duration::from_secs(3600));
+            over.store(1, Ordering::SeqCst);
+            gate.seats[0].nap_until_ns.store(0, Ordering::SeqCst);
+            gate.core.shake();
+            round.wait();
+            over.store(0, Ordering::SeqCst);
+        }
+    });
+    assert_eq!(missed.into_inner(), 0, "it ran through its nap");
+}
+
 /// vCPUs that compute and look at their flag, and vCPUs that sleep in a system call until a signal comes.
 #[test]
 fn many_vcpus_are_stopped_again_and_again() {
