@@ -49,6 +49,7 @@ enum Change {
     AddRam,
     RemoveRam,
     AddSource,
+    RemoveSource,
 }
 
 /// A guest with one block, and its memory, which it leaves behind.
@@ -97,6 +98,10 @@ impl Side {
             Change::AddSource => {
                 let _bql = self.0.vmm().bql().guard().unwrap();
                 self.0.add_dirty_source(source(starts))
+            }
+            Change::RemoveSource => {
+                let _bql = self.0.vmm().bql().guard().unwrap();
+                self.0.remove_dirty_source(std::ptr::from_ref(starts).cast_mut().cast()).map(drop)
             }
         };
         done.is_err_and(|error| {
@@ -158,6 +163,9 @@ fn race(dir: &Path, number: usize, change: Change, at_source: bool) -> Seen {
     let uri = format!("unix:{}", dir.join(format!("{number}-{at_source}")).display());
     let (changing, at) = if at_source { (&source, memory[0]) } else { (&destination, memory[1]) };
     let starts = AtomicU32::new(0);
+    if change == Change::RemoveSource {
+        assert!(!changing.change(Change::AddSource, at, &starts));
+    }
     if at_source {
         destination.0.incoming(&uri).unwrap();
     }
@@ -190,13 +198,18 @@ fn race(dir: &Path, number: usize, change: Change, at_source: bool) -> Seen {
     });
     match (refused, change) {
         (true, _) => {
-            assert_eq!((ended, starts.into_inner()), (State::Completed, 0), "{what}");
+            let asked = u32::from(change == Change::RemoveSource);
+            assert_eq!((ended, starts.into_inner()), (State::Completed, asked), "{what}");
             Seen::Refused
         }
         // It was over when it changed.
         (false, _) if state == State::Completed => Seen::Afterwards,
         (false, Change::AddSource) => {
             assert_eq!((ended, starts.into_inner()), (State::Completed, at_source.into()), "{what}");
+            Seen::Part
+        }
+        (false, Change::RemoveSource) => {
+            assert_eq!((ended, starts.into_inner()), (State::Completed, 0), "{what}: it was asked after it was gone");
             Seen::Part
         }
         (false, _) => {
@@ -234,6 +247,11 @@ fn ram_that_is_removed_is_no_part_of_the_migration_or_the_removal_is_refused() {
 #[test]
 fn a_dirty_source_that_is_added_is_asked_or_refused() {
     races(Change::AddSource, true);
+}
+
+#[test]
+fn a_dirty_source_that_is_removed_is_not_asked_or_the_removal_is_refused() {
+    races(Change::RemoveSource, true);
 }
 
 #[test]

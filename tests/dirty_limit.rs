@@ -1,4 +1,5 @@
-//! Dirty limits on KVM's rings, with two vCPUs: one writes all over memory, the other counts in a page of its own.
+//! Dirty limits on KVM's rings, and dirty rates by them, with two vCPUs: one writes all over memory, the other counts in a
+//! page of its own.
 #![allow(clippy::unwrap_used, reason = "a test")]
 #![allow(unsafe_code, reason = "makes and deletes slots")]
 
@@ -19,8 +20,10 @@ use vmig::dirty::choice::Choice;
 use vmig::dirty::hub::Hub;
 use vmig::dirty::kvm_ring::KvmRing;
 use vmig::dirty::kvm_slots::KvmTracker;
+use vmig::dirty::rate::{Ask, Mode, measure};
 use vmig::dirty::{Kind, Tracker};
 use vmig::ram::{Block, BlockSpec, Ram};
+use vmig::sys::eventfd::Wake;
 use vmig::sys::kvm::Vm;
 use vmig::thread::Threads;
 
@@ -122,16 +125,26 @@ fn run(mut vcpu: VcpuFd, index: usize, ring: &KvmRing, quit: &AtomicBool, turns:
 
 impl World {
     /// Runs both vCPUs while `f` looks on.
-    fn live<T>(mut self, f: impl FnOnce(&World) -> T) -> T {
-        let vcpus = std::mem::take(&mut self.guest.vcpus);
+    fn live<T>(self, f: impl FnOnce(&World) -> T) -> T {
+        self.live_with([true, true], f)
+    }
+
+    /// The same with those who are to run.
+    fn live_with<T>(mut self, runs: [bool; 2], f: impl FnOnce(&World) -> T) -> T {
+        let mut vcpus = std::mem::take(&mut self.guest.vcpus);
+        // Its ring is read as long as it is open.
+        let kept: Vec<_> = (0..2).rev().filter(|index| !runs[*index]).map(|index| vcpus.remove(index)).collect();
         std::thread::scope(|scope| {
-            for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let running = (0..2).filter(|index| runs[*index]);
+            for (index, vcpu) in running.zip(vcpus) {
                 let (ring, quit, turns) = (Arc::clone(&self.ring), Arc::clone(&self.quit), Arc::clone(&self.turns));
                 scope.spawn(move || run(vcpu, index, &ring, &quit, &turns[index]));
             }
             // Also when a test fails: nobody waits for a guest that runs on.
             let _quit = Quit(Arc::clone(&self.quit));
-            f(&self)
+            let found = f(&self);
+            drop(kept);
+            found
         })
     }
 
@@ -176,6 +189,33 @@ fn who_writes_too_fast_stands_still_and_who_does_not_does_not() {
         let before = world.turns();
         world.until("both go on", |world| world.turns().iter().zip(before).all(|(now, before)| *now > before + 2));
     });
+}
+
+/// Each vCPU has a rate of its own, and one that stands still has none.
+#[test]
+fn an_idle_vcpu_dirties_nothing_and_a_busy_one_is_told_from_it() {
+    let ask = Ask { mode: Mode::Ring, period: Duration::from_millis(200), samples: 0, choice: Choice::Auto };
+    for runs in [[true, false], [false, true], [true, true]] {
+        let Some(world) = world() else { return };
+        let rates = world.live_with(runs, |world| {
+            let wake = Wake::new().unwrap();
+            let end = Instant::now() + PATIENCE;
+            // On a busy machine, until everybody who is to run did so meanwhile.
+            loop {
+                let before = world.turns();
+                let found = measure(&world.hub, &world.ram.list(), &ask, Some(&world.ring), &wake).unwrap();
+                let ran =
+                    world.turns().iter().zip(before).map(|(now, before)| *now > before + 20).collect::<Vec<_>>();
+                if ran == runs {
+                    break found.vcpus;
+                }
+                assert!(Instant::now() < end, "who ran: {ran:?}");
+            }
+        });
+        let [writer, counter] = rates[..] else { panic!("{rates:?}") };
+        assert_eq!([writer > 0, counter > 0], runs, "{rates:?}");
+        assert!(!runs[0] || writer > 10 * counter, "{rates:?}");
+    }
 }
 
 /// Only the one that is named; and what others make of that ring, at the same time, is complete.

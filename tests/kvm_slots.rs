@@ -265,6 +265,41 @@ fn logging_is_off_after_every_end() {
     }
 }
 
+/// Slots stay as they are registered while a migration runs, and may change before and after.
+#[test]
+fn slots_neither_come_nor_go_while_a_migration_runs() {
+    if without_kvm() {
+        return;
+    }
+    let dir = scratch("settled");
+    let mut source = start(&dir, "source", &[]);
+    // The part of "main" that is seen twice: without it every page has a slot still.
+    source.must("forget 4");
+    for end in ["cancelled", "completed"] {
+        let (mut destination, address) = waiting(&dir);
+        slow(&mut source, &address);
+        for (command, what) in [("register 4", "add KVM slot 4"), ("forget 3", "remove KVM slot 3")] {
+            let answer = source.command(command);
+            let why = format!("cannot {what} now: a migration is in progress (state active)");
+            assert!(answer.contains(&why), "{command}: {answer}");
+            assert!(answer.contains("vmig_wait") && answer.contains("vmig_cancel"), "{command}: {answer}");
+        }
+        if end == "cancelled" {
+            source.must("cancel");
+            source.must_end_in("cancelled");
+            destination.must_end_in("failed");
+            source.must("register 4");
+            source.must("forget 4");
+            source.must("register 4");
+        } else {
+            source.must("set max-bandwidth 0");
+            arrives_well(&mut source, &mut destination);
+        }
+        destination.quit();
+    }
+    source.quit();
+}
+
 /// How a slot is changed during a migration, and what must come of it: an error with these words, or no harm.
 const TAMPERED: [(&str, u32, Option<&str>); 6] = [
     ("off", 2, Some("no dirty log")),

@@ -276,6 +276,34 @@ fn a_source_that_fails_or_lies_harms_nobody() {
     }
 }
 
+/// In a block whose bitmap ends within a word: the bit of the first page that it does not have, and the word's last.
+#[test]
+fn a_source_that_lies_in_its_last_word_is_named() {
+    let dir = scratch("edge");
+    let mut source = start(&dir, "source", &["private", "source", "odd"]);
+    let waiting = || {
+        let mut destination = start(&dir, "destination", &["private", "odd", "incoming"]);
+        destination.send("incoming tcp:127.0.0.1:0");
+        let address = destination.listening();
+        (destination, address)
+    };
+    for (fault, page) in [("lie 2", 5055), ("edge 2", 5000), ("lie 4", 5055), ("edge 4", 5000)] {
+        let (_destination, address) = waiting();
+        source.must(fault);
+        source.must(&format!("migrate {address}"));
+        source.must_end_in("failed");
+        let error = source.command("error");
+        let why = format!("'device's' reported page {page} of RAM block 'spare', which has 5000 pages");
+        assert!(error.contains(&why), "{fault}: {error}");
+        runs(&mut source);
+    }
+    let (mut destination, address) = waiting();
+    source.must(&format!("migrate {address}"));
+    arrives_well(&mut source, &mut destination);
+    source.quit();
+    destination.quit();
+}
+
 /// Trackers and RAM stay as they are while a migration runs, and may change before and after.
 #[test]
 fn nothing_changes_while_a_migration_runs() {

@@ -353,14 +353,14 @@ static int log_dirty(void *opaque, uint32_t slot, int on)
     return slot < SLOTS ? set_slot(vm, slot, vm->slot[slot].pages, on ? KVM_MEM_LOG_DIRTY_PAGES : 0) : -EINVAL;
 }
 
-static void register_slot(struct machine *vm, uint32_t number)
+static int register_slot(struct machine *vm, uint32_t number)
 {
     const struct slot *s = &vm->slot[number];
     vmig_kvm_slot slot = VMIG_SIZED(vmig_kvm_slot);
 
     slot.slot = number, slot.flags = s->flags, slot.ram = vm->block[s->block].name, slot.offset = s->first * PAGE;
     slot.len = s->pages * PAGE, slot.gpa = s->gpa;
-    need(vmig_add_kvm_slot(vm->m, &slot), "vmig_add_kvm_slot");
+    return vmig_add_kvm_slot(vm->m, &slot);
 }
 
 static void register_all(struct machine *vm)
@@ -374,7 +374,7 @@ static void register_all(struct machine *vm)
         need(vmig_add_ram(vm->m, &ram), "vmig_add_ram");
     }
     for (uint32_t i = 0; i < SLOTS; i++)
-        register_slot(vm, i);
+        need(register_slot(vm, i), "vmig_add_kvm_slot");
     vmig_bql_unlock(vm->m);
 }
 
@@ -444,13 +444,10 @@ static bool present(struct machine *vm, uint32_t number)
 
 static int unregister(struct machine *vm, uint32_t number, bool back)
 {
-    int err = 0;
+    int err;
 
     vmig_bql_lock(vm->m);
-    if (back)
-        register_slot(vm, number);
-    else
-        err = vmig_remove_kvm_slot(vm->m, number);
+    err = back ? register_slot(vm, number) : vmig_remove_kvm_slot(vm->m, number);
     vmig_bql_unlock(vm->m);
     return err;
 }

@@ -6,6 +6,7 @@
  *     clear     the same, and that source has `clear`
  *     device    writers report nothing, but a device does, by a source of its own; it writes through another mapping
  *     silent    a source that adds nothing; for faults
+ *     odd       "spare" ends within a word of a bitmap
  *     nobody    without privileges
  *     denied    without userfaultfd(2), by a seccomp filter
  *     incoming  prints what arrived, and does not write before
@@ -23,12 +24,13 @@
 #include <sys/syscall.h>
 
 enum { PAGE = 4096, HUGE = 2 << 20, RAM_BYTES = 24 << 20, SPARE_BYTES = 8 << 20, THREADS = 3, BATCH = 256, ASLEEP_US = 200 };
-enum { RAM_PAGES = RAM_BYTES / PAGE, WORDS = RAM_PAGES / 64 };
+enum { RAM_PAGES = RAM_BYTES / PAGE, WORDS = RAM_PAGES / 64, ODD_BYTES = 5000 * PAGE };
 enum report { BY_NOBODY, BY_MARKS, BY_SOURCE, BY_DEVICE };
 
 struct machine {
     vmig *m;
     uint8_t *ram, *alias, *spare;       /* the alias shows the same memory at another place */
+    uint64_t spare_bytes;
     const char *kind;
     enum report report;
     bool arrived;
@@ -39,7 +41,7 @@ struct machine {
     int parked;
     uint64_t hash;
     _Atomic uint64_t writes, bits[WORDS];
-    _Atomic int starts, stops, syncs, clears, fail_start, fail_sync, fail_clear, lie, hot;
+    _Atomic int starts, stops, syncs, clears, fail_start, fail_sync, fail_clear, lie, edge, hot;
 };
 
 static void *map(struct machine *vm, uint64_t len, uint8_t **alias)
@@ -205,7 +207,7 @@ static bool own_command(void *opaque, const char *verb, char *rest)
     else if (strcmp(verb, "unmap") == 0 || strcmp(verb, "replace") == 0)
         remap(vm, rest, *verb == 'r');
     else if (strcmp(verb, "touch") == 0) {          /* the whole block is said to be written */
-        vmig_dirty(vm->m, vm->spare, SPARE_BYTES);
+        vmig_dirty(vm->m, vm->spare, vm->spare_bytes);
         printf("ok\n");
     } else if (strcmp(verb, "guard") == 0)
         printf("guard %d\n", (guarding = guard(vm)) >= 0);
@@ -214,7 +216,7 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         printf("ok\n");
     } else if (strcmp(verb, "add") == 0 || strcmp(verb, "remove") == 0) {
         vmig_bql_lock(vm->m);
-        answer(verb, *verb == 'a' ? add_ram(vm, rest, vm->spare, SPARE_BYTES) : vmig_remove_ram(vm->m, rest));
+        answer(verb, *verb == 'a' ? add_ram(vm, rest, vm->spare, vm->spare_bytes) : vmig_remove_ram(vm->m, rest));
         vmig_bql_unlock(vm->m);
     } else
         return source_command(vm, verb, rest);
@@ -252,19 +254,21 @@ static void build(struct machine *vm, int argc, char **argv, vmig_ops *ops)
         if (strcmp(argv[i], "device") == 0)
             vm->report = BY_DEVICE, has_source = true;
         has_source |= strcmp(argv[i], "silent") == 0;
+        if (strcmp(argv[i], "odd") == 0)
+            vm->spare_bytes = ODD_BYTES;
         /* A process that was always nobody's may read its own /proc; one that became it must ask. */
         if (strcmp(argv[i], "nobody") == 0 && (setuid(65534) < 0 || prctl(PR_SET_DUMPABLE, 1) < 0))
             exit(77);
         if (strcmp(argv[i], "denied") == 0)
             deny_userfaultfd();
     }
-    vm->ram = map(vm, RAM_BYTES, &vm->alias), vm->spare = map(vm, SPARE_BYTES, NULL);
+    vm->ram = map(vm, RAM_BYTES, &vm->alias), vm->spare = map(vm, vm->spare_bytes, NULL);
     if (!vm->arrived)
         memset(vm->ram, 1, RAM_BYTES), memset(vm->spare, 2, SPARE_BYTES / 2);
     need(vmig_new(ops, vm, &vm->m), "vmig_new");
     vmig_bql_lock(vm->m);
     need(add_ram(vm, "ram", vm->ram, RAM_BYTES), "ram");
-    need(add_ram(vm, "spare", vm->spare, SPARE_BYTES), "spare");
+    need(add_ram(vm, "spare", vm->spare, vm->spare_bytes), "spare");
     if (has_source)
         need(add_source(vm, source, clear), "source");
     vmig_bql_unlock(vm->m);
@@ -273,7 +277,7 @@ static void build(struct machine *vm, int argc, char **argv, vmig_ops *ops)
 int main(int argc, char **argv)
 {
     static struct machine vm = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER,
-                                 .hot = RAM_PAGES };
+                                 .hot = RAM_PAGES, .spare_bytes = SPARE_BYTES };
     vmig_ops ops = VMIG_SIZED(vmig_ops);
 
     setvbuf(stdout, NULL, _IOLBF, 0);

@@ -25,6 +25,8 @@ static int source_sync(void *opaque, const vmig_dirty_bitmap *map)
         return -EIO;
     if (vm->lie && --vm->lie == 0)
         map->bits[map->pages / 64] |= 1ull << 63;
+    if (vm->edge && --vm->edge == 0)
+        map->bits[map->pages / 64] |= 1ull << map->pages % 64;
     for (uint64_t i = 0; ram && i < map->pages / 64; i++)
         map->bits[i] |= atomic_exchange(&vm->bits[i], 0);
     return 0;
@@ -69,10 +71,10 @@ static int add_source(struct machine *vm, uint32_t flags, bool clear)
 
 static bool source_command(struct machine *vm, const char *verb, char *rest)
 {
-    static const char *const faults[] = { "fail-start", "fail-sync", "fail-clear", "lie" };
-    _Atomic int *const counts[] = { &vm->fail_start, &vm->fail_sync, &vm->fail_clear, &vm->lie };
+    static const char *const faults[] = { "fail-start", "fail-sync", "fail-clear", "lie", "edge" };
+    _Atomic int *const counts[] = { &vm->fail_start, &vm->fail_sync, &vm->fail_clear, &vm->lie, &vm->edge };
 
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         if (rest && strcmp(verb, faults[i]) == 0) {
             *counts[i] = atoi(rest);
             printf("ok\n");
