@@ -162,6 +162,33 @@ fn memory_that_goes_while_it_is_measured_harms_nobody() {
     }
 }
 
+/// Where a guest is waited for there is none to harm, but a VMM.
+#[test]
+fn nobody_arrives_where_memory_is_gone() {
+    for multifd in ["on", "off"] {
+        let dir = scratch("unmapped");
+        let case = Case { words: &["private", "marks"], tracker: "callback", ..TRACKED };
+        let mut source = start(&case, &dir, "source").unwrap();
+        source.must(&format!("set multifd {multifd}"));
+        for unmap in case.unmap {
+            let words = ["private", "incoming"];
+            let mut destination = Program::start("destination", &dir, &c_program(case.program), &words);
+            assert_eq!(destination.reply(), "ready");
+            destination.must(unmap);
+            destination.send("incoming tcp:127.0.0.1:0");
+            let address = destination.listening();
+            source.must(&format!("migrate {address}"));
+            source.must_end_in("failed");
+            destination.must_end_in("failed");
+            is_named(&case, &destination.command("error"));
+            is_named(&case, &source.command("error"));
+            runs(&case, &mut source);
+            destination.quit();
+        }
+        source.quit();
+    }
+}
+
 /// It was sent and not written since, so that nobody looks at it again but who hashes all of memory.
 #[test]
 fn what_is_gone_is_not_hashed() {

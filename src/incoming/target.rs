@@ -64,11 +64,12 @@ pub(super) type Targets = Arc<HashMap<String, Arc<Target>>>;
 
 /// Makes all blocks that pages will arrive for read as zero, by the way each kind of memory needs, where that can be
 /// proven. Shared memory is left alone unless the source said that it is not its own (`compared`): else its guest would
-/// lose its memory with ours.
+/// lose its memory with ours. Memory that is gone is an error before anything is written there.
 pub(super) fn prepare(job: &Job, ram: &RamList, compared: bool) -> Result<Targets> {
     let survey = Survey::new();
     let mut targets = HashMap::new();
     for block in ram.iter().filter(|b| b.is_sent()) {
+        block.check_mapped(&(0..block.pages()))?;
         let written = Bitmap::new(block.pages())?;
         match &survey {
             Ok(survey) => {
