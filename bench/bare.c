@@ -9,8 +9,8 @@
  *     Prints one line of JSON: time from the first connect to the receiver's word that all arrived, both sides' CPU.
  * bare read MIB THREADS
  *     reads memory full of zeros, one load to a cache line. Prints one line of JSON: time.
- * bare park THREADS TIMES
- *     signals threads that sleep in a system call and counts them as they come back and wait to go on. Prints one line of
+ * bare park THREADS TIMES [run]
+ *     signals threads that sleep in a system call, or run and look at a number, and counts them as they come back and wait to go on. Prints one line of
  *     JSON: the median time until all are counted.
  * bare hold MIB
  *     populates memory, says "held", and lets it go when its input ends: what is fresh next comes from a kernel that has
@@ -295,6 +295,7 @@ static int hold(size_t len)
 
 static struct {
     unsigned epoch, left;               /* epoch: odd while the threads are to stand still */
+    bool run;
 } park;
 
 static void sleep_on(unsigned *word, unsigned value)
@@ -316,9 +317,12 @@ static void *parked(void *opaque)
 
     pthread_sigmask(SIG_BLOCK, NULL, &asleep);
     sigdelset(&asleep, SIGUSR1);
+    if (park.run)
+        pthread_sigmask(SIG_SETMASK, &asleep, NULL);
     for (;; epoch += 2) {
         while (__atomic_load_n(&park.epoch, __ATOMIC_SEQ_CST) == epoch)
-            sigsuspend(&asleep);
+            if (!park.run)
+                sigsuspend(&asleep);
         if (__atomic_sub_fetch(&park.left, 1, __ATOMIC_SEQ_CST) == 0)
             wake(&park.left);
         while (__atomic_load_n(&park.epoch, __ATOMIC_SEQ_CST) == epoch + 1)
@@ -353,7 +357,7 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static int park_all(size_t count, size_t times)
+static int park_all(size_t count, size_t times, bool run)
 {
     struct sigaction action = { .sa_handler = on_signal };
     pthread_t threads[SOCKETS_MAX];
@@ -362,6 +366,7 @@ static int park_all(size_t count, size_t times)
 
     if (!took)
         die("calloc");
+    park.run = run;
     sigemptyset(&usr1), sigaddset(&usr1, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &usr1, NULL);
     sigaction(SIGUSR1, &action, NULL);
@@ -392,10 +397,10 @@ int main(int argc, char **argv)
         return push(mib << 20, count, ahead, huge);
     if (mib && count && argc == 4 && strcmp(verb, "read") == 0)
         return read_all(mib << 20, count);
-    if (mib && mib <= SOCKETS_MAX && argc == 4 && strcmp(verb, "park") == 0)
-        return park_all(mib, number(argv[3], 1 << 20));
+    if (mib && mib <= SOCKETS_MAX && (argc == 4 || strcmp(kind, "run") == 0) && strcmp(verb, "park") == 0)
+        return park_all(mib, number(argv[3], 1 << 20), argc == 5);
     if (mib && argc == 3 && strcmp(verb, "hold") == 0)
         return hold(mib << 20);
-    fprintf(stderr, "usage: bare push MIB SOCKETS plain|ahead|huge, bare read MIB THREADS, bare park THREADS TIMES, bare hold MIB\n");
+    fprintf(stderr, "usage: bare push MIB SOCKETS plain|ahead|huge, bare read MIB THREADS, bare park THREADS TIMES [run], bare hold MIB\n");
     return 2;
 }

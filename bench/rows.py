@@ -300,18 +300,22 @@ def cancel_rows(found):
 
 
 def gate(bench, number, record):
-    """vCPU threads that sleep are stopped through the gate, and by a program that only signals and counts."""
+    """vCPU threads are stopped through the gate, and by a program that only signals and counts. Those that run have a
+    processor each, or one would wait for the other's time slice to end."""
     programs = {'vmig': os.path.join(os.path.dirname(bench.vmm), 'parking'), 'bare': bench.bare}
-    for vcpus in VCPUS:
+    running = [(vcpus, ['run']) for vcpus in VCPUS if vcpus <= os.cpu_count()]
+    for vcpus, how in [(vcpus, []) for vcpus in VCPUS] + running:
         for name in sorted(programs, reverse=number % 2 == 0):
-            argv = [programs[name], *(['park'] if name == 'bare' else []), str(vcpus), str(PARK_TIMES)]
+            argv = [programs[name], *(['park'] if name == 'bare' else []), str(vcpus), str(PARK_TIMES), *how]
             out = subprocess.run(argv, stdout=subprocess.PIPE, timeout=120, check=True, preexec_fn=child()).stdout
-            record(f'{name} {vcpus}', json.loads(out))
+            record(' '.join([name, str(vcpus), *how]), json.loads(out))
 
 
 def gate_rows(found):
-    return [Row(f'parking of {n} sleeping vCPU{"s" * (n > 1)}', 'us', 'lower', values(found['gate'], f'vmig {n}', 'us'), [],
-                values(found['gate'], f'bare {n}', 'us'), None) for n in VCPUS if found['gate'].get(f'vmig {n}')]
+    found = found['gate']
+    return [Row(f'parking of {n} {what} vCPU{"s" * (n > 1)}', 'us', 'lower', values(found, f'vmig {n}{how}', 'us'), [],
+                values(found, f'bare {n}{how}', 'us'), None)
+            for what, how in (('sleeping', ''), ('running', ' run')) for n in VCPUS if found.get(f'vmig {n}{how}')]
 
 
 FORECASTS = ('forecast', 'forecast-steady')
