@@ -21,6 +21,23 @@ static inline void need(int err, const char *what)
     exit(1);
 }
 
+/* Reserved before guest RAM, and so above it, and given back before a part of RAM is unmapped: the kernel maps what is new at
+ * the highest place with room, so nothing comes to lie in the hole. */
+static inline void unmap_hole(void *at, size_t len)
+{
+    static void *room;
+    const size_t bytes = (size_t)1 << 30;
+
+    if (!at) {
+        room = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        return;
+    }
+    if (room != MAP_FAILED)
+        munmap(room, bytes);
+    room = MAP_FAILED;
+    munmap(at, len);
+}
+
 static inline void answer(const char *verb, int err)
 {
     if (err < 0)

@@ -280,6 +280,7 @@ static void make_ram(struct machine *vm)
     };
     const uint64_t second = ODD, third = 64 * 33 + 5;
 
+    unmap_hole(NULL, 0);
     for (size_t i = 0; i < BLOCKS; i++) {
         vm->block[i] = blocks[i];
         vm->block[i].host = map_ram(blocks[i].pages * PAGE);
@@ -487,8 +488,7 @@ static bool own_command(void *opaque, const char *verb, char *rest)
         printf("ok\n");
     } else if (strcmp(verb, "unmap") == 0) {            /* the second half of "rom", at which nobody looks */
         vm->block[2].pages = ROM_PAGES / 2;
-        if (munmap(vm->block[2].host + ROM_PAGES / 2 * PAGE, ROM_PAGES / 2 * PAGE) < 0)
-            die("munmap");
+        unmap_hole(vm->block[2].host + ROM_PAGES / 2 * PAGE, ROM_PAGES / 2 * PAGE);
         printf("ok\n");
     } else if (strcmp(verb, "forget") == 0 || strcmp(verb, "register") == 0) {
         answer(verb, unregister(vm, number, *verb == 'r'));

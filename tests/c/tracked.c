@@ -169,7 +169,7 @@ static void remap(struct machine *vm, const char *mib, bool again)
 {
     uint8_t *at = vm->spare + (mib ? (SPARE_BYTES - 1) & strtoul(mib, NULL, 10) << 20 : SPARE_BYTES / 2);
 
-    munmap(at, HUGE);
+    unmap_hole(at, HUGE);
     if (again && mmap(at, HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != at)
         exit(1);
     printf("ok\n");
@@ -262,6 +262,7 @@ static void build(struct machine *vm, int argc, char **argv, vmig_ops *ops)
         if (strcmp(argv[i], "denied") == 0)
             deny_userfaultfd();
     }
+    unmap_hole(NULL, 0);
     vm->ram = map(vm, RAM_BYTES, &vm->alias), vm->spare = map(vm, vm->spare_bytes, NULL);
     if (!vm->arrived)
         memset(vm->ram, 1, RAM_BYTES), memset(vm->spare, 2, SPARE_BYTES / 2);
