@@ -113,12 +113,19 @@ fn a_thread_that_takes_the_place_of_another_is_told() {
 #[test]
 fn no_vcpu_runs_through_a_nap_that_begins_as_it_goes_in() {
     let (gate, flag, over) = (gate(1, 60_000), AtomicU8::new(0), AtomicU8::new(0));
-    let (round, missed) = (std::sync::Barrier::new(2), AtomicU64::new(0));
+    let (arrived, missed) = (AtomicU64::new(0), AtomicU64::new(0));
+    // Both go on at the same moment, which a barrier that sleeps would not do.
+    let meet = |times: u64| {
+        arrived.fetch_add(1, Ordering::SeqCst);
+        while arrived.load(Ordering::SeqCst) < 2 * times {
+            std::hint::spin_loop();
+        }
+    };
     gate.open();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for _ in 0..3000 {
-                round.wait();
+            for number in 0..5000 {
+                meet(2 * number + 1);
                 enter(&gate, 0, &flag).unwrap();
                 if over.load(Ordering::SeqCst) == 0 {
                     while over.load(Ordering::SeqCst) == 0 && flag.load(Ordering::SeqCst) == 0 {
@@ -127,17 +134,19 @@ fn no_vcpu_runs_through_a_nap_that_begins_as_it_goes_in() {
                     missed.fetch_add(u64::from(flag.load(Ordering::SeqCst) == 0), Ordering::SeqCst);
                 }
                 gate.exit(0).unwrap();
-                round.wait();
+                meet(2 * number + 2);
             }
         });
-        for number in 0..3000 {
-            round.wait();
-            (0..number % 100).for_each(|_| std::hint::spin_loop());
+        for number in 0..5000 {
+            meet(2 * number + 1);
+            (0..number % 50).for_each(|_| std::hint::spin_loop());
             gate.send_to_nap(Duration::from_secs(3600));
+            // Time for it to come in where it must not.
+            (0..1000).for_each(|_| std::hint::spin_loop());
             over.store(1, Ordering::SeqCst);
             gate.seats[0].nap_until_ns.store(0, Ordering::SeqCst);
             gate.core.shake();
-            round.wait();
+            meet(2 * number + 2);
             over.store(0, Ordering::SeqCst);
         }
     });
