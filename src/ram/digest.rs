@@ -1,8 +1,8 @@
 //! Hashes of guest RAM: of each page, and of each granule over those of its pages, so that two sides which differ find the
 //! first page by looking at one granule. What option `verify` compares.
 //!
-//! Memory that does not exist reads as zero and is not touched; what is not mapped any more is an error. A page is copied before it is hashed: guest memory never
-//! has a Rust reference.
+//! Memory that does not exist reads as zero and is not touched; what is not mapped any more is an error. A page is copied
+//! before it is hashed: guest memory never has a Rust reference.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
