@@ -83,7 +83,8 @@ impl Ring {
                 let before = (0..self.entries).take_while(|n| state(filled + self.entries - n - 1) == DIRTY).count();
                 Some(filled + self.entries - before)
             }
-            None => (0..self.entries).find(|n| state(*n) != 0 && state(n + 1) == 0).map(|n| n + 1),
+            // The kernel may fill entries by now: those that were taken end before them.
+            None => (0..self.entries).find(|n| state(*n) & TAKEN != 0 && state(n + 1) & TAKEN == 0).map(|n| n + 1),
         };
         self.next = next.unwrap_or(0) % self.entries;
         next.is_some()
