@@ -154,7 +154,7 @@ fn the_shell_cancels_and_then_moves_a_guest_with_a_pause() {
     let dir = scratch("qmp-shell-moves");
     let (mut source, mut destination) =
         (vmm(&dir, "source", &[]), vmm(&dir, "destination", &["--incoming", "defer"]));
-    assert_eq!(source.reply(), "running");
+    assert_eq!((source.reply().as_str(), destination.reply().as_str()), ("running", "deferred"));
     source.await_generations(0, 2);
     let uri = format!("unix:{}", dir.join("guest").display());
     let pause = r#"migrate-set-capabilities capabilities=[{"capability":"pause-before-switchover","state":true}]"#;

@@ -102,15 +102,6 @@ fn progresses(program: &mut Program) {
     }
 }
 
-/// Calls back when it is dropped, in a panic, too.
-struct AtEnd<F: Fn()>(F);
-
-impl<F: Fn()> Drop for AtEnd<F> {
-    fn drop(&mut self) {
-        (self.0)();
-    }
-}
-
 /// What a stranger hears who says this first, when it has said all.
 fn stranger(address: &str, words: &[u8]) -> String {
     let mut stream = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
@@ -175,7 +166,7 @@ fn channels_of_an_older_connection_are_closed_unread() {
                 closed.fetch_add(1, Ordering::SeqCst);
             }
         });
-        let _ended = AtEnd(|| over.store(true, Ordering::SeqCst));
+        let _ended = common::AtEnd(|| over.store(true, Ordering::SeqCst));
         let end = Instant::now() + program::MOVE;
         // Who comes while a connection is whole waits for its end; some come when the next one has begun already.
         for breaks in 0.. {

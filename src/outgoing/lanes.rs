@@ -331,6 +331,12 @@ impl Lanes {
         (get(&self.shared.written), get(&self.shared.normal), get(&self.shared.zero))
     }
 
+    /// Whether everything that was given was written, and is with the destination's system.
+    pub(super) fn are_drained(&self) -> bool {
+        let state = self.shared.lock();
+        state.queue.is_empty() && state.under_way == 0 && state.channels.iter().all(|channel| channel.is_drained())
+    }
+
     /// Whether a channel broke: the destination may know why.
     pub(super) fn are_broken(&self) -> bool {
         self.shared.lock().error.is_some()

@@ -22,6 +22,7 @@ mod toll;
 mod total;
 mod verify;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -249,6 +250,8 @@ struct Migration<'a> {
     /// When a vmig must have answered the hello.
     answer_by: Instant,
     begun: Instant,
+    /// Time in which the VMM was waited for and nothing was under way: it says nothing about the link.
+    link_idle: Cell<Duration>,
     last_sync: Instant,
     /// What the last harvest and the last PING took.
     sync_took: Duration,
@@ -289,6 +292,7 @@ impl<'a> Migration<'a> {
             resuming: Resuming::new(job.options.on(Opt::ResumeTimeout)),
             answer_by,
             begun: Instant::now(),
+            link_idle: Cell::default(),
             last_sync: Instant::now(),
             sync_took: Duration::ZERO,
             round_trip: Duration::ZERO,
@@ -453,10 +457,23 @@ impl<'a> Migration<'a> {
         what: &str,
         ask: impl FnOnce(&SectionSaver<'_>) -> Result<T> + Send,
     ) -> Result<T> {
-        match self.sections.are_iterative() {
-            true => self.job.vmm.dispatch().run(&format!("the sections' {what}"), || ask(&self.sections)),
-            false => ask(&self.sections),
+        let sections = &self.sections;
+        match sections.are_iterative() {
+            true => self
+                .beside_the_link(|| self.job.vmm.dispatch().run(&format!("the sections' {what}"), || ask(sections))),
+            false => ask(sections),
         }
+    }
+
+    /// Does what the VMM may take its time for.
+    fn beside_the_link<T>(&self, f: impl FnOnce() -> T) -> T {
+        let idle = self.channel.is_drained() && self.sender.is_drained();
+        let begin = Instant::now();
+        let done = f();
+        if idle {
+            self.link_idle.set(self.link_idle.get() + begin.elapsed());
+        }
+        done
     }
 
     /// One PART of RAM: until the slice or the dirty pages are used up.
@@ -486,7 +503,7 @@ impl<'a> Migration<'a> {
     /// Harvests the dirty log: a new round begins.
     fn sync(&mut self) -> Result<()> {
         let begin = Instant::now();
-        self.job.dirty.sync()?;
+        self.beside_the_link(|| self.job.dirty.sync())?;
         self.sync_took = begin.elapsed();
         #[cfg(feature = "fault-injection")]
         if let Some(set) = &self.set {
@@ -496,7 +513,7 @@ impl<'a> Migration<'a> {
         let age = self.last_sync.elapsed();
         self.last_sync = Instant::now();
         self.account();
-        self.rate.round_over(self.now());
+        self.rate.round_over(self.link_time());
         let dirty = self.dirty_pages() as u64 * PAGE;
         self.slow_down(dirty)?;
         let counters = &self.job.status.counters;
@@ -523,6 +540,11 @@ impl<'a> Migration<'a> {
 
     fn now(&self) -> Duration {
         self.begun.elapsed()
+    }
+
+    /// The time in which something could go over the link.
+    fn link_time(&self) -> Duration {
+        self.now().saturating_sub(self.link_idle.get())
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {

@@ -44,7 +44,7 @@ impl Migration<'_> {
     /// Bytes per second to expect at the switchover.
     pub(super) fn bandwidth(&self) -> u64 {
         match self.job.live.get(Opt::AvailSwitchoverBandwidth) {
-            0 => self.rate.bandwidth(self.now()),
+            0 => self.rate.bandwidth(self.link_time()),
             given => given,
         }
     }
@@ -54,7 +54,7 @@ impl Migration<'_> {
         self.toll.charge(self.out.written() - self.charged);
         self.charged = self.out.written();
         let written = self.out.written() + self.sender.counts().0;
-        self.rate.moved(self.now(), written - self.accounted);
+        self.rate.moved(self.link_time(), written - self.accounted);
         self.accounted = written;
         self.publish();
     }
@@ -70,7 +70,7 @@ impl Migration<'_> {
         counters.channel_bytes.store(before.on_lanes + on_lanes, Ordering::Relaxed);
         counters.normal_pages.store(before.normal + normal, Ordering::Relaxed);
         counters.zero_pages.store(before.zero + zero, Ordering::Relaxed);
-        counters.bandwidth.store(self.rate.bandwidth(self.now()), Ordering::Relaxed);
+        counters.bandwidth.store(self.rate.bandwidth(self.link_time()), Ordering::Relaxed);
         store_time(&counters.downtime_limit, self.downtime_limit());
         if let Some(parts) = self.known().predict(left) {
             store_time(&counters.expected_downtime, parts.total());

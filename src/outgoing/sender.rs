@@ -121,6 +121,11 @@ impl RamSender {
         self.stretches.owed()
     }
 
+    /// Whether nothing of what was sent over lanes is under way.
+    pub(super) fn is_drained(&self) -> bool {
+        self.lanes.as_ref().is_none_or(Lanes::are_drained)
+    }
+
     /// Whether a lane broke: the destination may know why.
     pub(super) fn is_broken(&self) -> bool {
         self.lanes.as_ref().is_some_and(Lanes::are_broken)

@@ -399,6 +399,13 @@ pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
     unsafe { libc::poll(&raw mut polled, 1, 0) > 0 }
 }
 
+/// Whether the peer's system has all that was written to a socket; false where that cannot be known.
+pub fn is_drained(fd: BorrowedFd<'_>) -> bool {
+    let mut count: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ, which is SIOCOUTQ for sockets, writes one int.
+    unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) == 0 && count == 0 }
+}
+
 /// Bytes in a pipe that its reader did not take yet.
 pub fn unread(fd: BorrowedFd<'_>) -> Result<usize> {
     let mut count: libc::c_int = 0;

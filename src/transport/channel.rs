@@ -224,6 +224,10 @@ impl Channel for FdChannel {
         lock(&self.fd).clone()
     }
 
+    fn is_drained(&self) -> bool {
+        self.kind == FdKind::Socket && self.fd().is_ok_and(|fd| io::is_drained(fd.as_fd()))
+    }
+
     fn passes_fds(&self) -> bool {
         self.passes_fds
     }

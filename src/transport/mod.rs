@@ -69,6 +69,11 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// Whether the peer's system has all that was written; false where that cannot be known.
+    fn is_drained(&self) -> bool {
+        false
+    }
+
     /// Everything but the last byte was written to a peer that does not answer: fails if it can be known within `limit`
     /// that not all of it is taken. What fails here can still be undone.
     fn is_taken(&self, _limit: Duration) -> Result<()> {

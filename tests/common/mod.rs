@@ -142,6 +142,15 @@ pub fn points(salt: &str, points: usize, sample: usize) -> Vec<usize> {
     drawn.into_iter().collect()
 }
 
+/// Calls back when it is dropped, in a panic, too: threads that wait for a word get it.
+pub struct AtEnd<F: Fn()>(pub F);
+
+impl<F: Fn()> Drop for AtEnd<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 /// Runs a command to its end; its output, or a panic that shows it.
 pub fn run(command: &mut Command) -> Output {
     let out = try_run(command);

@@ -19,7 +19,7 @@ use vmig::ram::{Block, BlockSpec, Ram, RamList};
 
 use super::memory::{Kind, Memory, PAGE};
 use super::source::Faults;
-use crate::common::Rng;
+use crate::common::{AtEnd, Rng};
 
 /// Writes pages of the guest, in the way the tracker is told of.
 pub trait Writer: Send {
@@ -158,6 +158,7 @@ pub fn run(mut world: World, rng: &mut Rng, what: &str) -> World {
         let seed = rng.next();
         let places = world.places.clone();
         std::thread::scope(|scope| {
+            let _ended = AtEnd(|| stop.store(true, Ordering::SeqCst));
             if let Some(writer) = &mut beside {
                 let (stop, places) = (&stop, &places);
                 scope.spawn(move || {
@@ -213,7 +214,6 @@ pub fn run(mut world: World, rng: &mut Rng, what: &str) -> World {
                     }
                 }
             }
-            stop.store(true, Ordering::SeqCst);
         });
         writers.extend(beside);
         world.writers = writers;

@@ -159,12 +159,15 @@ impl Link {
     fn send(&mut self, request: &Value) -> Result<(), String> {
         let line = format!("{request}\n");
         self.out.write_all(line.as_bytes()).and_then(|()| self.out.flush()).map_err(|error| {
-            // Why it hung up is often said in its last words.
-            let last = self.came.recv_timeout(Duration::from_millis(100));
-            match last {
-                Ok(Came::Gone(why)) => why,
-                _ => format!("the server does not take what it is told: {error}"),
+            // Its last words: what happened before, and often why it hung up.
+            while let Ok(last) = self.came.recv_timeout(Duration::from_millis(100)) {
+                match last {
+                    Came::Gone(why) => return why,
+                    Came::Said(message) if message.get("event").is_some() => self.keep(message),
+                    Came::Said(_) | Came::Typed(_) => (),
+                }
             }
+            format!("the server does not take what it is told: {error}")
         })
     }
 
@@ -256,14 +259,20 @@ fn connect(address: &str, patience: Duration) -> io::Result<Ends> {
     Err(error)
 }
 
+const CLOSED: &str = "the server closed the connection";
+
 /// Reads messages until the server is gone or talks nonsense.
 fn read_server(input: Box<dyn Read + Send>, sender: &SyncSender<Came>) {
     let mut input = BufReader::new(input);
     loop {
         let mut line = Vec::new();
         let came = match input.by_ref().take(LINE_MAX + 1).read_until(b'\n', &mut line) {
+            // Reset: it closed without having read all that we said.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset && line.is_empty() => {
+                Came::Gone(CLOSED.into())
+            }
             Err(error) => Came::Gone(format!("the connection broke: {error}")),
-            Ok(0) => Came::Gone("the server closed the connection".to_owned()),
+            Ok(0) => Came::Gone(CLOSED.into()),
             Ok(n) if n as u64 > LINE_MAX => {
                 Came::Gone(format!("the server sent a line of more than {} MiB", LINE_MAX >> 20))
             }
