@@ -375,7 +375,9 @@ fn a_destination_does_not_wait_for_a_source_that_was_cancelled() {
     pair.source.must_end_in("cancelled");
     pair.destination.must_end_in("failed");
     let why = value(&mut pair.destination, "error");
-    assert!(why.contains("the migration was cancelled at the source"), "{why}");
+    // Words at the end of the stream, or, where it was cut amid something, over a connection of their own.
+    let told = ["the migration was cancelled at the source", "the source gave the attempt up"];
+    assert!(told.iter().any(|words| why.contains(words)), "{why}");
     assert_eq!(value(&mut pair.destination, "memory"), "0");
     pair.quit();
 }
