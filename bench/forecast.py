@@ -10,6 +10,7 @@ NEVER = 8                       # seconds a migration that is said never to end 
 WRONG, SHORT_MS = 0.3, 5        # how far a forecast may be off, and what is too short to matter
 PAGE = 4096
 STEADY_LIMIT = 400_000_000      # bytes per second
+START = 0.1                     # seconds that the library takes for granted before the first page arrives
 SWITCHOVER = 1.5e9             # what loopback takes of few pages; the limit is lifted at the stop
 
 
@@ -64,7 +65,7 @@ class Foretold(Vmig):
             last = destination.wire[0] - source.wire[-1]
             return {'rate': rate, 'said': said,
                     'came': {'total_ms': total * 1e3, 'blackout_ms': blackout * 1e3},
-                    'link': (sent - last) / (total - blackout), 'last': last / max(1e-4, int(parts['ram']) / 1e9)}
+                    'link': (sent - last) / max(0.01, total - blackout - START), 'last': last / max(1e-4, int(parts['ram']) / 1e9)}
         finally:
             self.end()
 
