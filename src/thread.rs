@@ -2,6 +2,8 @@
 //!
 //! Each guest has its own registry, so nothing is left behind when the guest is freed.
 
+#[cfg(test)]
+pub(crate) mod model;
 pub mod home;
 
 use std::any::Any;

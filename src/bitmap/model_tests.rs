@@ -7,35 +7,7 @@ use loom::thread;
 mod atomic {
     pub(super) use std::sync::atomic::Ordering;
 
-    /// loom lets a sequentially consistent load return an old value. Where every access to a location is sequentially
-    /// consistent such a load reads the latest one, as a read-modify-write does.
-    #[derive(Debug)]
-    pub(super) struct AtomicU64(loom::sync::atomic::AtomicU64);
-
-    impl AtomicU64 {
-        pub(super) fn new(value: u64) -> Self {
-            Self(loom::sync::atomic::AtomicU64::new(value))
-        }
-
-        pub(super) fn load(&self, order: Ordering) -> u64 {
-            match order {
-                Ordering::SeqCst => self.0.fetch_or(0, Ordering::AcqRel),
-                _ => self.0.load(order),
-            }
-        }
-
-        pub(super) fn swap(&self, value: u64, _: Ordering) -> u64 {
-            self.0.swap(value, Ordering::AcqRel)
-        }
-
-        pub(super) fn fetch_or(&self, value: u64, _: Ordering) -> u64 {
-            self.0.fetch_or(value, Ordering::AcqRel)
-        }
-
-        pub(super) fn fetch_and(&self, value: u64, _: Ordering) -> u64 {
-            self.0.fetch_and(value, Ordering::AcqRel)
-        }
-    }
+    pub(super) use crate::thread::model::AtomicU64;
 }
 #[path = "levels.rs"]
 #[allow(

@@ -14,34 +14,8 @@ mod sync {
     /// One look: more of them are no more ways to interleave, only more runs.
     pub(super) const SPINS_MAX: u32 = 1;
 
-    /// loom lets a sequentially consistent load return an old value. Where every access to a location is sequentially
-    /// consistent such a load reads the latest one, as a read-modify-write does.
-    pub(super) struct AtomicU64(loom::sync::atomic::AtomicU64);
+    pub(super) use crate::thread::model::AtomicU64;
     pub(super) use loom::sync::atomic::AtomicUsize;
-
-    impl AtomicU64 {
-        pub(super) fn new(value: u64) -> Self {
-            Self(loom::sync::atomic::AtomicU64::new(value))
-        }
-
-        pub(super) fn load(&self, order: Ordering) -> u64 {
-            match order {
-                Ordering::SeqCst => self.0.fetch_or(0, Ordering::AcqRel),
-                _ => self.0.load(order),
-            }
-        }
-
-        pub(super) fn store(&self, value: u64, order: Ordering) {
-            match order {
-                Ordering::SeqCst => drop(self.0.swap(value, Ordering::AcqRel)),
-                _ => self.0.store(value, order),
-            }
-        }
-
-        pub(super) fn fetch_add(&self, value: u64, _: Ordering) -> u64 {
-            self.0.fetch_add(value, Ordering::AcqRel)
-        }
-    }
 
     /// A token that is kept: who unparks first is not missed.
     pub(super) struct Parker(Unparker);
