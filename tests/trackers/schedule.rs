@@ -70,6 +70,14 @@ impl World {
         !self.faults.is_empty()
     }
 
+    /// Does `f` while no source fails.
+    fn while_sound<T>(&self, f: impl FnOnce() -> T) -> T {
+        let before: Vec<usize> = self.faults.iter().map(|faults| faults.every.swap(0, Ordering::SeqCst)).collect();
+        let done = f();
+        self.faults.iter().zip(before).for_each(|(faults, every)| faults.every.store(every, Ordering::SeqCst));
+        done
+    }
+
     /// Adds a block over `memory`; its number in the guest's life names it.
     pub fn add(&mut self, memory: Arc<Memory>, name: String) -> Arc<Block> {
         let len = (memory.pages * PAGE) as u64;
@@ -98,7 +106,7 @@ impl Reader {
     fn new(world: &World) -> Self {
         let list = world.ram.list();
         let begin = || well_or_fault(world.hub.subscribe(&list, world.choice), world.may_fail());
-        let set = begin().or_else(begin).expect("two failures in a row");
+        let set = begin().unwrap_or_else(|| world.while_sound(|| begin().expect("a sound source fails")));
         assert_eq!(set.pages(), list.iter().map(|b| b.pages()).sum::<usize>(), "an attempt begins with all pages");
         let copy = list.iter().map(|b| vec![u64::MAX; b.pages()]).collect();
         Self { set, list, cursor: Cursor::default(), copy }

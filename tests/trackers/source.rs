@@ -151,7 +151,6 @@ pub fn beside(world: &mut World, rng: &mut Rng) {
 fn register(world: &mut World, clears: bool, flags: u64, rng: &mut Rng) -> Arc<Log> {
     let log = Arc::new(Log::default());
     if rng.below(4) == 0 {
-        // Less often than there are blocks in two syncs, for the rest of one that failed is asked, too: the next one is good.
         log.faults.every.store(9 + rng.below(30), Ordering::SeqCst);
         world.faults.push(Arc::clone(&log.faults));
     }
