@@ -7,6 +7,7 @@ members compared."""
 import json
 import socket
 import sys
+import time
 
 PATIENCE = 90
 
@@ -50,6 +51,13 @@ class Talk:
             line = json.loads(self.lines.readline())
             self.keep(line)
             assert self.events[-1] != "MIGRATION failed", (self.events, self.run("query-migrate"))
+
+    def settled(self):
+        """The run state that follows a migration's end, which QEMU tells a moment after the event."""
+        deadline = time.monotonic() + PATIENCE
+        while (status := self.run("query-status"))["status"] in ("finish-migrate", "inmigrate"):
+            assert time.monotonic() < deadline, status
+        return status
 
 
 def form(value):
@@ -104,9 +112,9 @@ def move(source, destination):
     source.until("MIGRATION completed")
     destination.until("MIGRATION completed")
     done = source.run("query-migrate")
-    seen.append(("completed", sorted(done), sorted(done["ram"]), done["ram"]["page-size"], source.run("query-status")))
+    seen.append(("completed", sorted(done), sorted(done["ram"]), done["ram"]["page-size"], source.settled()))
     arrived = destination.run("query-migrate")
-    seen.append(("arrived", arrived, destination.run("query-status")))
+    seen.append(("arrived", arrived, destination.settled()))
     for side in (source, destination):
         seen.append([event for event in side.events if not event.startswith("MIGRATION_PASS")])
     assert source.events[:3] == ["MIGRATION setup", "MIGRATION_PASS 1", "MIGRATION active"], source.events
