@@ -64,6 +64,8 @@ pub(super) struct Handover<'a> {
     again: bool,
     events: VecDeque<Event>,
     why: Option<Error>,
+    /// What became of the connection, which by itself is no reason to fail.
+    lost: Option<Error>,
     started: Option<RunReport>,
 }
 
@@ -91,6 +93,7 @@ impl<'a> Handover<'a> {
             again: false,
             events: VecDeque::new(),
             why: None,
+            lost: None,
             started: None,
         }
     }
@@ -277,11 +280,9 @@ impl<'a> Handover<'a> {
             let retry = self.retry.filter(|_| keeper.phase() == Phase::RefuseLater);
             let now = Instant::now();
             if now >= deadline {
-                let late = Error::timeout(
-                    Opt::SwitchoverTimeout.name(),
-                    limit,
-                    "the source said neither GO nor ABORT within",
-                );
+                let lost = self.lost.as_ref().map(|e| format!(" ({})", e.text())).unwrap_or_default();
+                let what = format!("the source said neither GO nor ABORT{lost} within");
+                let late = Error::timeout(Opt::SwitchoverTimeout.name(), limit, what);
                 self.why.get_or_insert(late.in_phase("switchover"));
                 return Some(Event::Deadline);
             }
@@ -320,7 +321,15 @@ impl<'a> Handover<'a> {
                 self.why.get_or_insert(Error::new(libc::ECONNABORTED, text).in_phase("switchover"));
                 Event::Heard(Message::Abort { epoch })
             }
-            Ok(_) | Err(_) => self.lose_link(),
+            Ok(_) => {
+                self.lost =
+                    Some(Error::new(libc::EPROTO, "the source said neither GO nor ABORT, but something else"));
+                self.lose_link()
+            }
+            Err(error) => {
+                self.lost = Some(error);
+                self.lose_link()
+            }
         };
         self.admit(event)
     }
@@ -336,6 +345,7 @@ impl<'a> Handover<'a> {
         self.peer.replace(Arc::clone(&channel), StreamOutput::new(Arc::clone(&channel), WORD));
         *self.input = StreamInput::new(channel, WORD);
         self.linked = true;
+        self.lost = None;
         self.events.extend([Event::Linked, Event::Heard(visitor.go)]);
         true
     }
@@ -380,7 +390,8 @@ impl<'a> Handover<'a> {
         if phase == Phase::Stranded {
             let text = "everything of the guest is here, but the source was lost before it said that the guest may run: \
                         unless it asks in time the guest goes on there; if it is dead, call vmig_resolve";
-            let why = self.why.as_ref().map(|e| format!(" ({})", e.text())).unwrap_or_default();
+            let reason = self.why.as_ref().or(self.lost.as_ref());
+            let why = reason.map(|e| format!(" ({})", e.text())).unwrap_or_default();
             let error = Error::new(libc::ECONNRESET, format!("{text}{why}")).in_phase("switchover");
             self.job.status.name(State::SwitchoverUnknown, error.on_side("destination"), false);
             self.job.keeper.idle(self.why.as_ref());
