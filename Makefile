@@ -28,7 +28,7 @@ LIB_FAULT := $(TARGET)/fault/lib/libvmig.a
 SHARED := $(TARGET)/release/libvmig.so
 TOOL := $(TARGET)/tool/release/vmig
 MAN := $(TARGET)/man
-MAN_TEXTS := include/vmig.h docs/options.md README.md
+MAN_TEXTS := include/vmig.h docs/options.md docs/tool.md README.md
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 WARN := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Werror
 # Programs of the tests, each one file; header_*.c are compiled by tests/header.rs in its own ways.
@@ -152,7 +152,7 @@ install: build
 	$(INSTALL) -m 755 $(SHARED) "$(DESTDIR)$(LIBDIR)/libvmig.so.$(VERSION)"
 	ln -sf libvmig.so.$(VERSION) "$(DESTDIR)$(LIBDIR)/$(SONAME)"
 	ln -sf $(SONAME) "$(DESTDIR)$(LIBDIR)/libvmig.so"
-	for part in man3 man7; do \
+	for part in man1 man3 man7; do \
 	    $(INSTALL) -d "$(DESTDIR)$(MANDIR)/$$part"; \
 	    $(INSTALL) -m 644 $(MAN)/$$part/* "$(DESTDIR)$(MANDIR)/$$part"; \
 	done
@@ -166,7 +166,7 @@ install: build
 
 ## uninstall: removes what install put there (same PREFIX, DESTDIR, LIBDIR, INCLUDEDIR, BINDIR, MANDIR)
 uninstall: man
-	cd $(MAN); for page in man3/* man7/*; do rm -f "$(DESTDIR)$(MANDIR)/$$page"; done
+	cd $(MAN); for page in man1/* man3/* man7/*; do rm -f "$(DESTDIR)$(MANDIR)/$$page"; done
 	rm -f "$(DESTDIR)$(BINDIR)/vmig" "$(DESTDIR)$(INCLUDEDIR)/vmig.h" "$(DESTDIR)$(LIBDIR)"/libvmig.{a,so,so.$(VERSION)} \
 	    "$(DESTDIR)$(LIBDIR)/$(SONAME)" "$(DESTDIR)$(LIBDIR)"/pkgconfig/vmig{,-static}.pc
 

@@ -28,6 +28,7 @@ pub(crate) fn page(header: &Header, readme: &str, stamp: &Stamp) -> Result<Strin
         out += &tagged(&roff::page(&chapter.page(), 3), &filled(&told));
     }
     out += &tagged(&roff::page("vmig-options", 7), &filled("All options of vmig_set() and vmig_get()."));
+    out += &tagged(&roff::page("vmig", 1), &filled("The command: inspects streams, draws reports, drives VMMs."));
     out += &rules(header)?;
     out += &roff::section("EXAMPLES");
     let (code, after) = example(readme).ok_or("README.md has no example in C with a paragraph below")?;

@@ -3,7 +3,7 @@
 use super::header::{self, Chapter, Header, Item, Kind};
 use super::prose::{Block, blocks, filled, render, sentences, tagged};
 use super::roff::{self, Stamp};
-use super::{options, overview};
+use super::{options, overview, tool};
 
 /// Columns a prototype may take, so that it fits on a terminal of 80.
 const WIDTH: usize = 70;
@@ -15,12 +15,22 @@ const MARKS: [(&str, &str); 4] = [
     ("[cb]", "also inside callbacks"),
 ];
 
+/// What the pages are made from.
+#[derive(Clone, Copy)]
+pub(crate) struct Texts<'a> {
+    pub(crate) header: &'a str,
+    pub(crate) options: &'a str,
+    pub(crate) readme: &'a str,
+    pub(crate) tool: &'a str,
+}
+
 /// Every page: where it belongs (`man3/vmig_new.3`), and its text.
-pub(crate) fn all(header: &str, table: &str, readme: &str, stamp: &Stamp) -> Result<Vec<(String, String)>, String> {
-    let header = header::parse(header)?;
+pub(crate) fn all(texts: &Texts, stamp: &Stamp) -> Result<Vec<(String, String)>, String> {
+    let header = header::parse(texts.header)?;
     let mut out = vec![
-        ("man7/vmig.7".to_string(), overview::page(&header, readme, stamp)?),
-        ("man7/vmig-options.7".to_string(), options::page(table, stamp)?),
+        ("man7/vmig.7".to_string(), overview::page(&header, texts.readme, stamp)?),
+        ("man7/vmig-options.7".to_string(), options::page(texts.options, stamp)?),
+        ("man1/vmig.1".to_string(), tool::page(texts.tool, stamp)?),
     ];
     for chapter in &header.chapters {
         let page = chapter.page();

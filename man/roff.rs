@@ -12,7 +12,7 @@ pub(crate) struct Stamp<'a> {
 /// The head of a page. Lines are neither justified nor hyphenated, so that names stay whole.
 pub(crate) fn title(name: &str, section: u8, stamp: &Stamp) -> String {
     let Stamp { version, date } = stamp;
-    let made = ".\\\" Made from include/vmig.h, docs/options.md and README.md; edit their sources.\n";
+    let made = ".\\\" Made from include/vmig.h, docs/options.md, docs/tool.md and README.md; edit their sources.\n";
     format!(
         "{made}.TH {} {section} \"{}\" \"vmig {}\" \"vmig\"\n.ad l\n.nh\n",
         code(&name.to_uppercase()),

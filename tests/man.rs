@@ -8,7 +8,7 @@ mod man;
 
 use common::{built, root, run, scratch, skip, source, words};
 use man::header::{Kind, parse};
-use man::pages::{all, failures, returned, take_marks};
+use man::pages::{Texts, all, failures, returned, take_marks};
 use man::prose::{Block, blocks, render};
 use man::roff::{Stamp, protected};
 use std::{collections::BTreeMap, fs, io::Write, process::Command, process::Stdio};
@@ -22,8 +22,11 @@ fn text(file: &str) -> String {
 
 /// All pages by name, from the sources as they are now.
 fn pages() -> BTreeMap<String, String> {
-    let pages = all(&text("include/vmig.h"), &text("docs/options.md"), &text("README.md"), &STAMP);
-    pages.unwrap().into_iter().collect()
+    made(&text("include/vmig.h"), &text("docs/options.md"), &text("docs/tool.md")).unwrap().into_iter().collect()
+}
+
+fn made(header: &str, options: &str, tool: &str) -> Result<Vec<(String, String)>, String> {
+    all(&Texts { header, options, readme: &text("README.md"), tool }, &STAMP)
 }
 
 /// The page that `man 3 name` shows.
@@ -144,6 +147,22 @@ fn every_option_is_on_its_page() {
 }
 
 #[test]
+fn the_command_has_a_page() {
+    let (page, tool) = (pages().remove("man1/vmig.1").unwrap(), text("docs/tool.md"));
+    let told = tokens(&unroffed(&page));
+    assert!(!page.contains("]("), "a link is left:\n{page}");
+    let command = tool.split_once("\n## vmig inspect\n").unwrap().1.split_once("\n## Metrics\n").unwrap().0;
+    let paragraphs =
+        command.split("\n\n").map(man::tool::unlinked).filter(|p| !p.contains("|---") && !p.starts_with('#'));
+    for paragraph in paragraphs {
+        for sentence in paragraph.split(". ") {
+            assert!(told.contains(&tokens(sentence)), "vmig(1) does not say: {sentence}");
+        }
+    }
+    assert_eq!(man::tool::unlinked("a [b](c.md) [d] (e) f](g [h](i#j)"), "a b [d] (e) f](g h");
+}
+
+#[test]
 fn every_function_says_who_may_call_it_and_what_it_returns() {
     let header = parse(&text("include/vmig.h")).unwrap();
     for function in header.chapters.iter().flat_map(|c| c.of(Kind::Function)) {
@@ -166,7 +185,8 @@ fn make_built_these_pages() {
         let there = fs::read_to_string(built.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(same(&there) == same(page), "{name} was built from other sources: run `make man`");
     }
-    let there = ["man3", "man7"].iter().map(|part| fs::read_dir(built.join(part)).unwrap().count()).sum::<usize>();
+    let there =
+        ["man1", "man3", "man7"].iter().map(|part| fs::read_dir(built.join(part)).unwrap().count()).sum::<usize>();
     assert_eq!(there, pages.len(), "there are pages of something that is no more");
 }
 
@@ -315,11 +335,12 @@ fn what_it_does_not_know_is_an_error() {
         parse(&with("int vmig_other(void);")).unwrap().chapters[0].of(Kind::Function).any(|f| f.name == "vmig_other")
     );
     let twice = header.replacen("---- 2. the big lock and the run state", "---- 2. a guest of honour", 1);
-    let error = all(&twice, &text("docs/options.md"), &text("README.md"), &STAMP).unwrap_err();
+    let error = made(&twice, &text("docs/options.md"), &text("docs/tool.md")).unwrap_err();
     assert!(error.contains("two pages would be man3/vmig-guest.3"), "{error}");
     let out = run(Command::new("sed").args(["-n", "1p"]).arg(root().join("docs/options.md")));
     let no_table = String::from_utf8(out.stdout).unwrap();
-    assert!(all(&header, &no_table, &text("README.md"), &STAMP).is_err());
+    assert!(made(&header, &no_table, &text("docs/tool.md")).is_err());
+    assert!(made(&header, &text("docs/options.md"), "# The tool\n\n## Trace files\n\nNone.\n").is_err());
 }
 
 #[test]
