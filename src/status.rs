@@ -190,10 +190,10 @@ impl Status {
         Ok(())
     }
 
-    /// The first pass over all pages begins: of interest to the feed only.
+    /// The first pass over all pages begins, which is no news to who polls.
     pub fn tell_first_pass(&self) {
         let shared = self.lock();
-        shared.watch.pass(1, shared.events);
+        shared.watch.pass(&self.snapshot_of(&shared), shared.events);
     }
 
     /// A point worth telling (a new iteration) without a change of state.

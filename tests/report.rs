@@ -1,5 +1,5 @@
 //! What the library tells while it migrates: option `trace-file` and the page that `vmig report` makes of it, metrics, log
-//! records, tracepoints.
+//! records.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod common;
@@ -276,59 +276,12 @@ fn metrics_are_those_of_the_migration() {
 }
 
 #[test]
-fn tracepoints_are_in_the_libraries() {
-    let library = common::built("release/libvmig.so");
-    for file in [library, c_program("peer")] {
-        let out = run(Command::new("readelf").args(["-n", "--wide"]).arg(&file));
-        let text = String::from_utf8(out.stdout).unwrap();
-        let ours = text.split("Provider: vmig").skip(1);
-        let names: std::collections::BTreeSet<_> =
-            ours.filter_map(|rest| rest.split("Name: ").nth(1)?.split_whitespace().next()).collect();
-        assert_eq!(
-            names.into_iter().collect::<Vec<_>>(),
-            ["blackout", "error", "iteration", "ladder", "phase_begin", "phase_end", "state"],
-            "in {}",
-            file.display()
-        );
-        // Off, each is an instruction that does nothing; nobody looks whether one is on.
-        let bytes = fs::read(&file).unwrap();
-        let headers =
-            String::from_utf8(run(Command::new("readelf").args(["-l", "--wide"]).arg(&file)).stdout).unwrap();
-        let places: Vec<u64> =
-            text.split("Provider: vmig").skip(1).map(|point| hex_after(point, "Location: ")).collect();
-        assert!(places.len() >= 7 && text.split("Provider: vmig").skip(1).all(|p| hex_after(p, "Semaphore: ") == 0));
-        for place in places {
-            assert_eq!(bytes[in_file(&headers, place)], 0x90, "at {place:#x} of {}", file.display());
-        }
-    }
-}
-
-fn hex_after(text: &str, words: &str) -> u64 {
-    let digits = text.split(words).nth(1).and_then(|rest| rest.strip_prefix("0x")).unwrap();
-    u64::from_str_radix(digits.split(|c: char| !c.is_ascii_hexdigit()).next().unwrap(), 16).unwrap()
-}
-
-/// Where in the file an address lies, by its segments.
-fn in_file(headers: &str, address: u64) -> usize {
-    let number = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).unwrap();
-    let segments = headers.lines().filter_map(|line| line.trim().strip_prefix("LOAD"));
-    let found = segments.map(|line| line.split_whitespace().take(5).map(number).collect::<Vec<_>>()).find_map(|s| {
-        let (offset, start, length) = (s[0], s[1], s[3]);
-        (start..start + length).contains(&address).then(|| offset + address - start)
-    });
-    usize::try_from(found.unwrap()).unwrap()
-}
-
-#[test]
-fn the_documents_name_every_metric_and_tracepoint() {
+fn the_document_names_every_metric() {
     let text = fs::read_to_string(root().join("docs/tool.md")).unwrap();
     let out = source_into_a_file(&["labels="]);
     for name in metrics(&words(&out)).keys() {
         let name = name.split('{').next().unwrap();
         assert!(text.contains(&format!("`{name}`")), "{name} is not in docs/tool.md");
-    }
-    for point in ["blackout", "error", "iteration", "ladder", "phase_begin", "phase_end", "state"] {
-        assert!(text.contains(&format!("`{point}`")), "{point} is not in docs/tool.md");
     }
 }
 

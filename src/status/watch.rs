@@ -124,15 +124,15 @@ impl Watch {
     }
 
     pub(super) fn iteration(&self, now: &Snapshot, events: bool) {
-        probe::probe!(vmig, iteration, now.iteration, now.remaining, now.dirty_rate, now.bandwidth);
         self.tell(|| Event::Iteration(*now));
-        self.pass(now.iteration, events);
+        self.pass(now, events);
     }
 
-    /// A round begins; the first is of interest to the feed only.
-    pub(super) fn pass(&self, pass: u64, events: bool) {
+    /// A round begins. The trace need not be told of the first, with which the state changes.
+    pub(super) fn pass(&self, now: &Snapshot, events: bool) {
+        probe::probe!(vmig, iteration, now.iteration, now.remaining, now.dirty_rate, now.bandwidth);
         if events {
-            self.feed.push(News::Pass(pass));
+            self.feed.push(News::Pass(now.iteration));
         }
     }
 
