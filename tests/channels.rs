@@ -94,17 +94,7 @@ fn slow_source(channels: u8) -> Vmm {
 /// Moves it, undisturbed.
 fn goes(source: &mut Vmm, there: &mut Vmm, address: &str) {
     source.does("set max-bandwidth 0");
-    source.does(&format!("out {address}"));
-    let (here, arrived) = (source.wait(), there.wait());
-    assert_eq!(
-        (here.state.as_str(), arrived.state.as_str()),
-        ("completed", "completed"),
-        "{} {}",
-        here.error,
-        arrived.error
-    );
-    there.has_what_left(source);
-    there.runs_on();
+    source.moves_to(there, address);
 }
 
 #[test]

@@ -5,39 +5,20 @@
 mod common;
 #[path = "words/flip.rs"]
 mod flip;
+#[path = "words/still.rs"]
+mod still;
 
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
-
-use common::hostile::{Look, Vmm};
+use common::hostile::Vmm;
 use flip::{Bit, HEADER, relay};
+use still::{SHAPE, arrives_changed, busy_moves, source, stayed_and_moves, takes_two};
 
-const SHAPE: [&str; 1] = ["low=64"];
-
-/// A guest that stands still, so that what changes on its way is not sent again.
-fn source(channels: usize, checksum: &str) -> Vmm {
-    let mut source = Vmm::new(&SHAPE);
-    source.does("idle 1");
-    source.does("start");
-    source.does(&format!("set multifd {}", if channels > 0 { "on" } else { "off" }));
-    if channels > 0 {
-        source.does(&format!("set multifd-channels {channels}"));
-    }
-    source.does("set zero-page-detection none");
-    source.does(&format!("set checksum {checksum}"));
-    source
-}
-
-fn ends(source: &mut Vmm, there: &mut Vmm, uri: &str) -> (Look, Look) {
-    source.does(&format!("out {uri}"));
-    (source.wait(), there.wait())
-}
+const OPTION: &str = "checksum";
 
 /// Moves a guest through the relay, with and without checksums.
 fn changes(channels: usize, bit: Bit, section: &str, field: Option<&str>, words: &str) {
-    let mut here = source(channels, "crc32c");
+    let mut here = source(channels, OPTION, "crc32c");
     let (mut there, address) = Vmm::destination(&SHAPE);
-    let (left, came) = ends(&mut here, &mut there, &relay(&address, channels, bit));
+    let (left, came) = here.leaves_for(&mut there, &relay(&address, channels, bit));
     let seen = format!("{bit:?}: {} | {}", left.message(), came.message());
     println!("{seen}");
     for (look, side) in [(&left, "destination"), (&came, "destination")] {
@@ -50,41 +31,12 @@ fn changes(channels: usize, bit: Bit, section: &str, field: Option<&str>, words:
         let sum = |key: &str| error[key].as_str().is_some_and(|s| s.starts_with("0x") && s.len() == 10);
         assert!(sum("expected") && sum("got") && error["expected"] != error["got"], "{seen}");
     }
-    assert_eq!(there.ask("starts"), "0", "{seen}");
-    // The guest is as it was, and runs; the next attempt, over a better network, succeeds.
-    here.does("idle 0");
-    here.runs_on();
-    let address = there.listen("tcp:127.0.0.1:0");
-    let (left, came) = ends(&mut here, &mut there, &address);
-    assert_eq!(
-        (left.state.as_str(), came.state.as_str()),
-        ("completed", "completed"),
-        "{} {}",
-        left.error,
-        came.error
-    );
-    there.has_what_left(&mut here);
-    there.runs_on();
-    here.end();
-    there.end();
+    stayed_and_moves(here, there);
 }
 
 /// The same without checksums: nobody notices.
 fn arrives(channels: usize, bit: Bit) {
-    let mut here = source(channels, "none");
-    let (mut there, address) = Vmm::destination(&SHAPE);
-    let (left, came) = ends(&mut here, &mut there, &relay(&address, channels, bit));
-    assert_eq!(
-        (left.state.as_str(), came.state.as_str()),
-        ("completed", "completed"),
-        "{bit:?} {} {}",
-        left.error,
-        came.error
-    );
-    let (left, arrived) = (here.ask("hash"), there.ask("hash"));
-    assert_ne!(left.split(' ').next(), arrived.split(' ').nth(1), "{bit:?}: it changed nothing");
-    here.end();
-    there.end();
+    arrives_changed(source(channels, OPTION, "none"), channels, bit);
 }
 
 #[test]
@@ -137,65 +89,20 @@ fn a_bit_of_the_plain_stream_is_noticed() {
 #[test]
 fn a_busy_guest_arrives_and_nobody_complains() {
     // What the guest writes between the summing and the sending is no difference.
-    for (channels, uri) in [(0, "tcp:127.0.0.1:0"), (1, "tcp:127.0.0.1:0"), (4, "unix")] {
-        let mut here = source(channels, "crc32c");
-        here.does("idle 0");
+    for (channels, unix) in [(0, false), (1, false), (4, true)] {
+        let mut here = source(channels, OPTION, "crc32c");
         here.does("set max-bandwidth 40M");
-        here.does("set zero-page-detection multifd");
-        let mut there = Vmm::new(&["fill=0", SHAPE[0]]);
-        let path = common::scratch("busy").join("s");
-        let address = there.listen(&if uri == "unix" { format!("unix:{}", path.display()) } else { uri.to_owned() });
-        let (left, came) = ends(&mut here, &mut there, &address);
-        assert_eq!(
-            (left.state.as_str(), came.state.as_str()),
-            ("completed", "completed"),
-            "{} {}",
-            left.error,
-            came.error
-        );
-        there.has_what_left(&mut here);
-        there.runs_on();
-        here.end();
-        there.end();
+        busy_moves(here, unix);
     }
 }
 
 #[test]
-fn it_takes_two() {
-    let refused = |look: &Look, side: &str, words: &str| {
-        let seen = format!("{}: {}", look.state, look.error);
-        assert_eq!((look.state.as_str(), look.error["side"].as_str()), ("failed", Some(side)), "{seen}");
-        assert!(look.message().contains(words) && look.error["option"] == "checksum", "{seen}");
-    };
-    // A destination may insist.
-    let mut here = source(0, "none");
-    let (mut there, address) = (Vmm::new(&["fill=0", SHAPE[0]]), "tcp:127.0.0.1:0");
-    there.does("set checksum crc32c");
-    let address = there.listen(address);
-    let (left, came) = ends(&mut here, &mut there, &address);
-    refused(&left, "destination", "set it at the source, too (source: none, destination: crc32c)");
-    refused(&came, "destination", "set it at the source, too");
-    // A QEMU has none, whoever of us listens or sends; nor has a file.
-    here.does("set checksum crc32c");
+fn it_takes_two_vmigs() {
+    takes_two(OPTION, "none", "crc32c");
+    let mut here = source(0, OPTION, "crc32c");
     here.does("set peer qemu");
-    let (errno, words) = here.refuses(&format!("out {address}"));
+    let (errno, words) = here.refuses("out tcp:127.0.0.1:1");
     assert_eq!(errno, libc::EINVAL);
     assert!(words.contains("'checksum' needs a vmig"), "{words}");
-    here.does("set peer vmig");
-    here.does(&format!("save {}", common::scratch("file").join("f").display()));
-    refused(&here.wait(), "source", "needs a destination that uses this library");
-    let address = there.listen("tcp:127.0.0.1:0");
-    let mut plain = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
-    plain.write_all(b"QEVM\0\0\0\x03").unwrap();
-    refused(&there.wait(), "destination", "the source does not use this library");
-    // An older vmig does not know them.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    here.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
-    let mut older = listener.accept().unwrap().0;
-    older.write_all(b"VMIG\0\0\0\x01\0\0\0\x0f{\"features\":[]}").unwrap();
-    refused(&here.wait(), "source", "is older and knows nothing of option 'checksum'");
-    here.does("idle 0");
-    here.runs_on();
     here.end();
-    there.end();
 }

@@ -12,7 +12,7 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::time::Duration;
 
-use common::hostile::Vmm;
+use common::hostile::{Vmm, completed};
 use common::{c_program, scratch, without_kvm};
 use forger::Forger;
 use program::Program;
@@ -80,8 +80,7 @@ fn a_missing_device() {
     assert_eq!((source.wait().message(), there.wait().message()), (words, words));
     source.runs_on();
     let (mut good, address) = Vmm::destination(&["more=rng"]);
-    source.does(&format!("out {address}"));
-    assert_eq!((source.wait().state.as_str(), good.wait().state.as_str()), ("completed", "completed"));
+    source.moves_to(&mut good, &address);
     source.end();
     there.end();
     good.end();
@@ -169,9 +168,7 @@ fn nobody_is_expected_any_more() {
         let mut there = Vmm::new(&["fill=0"]);
         there.does(&format!("set allow-features {allowed}"));
         let address = there.listen("tcp::0");
-        source.does(&format!("out {address}"));
-        assert_eq!((source.wait().state.as_str(), there.wait().state.as_str()), ("completed", "completed"));
-        there.has_what_left(&mut source);
+        source.moves_to(&mut there, &address);
         let mut late = Vmm::source(&[]);
         late.does(&format!("out {address}"));
         let look = late.wait();
@@ -208,9 +205,7 @@ fn more_than_is_understood_is_ignored() {
         hello["offers"] = json!(["telepathy", "zero-runs"]);
         hello["devices"][0]["weight"] = 7.into();
     });
-    source.does(&format!("out {}", forger.uri));
-    assert_eq!((source.wait().state.as_str(), there.wait().state.as_str()), ("completed", "completed"));
-    there.has_what_left(&mut source);
+    source.moves_to(&mut there, &forger.uri);
     source.end();
     there.end();
 }
@@ -239,7 +234,7 @@ fn a_busy_destination() {
         second.runs_on();
         // The first one did not notice.
         first.does("set max-bandwidth 0");
-        assert_eq!((first.wait().state.as_str(), there.wait().state.as_str()), ("completed", "completed"));
+        completed(&first.wait(), &there.wait());
         there.has_what_left(&mut first);
         second.moves_out();
         first.end();
@@ -318,9 +313,7 @@ fn a_check_touches_nothing_and_says_everything() {
         (source.ask("look").split(' ').next(), there.ask("look").split(' ').next()),
         (Some("none"), Some("setup"))
     );
-    source.does(&format!("out {address}"));
-    assert_eq!((source.wait().state.as_str(), there.wait().state.as_str()), ("completed", "completed"));
-    there.has_what_left(&mut source);
+    source.moves_to(&mut there, &address);
     assert_eq!(source.refuses(&format!("check {address}")).0, libc::EPERM, "the guest is not here any more");
     source.end();
     there.end();
@@ -332,11 +325,7 @@ fn a_destination_builds_itself() {
     let (mut there, address) = Vmm::destination(&["build=1"]);
     source.does("config build");
     assert_eq!(check(&mut source, &address).0, 0, "what it would build is not compared");
-    source.does(&format!("out {address}"));
-    let (left, arrived) = (source.wait(), there.wait());
-    assert_eq!((left.state.as_str(), arrived.state.as_str()), ("completed", "completed"), "{}", left.error);
-    there.has_what_left(&mut source);
-    there.runs_on();
+    source.moves_to(&mut there, &address);
     source.end();
     there.end();
 }
@@ -354,8 +343,7 @@ fn a_destination_that_cannot_build_itself_says_so() {
     // The next one says what is wanted.
     source.does("config build");
     let address = there.listen("tcp::0");
-    source.does(&format!("out {address}"));
-    assert_eq!((source.wait().state.as_str(), there.wait().state.as_str()), ("completed", "completed"));
+    source.moves_to(&mut there, &address);
     // Sections that the hook registered are freed once, too: the program looks at that.
     source.end();
     there.end();
@@ -463,8 +451,7 @@ fn hostile_hellos_are_answered() {
     }
     let address = there.listen("tcp::0");
     let mut source = Vmm::source(&[]);
-    source.does(&format!("out {address}"));
-    assert_eq!((source.wait().state.as_str(), there.wait().state.as_str()), ("completed", "completed"));
+    source.moves_to(&mut there, &address);
     source.end();
     there.end();
 }

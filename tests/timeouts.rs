@@ -34,23 +34,9 @@ fn moves_out_after(mut source: Vmm, shape: &[&str]) {
         source.does(&format!("set {option}"));
     }
     let (mut there, address) = Vmm::destination(shape);
-    arrives(&mut source, &mut there, &address);
+    source.moves_to(&mut there, &address);
     source.end();
     there.end();
-}
-
-fn arrives(source: &mut Vmm, there: &mut Vmm, address: &str) {
-    source.does(&format!("out {address}"));
-    let (left, came) = (source.wait(), there.wait());
-    assert_eq!(
-        (left.state.as_str(), came.state.as_str()),
-        ("completed", "completed"),
-        "{} {}",
-        left.error,
-        came.error
-    );
-    there.has_what_left(source);
-    there.runs_on();
 }
 
 #[test]
@@ -174,7 +160,7 @@ fn a_guest_that_does_not_converge_runs_on_here() {
         source.does(&format!("set {option}"));
     }
     let address = there.listen("tcp:127.0.0.1:0");
-    arrives(&mut source, &mut there, &address);
+    source.moves_to(&mut there, &address);
     let count = |line: &str| line.split(' ').map(|n| n.parse::<usize>().unwrap()).collect::<Vec<_>>();
     let (before, after) = (count(&before), count(&source.ask("left")));
     assert!(after[0] <= before[0] && after[1] <= before[1] + 1, "{before:?} {after:?}");

@@ -11,42 +11,20 @@ mod pair;
 mod program;
 #[path = "words/relay.rs"]
 mod relay;
+#[path = "words/still.rs"]
+mod still;
 
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 
-use common::hostile::{Look, Vmm};
+use common::hostile::Vmm;
 use common::scratch;
 use flip::{Bit, HEADER};
 use pair::{Pair, hooks, value};
 use relay::{READY, SAME, VOTE};
 use serde_json::Value;
+use still::{SHAPE, arrives_changed, busy_moves, refused, source, stayed_and_moves, takes_two};
 
-const SHAPE: [&str; 1] = ["low=64"];
-
-/// A guest that stands still, so that what changes on its way is not sent again.
-fn source(channels: usize, verify: &str) -> Vmm {
-    let mut source = Vmm::new(&SHAPE);
-    source.does("idle 1");
-    source.does("start");
-    source.does(&format!("set multifd {}", if channels > 0 { "on" } else { "off" }));
-    if channels > 0 {
-        source.does(&format!("set multifd-channels {channels}"));
-    }
-    source.does("set zero-page-detection none");
-    source.does(&format!("set verify {verify}"));
-    source
-}
-
-fn ends(source: &mut Vmm, there: &mut Vmm, uri: &str) -> (Look, Look) {
-    source.does(&format!("out {uri}"));
-    (source.wait(), there.wait())
-}
-
-fn completed(left: &Look, came: &Look) {
-    let states = (left.state.as_str(), came.state.as_str());
-    assert_eq!(states, ("completed", "completed"), "{} {}", left.error, came.error);
-}
+const OPTION: &str = "verify";
 
 /// Both sides failed by the same difference, and say all that there is to know.
 fn named(error: &Value, section: &str, field: Option<&str>, words: &str) {
@@ -61,33 +39,15 @@ fn named(error: &Value, section: &str, field: Option<&str>, words: &str) {
 
 /// A bit changes between the two sides: with the option it is named, without it arrives.
 fn flipped(channels: usize, bit: Bit, section: &str, field: Option<&str>, words: &str) {
-    let mut here = source(channels, "on");
+    let mut here = source(channels, OPTION, "on");
     let (mut there, address) = Vmm::destination(&SHAPE);
-    let (left, came) = ends(&mut here, &mut there, &flip::relay(&address, channels, bit));
+    let (left, came) = here.leaves_for(&mut there, &flip::relay(&address, channels, bit));
     for look in [&left, &came] {
         assert_eq!((look.state.as_str(), look.error["side"].as_str()), ("failed", Some("destination")), "{bit:?}");
         named(&look.error, section, field, words);
     }
-    assert_eq!(there.ask("starts"), "0", "{bit:?}");
-    // The guest is as it was, and runs; the next attempt succeeds, and is compared, too.
-    here.does("idle 0");
-    here.runs_on();
-    let address = there.listen("tcp:127.0.0.1:0");
-    let (left, came) = ends(&mut here, &mut there, &address);
-    completed(&left, &came);
-    there.has_what_left(&mut here);
-    there.runs_on();
-    here.end();
-    there.end();
-
-    let mut here = source(channels, "off");
-    let (mut there, address) = Vmm::destination(&SHAPE);
-    let (left, came) = ends(&mut here, &mut there, &flip::relay(&address, channels, bit));
-    completed(&left, &came);
-    let (left, arrived) = (here.ask("hash"), there.ask("hash"));
-    assert_ne!(left.split(' ').next(), arrived.split(' ').nth(1), "{bit:?}: it changed nothing");
-    here.end();
-    there.end();
+    stayed_and_moves(here, there);
+    arrives_changed(source(channels, OPTION, "off"), channels, bit);
 }
 
 #[test]
@@ -245,22 +205,12 @@ fn a_device_that_loads_wrongly_is_named() {
 
 #[test]
 fn a_busy_guest_arrives_and_nobody_complains() {
-    for (channels, uri, checksum) in
-        [(0, "tcp:127.0.0.1:0", "none"), (0, "tcp:127.0.0.1:0", "crc32c"), (1, "unix", "none"), (4, "unix", "crc32c")]
+    for (channels, unix, checksum) in
+        [(0, false, "none"), (0, false, "crc32c"), (1, true, "none"), (4, true, "crc32c")]
     {
-        let mut here = source(channels, "on");
-        here.does("idle 0");
-        here.does("set zero-page-detection multifd");
+        let mut here = source(channels, OPTION, "on");
         here.does(&format!("set checksum {checksum}"));
-        let mut there = Vmm::new(&["fill=0", SHAPE[0]]);
-        let path = scratch("busy").join("s");
-        let address = there.listen(&if uri == "unix" { format!("unix:{}", path.display()) } else { uri.to_owned() });
-        let (left, came) = ends(&mut here, &mut there, &address);
-        completed(&left, &came);
-        there.has_what_left(&mut here);
-        there.runs_on();
-        here.end();
-        there.end();
+        busy_moves(here, unix);
     }
 }
 
@@ -285,43 +235,15 @@ fn memory_that_is_handed_over_is_compared_too() {
 }
 
 #[test]
-fn it_takes_two() {
-    let refused = |look: &Look, side: &str, words: &str| {
-        let seen = format!("{}: {}", look.state, look.error);
-        assert_eq!((look.state.as_str(), look.error["side"].as_str()), ("failed", Some(side)), "{seen}");
-        assert!(look.message().contains(words) && look.error["option"] == "verify", "{seen}");
-    };
-    // A destination may insist.
-    let mut here = source(0, "off");
-    let mut there = Vmm::new(&["fill=0", SHAPE[0]]);
-    there.does("set verify on");
-    let address = there.listen("tcp:127.0.0.1:0");
-    let (left, came) = ends(&mut here, &mut there, &address);
-    refused(&left, "destination", "set it at the source, too (source: off, destination: on)");
-    refused(&came, "destination", "set it at the source, too");
-    // A QEMU does not compare, whoever of us listens or sends; nor does a file, nor who cannot answer.
-    here.does("set verify on");
-    let address = there.listen("tcp:127.0.0.1:0");
-    let mut plain = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
-    plain.write_all(b"QEVM\0\0\0\x03").unwrap();
-    refused(&there.wait(), "destination", "the source does not use this library");
-    here.does(&format!("save {}", scratch("file").join("f").display()));
-    refused(&here.wait(), "source", "needs a destination that uses this library");
+fn it_takes_two_vmigs_that_talk() {
+    takes_two(OPTION, "off", "on");
+    let mut here = source(0, OPTION, "on");
     for (option, value, back) in [("peer", "qemu", "vmig"), ("return-path", "off", "on")] {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         here.does(&format!("set {option} {value}"));
         here.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
-        refused(&here.wait(), "source", "needs a destination that uses this library");
+        refused(&here.wait(), "source", OPTION, "needs a destination that uses this library");
         here.does(&format!("set {option} {back}"));
     }
-    // An older vmig does not know it.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    here.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
-    let mut older = listener.accept().unwrap().0;
-    older.write_all(b"VMIG\0\0\0\x01\0\0\0\x0f{\"features\":[]}").unwrap();
-    refused(&here.wait(), "source", "is older and knows nothing of option 'verify'");
-    here.does("idle 0");
-    here.runs_on();
     here.end();
-    there.end();
 }

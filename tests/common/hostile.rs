@@ -33,6 +33,13 @@ impl Look {
     }
 }
 
+/// Both sides say that all went well.
+#[track_caller]
+pub fn completed(left: &Look, came: &Look) {
+    let states = (left.state.as_str(), came.state.as_str());
+    assert_eq!(states, ("completed", "completed"), "{} {}", left.error, came.error);
+}
+
 impl Vmm {
     pub fn new(shape: &[&str]) -> Vmm {
         let mut command = Command::new(c_program("hostile"));
@@ -98,20 +105,25 @@ impl Vmm {
         assert_eq!((look.reasons, self.ask("counts").as_str()), (0, "1"), "{} {}", look.state, look.error);
     }
 
-    /// Moves the guest to a destination that is as it should be, and compares what arrives.
+    /// Sends the guest there; how that ends on both sides.
+    pub fn leaves_for(&mut self, there: &mut Vmm, address: &str) -> (Look, Look) {
+        self.does(&format!("out {address}"));
+        (self.wait(), there.wait())
+    }
+
+    /// Moves the guest there, where it is as it was, and runs.
+    #[track_caller]
+    pub fn moves_to(&mut self, there: &mut Vmm, address: &str) {
+        let (left, came) = self.leaves_for(there, address);
+        completed(&left, &came);
+        there.has_what_left(self);
+        there.runs_on();
+    }
+
+    /// Moves the guest to a destination that is as it should be.
     pub fn moves_out(&mut self) {
         let (mut good, address) = Vmm::destination(&[]);
-        self.does(&format!("out {address}"));
-        let (here, there) = (self.wait(), good.wait());
-        assert_eq!(
-            (here.state.as_str(), there.state.as_str()),
-            ("completed", "completed"),
-            "{} {}",
-            here.error,
-            there.error
-        );
-        good.has_what_left(self);
-        good.runs_on();
+        self.moves_to(&mut good, &address);
         good.end();
     }
 
