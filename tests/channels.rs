@@ -210,6 +210,10 @@ fn a_source_names_the_channel_of_which_the_destination_says_nothing() {
         source.does("set max-bandwidth 1M");
         let before = source.ask("left");
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        if harm == Harm::Stop {
+            // Little is under way to who does not read, so that no channel could be done with its part.
+            socket2::SockRef::from(&listener).set_recv_buffer_size(1 << 16).unwrap();
+        }
         source.does(&format!("out tcp:{}", listener.local_addr().unwrap()));
         let mut main = listener.accept().unwrap().0;
         main.write_all(&[b"VMIG", &be(&[1, 15])[..], br#"{"features":[]}"#].concat()).unwrap();
@@ -227,7 +231,7 @@ fn a_source_names_the_channel_of_which_the_destination_says_nothing() {
             }
         }
         if harm == Harm::Stop {
-            // As fast as it can: more than the system keeps for somebody who does not read.
+            // As fast as it can.
             source.does("set max-bandwidth 0");
         }
         let drained = main.try_clone().unwrap();
