@@ -496,7 +496,7 @@ class Words:
                     raise Failed('switchover: the migration did not complete')
                 time.sleep(0.01)
             parts = dict(word.split('=') for word in self.say(source, 'parts', 'parts')[1:])
-            ready, owned = (int(parts[name]) / 1e6 for name in ('load', 'unexplained'))
+            ready, owned = (int(parts[name]) / 1e6 for name in ('load', 'go'))
             return {'ready_ms': ready, 'owned_ms': owned, 'words_ms': ready + owned}
         finally:
             for side in sides:

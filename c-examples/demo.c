@@ -343,16 +343,16 @@ static void report_transfer(const struct status *s)
 /* What the library's count is made of, and what it had expected of each part. */
 static void report_parts(void)
 {
-    static const char *const names[] = { "stop", "devices", "last sync", "RAM", "peer load", "start" };
+    static const char *const names[] = { "stop", "devices", "last sync", "RAM", "peer load", "start", "go" };
     const char *reply = command(&source, "downtime");
-    double ms[2][6], unexplained;
+    double ms[2][7], unexplained;
     char text[256] = "";
 
-    if (sscanf(reply, "downtime expected: stop=%lf devices=%lf sync=%lf ram=%lf load=%lf start=%lf total=%*s "
-               "unexplained=%*s verify=%*s actual: stop=%lf devices=%lf sync=%lf ram=%lf load=%lf start=%lf total=%*s "
-               "unexplained=%lf",
-               &ms[0][0], &ms[0][1], &ms[0][2], &ms[0][3], &ms[0][4], &ms[0][5], &ms[1][0], &ms[1][1], &ms[1][2],
-               &ms[1][3], &ms[1][4], &ms[1][5], &unexplained) != 13)
+    if (sscanf(reply, "downtime expected: stop=%lf devices=%lf sync=%lf ram=%lf load=%lf start=%lf go=%lf "
+               "total=%*s unexplained=%*s verify=%*s actual: stop=%lf devices=%lf sync=%lf ram=%lf load=%lf start=%lf "
+               "go=%lf total=%*s unexplained=%lf",
+               &ms[0][0], &ms[0][1], &ms[0][2], &ms[0][3], &ms[0][4], &ms[0][5], &ms[0][6], &ms[1][0], &ms[1][1],
+               &ms[1][2], &ms[1][3], &ms[1][4], &ms[1][5], &ms[1][6], &unexplained) != 15)
         fail("the source says: %s", reply);
     if (destination.hash_ns)
         ms[1][5] -= (double)destination.hash_ns;

@@ -946,6 +946,8 @@ typedef struct vmig_downtime {
     /* With option `verify`: hashing and comparing everything, and hashing memory again. Predicted: twice what hashing
      * took while the guest still ran. Part of the total. */
     uint64_t verify;
+    /* Between two vmigs: GO on its way to the destination and the answer on its way back, a round trip. Part of the total. */
+    uint64_t go;
 } vmig_downtime;
 
 /* What vmig_check() measured. Times in nanoseconds. */

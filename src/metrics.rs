@@ -123,6 +123,7 @@ impl Text<'_> {
             ("ram", parts.ram),
             ("load", parts.load),
             ("start", parts.start),
+            ("go", parts.go),
         ];
         let seconds = all.map(|(part, time)| (part, time.as_secs_f64()));
         let lines: Vec<_> =

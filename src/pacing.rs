@@ -61,11 +61,15 @@ impl Rate {
     /// Bytes per second: the last whole window's, or the current one's while there is none; the last whole round's if that
     /// is more.
     pub fn bandwidth(&self, now: Duration) -> u64 {
-        let measured = match self.measured {
+        self.of_window(now).max(self.of_round)
+    }
+
+    /// The same of the window alone: how fast it goes now.
+    pub fn of_window(&self, now: Duration) -> u64 {
+        match self.measured {
             0 => per_second(self.moved, now.saturating_sub(self.window_start)),
             measured => measured,
-        };
-        measured.max(self.of_round)
+        }
     }
 }
 

@@ -132,7 +132,7 @@ fn layouts() -> BTreeMap<String, Layout> {
     layout!(t, capi::rate::vmig_forecast_report { size, verdict, throttle, total, rounds, blackout, left, sent });
     layout!(
         t,
-        capi::migrate::vmig_downtime { size, stop, devices, sync, ram, load, start, total, unexplained, verify }
+        capi::migrate::vmig_downtime { size, stop, devices, sync, ram, load, start, total, unexplained, verify, go }
     );
     layout!(
         t,

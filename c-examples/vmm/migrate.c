@@ -294,8 +294,8 @@ static void print_status(vmig *m)
 static void print_parts(const char *which, const vmig_downtime *d)
 {
     printf(" %s: stop=%" PRIu64 " devices=%" PRIu64 " sync=%" PRIu64 " ram=%" PRIu64 " load=%" PRIu64 " start=%" PRIu64
-           " total=%" PRIu64 " unexplained=%" PRIu64 " verify=%" PRIu64, which, d->stop, d->devices, d->sync, d->ram,
-           d->load, d->start, d->total, d->unexplained, d->verify);
+           " go=%" PRIu64 " total=%" PRIu64 " unexplained=%" PRIu64 " verify=%" PRIu64, which, d->stop, d->devices,
+           d->sync, d->ram, d->load, d->start, d->go, d->total, d->unexplained, d->verify);
 }
 
 static void print_downtime(vmig *m)

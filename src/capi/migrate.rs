@@ -181,6 +181,8 @@ pub struct vmig_downtime {
     /// With option `verify`: hashing and comparing everything, and hashing memory again. Predicted: twice what hashing
     /// took while the guest still ran. Part of the total.
     pub verify: u64,
+    /// Between two vmigs: GO on its way to the destination and the answer on its way back, a round trip. Part of the total.
+    pub go: u64,
 }
 
 // SAFETY: repr(C), size first, integers of 8 bytes, no padding.
@@ -205,6 +207,7 @@ fn downtime_of(parts: &Parts, total: Duration) -> vmig_downtime {
         total: nanos(total),
         unexplained: nanos(total.saturating_sub(parts.total())),
         verify: nanos(parts.verify),
+        go: nanos(parts.go),
     }
 }
 

@@ -161,6 +161,7 @@ impl Machine {
             devices: before.actual.devices.max(devices),
             sync: dirtying.sync,
             round_trip,
+            votes: options.on(Opt::ReturnPath) && options.get(Opt::Peer) == 0,
             bandwidth: 0,
             hash,
         };

@@ -240,6 +240,7 @@ impl Migration<'_> {
             (Event::Heard(Message::Ready { .. }), _) => (),
             (Event::Heard(Message::Vote { vote: Vote::Owned, .. }), _) => {
                 course.took.start = replies.started(Duration::ZERO).unwrap_or_default();
+                course.took.go = course.lap.time().saturating_sub(course.took.start);
             }
             (Event::Deadline, _) => {
                 let what = "the destination did not say READY, or what became of the guest, within";

@@ -53,7 +53,7 @@ use crate::wire::command::Command;
 use crate::wire::frame::Bodies;
 use crate::wire::stream;
 pub use check::{Report, check};
-use complete::Saved;
+use complete::{Lap, Saved};
 use farewell::Farewell;
 use hand::HandOver;
 use handover::Rest;
@@ -414,12 +414,15 @@ impl<'a> Migration<'a> {
     }
 
     /// Waits until the destination has loaded what was sent so far, where it can tell; then measures how long an answer
-    /// takes when nothing else is under way.
+    /// takes when nothing else is under way. What is only the way there and back says nothing of the bandwidth: on a long
+    /// way it would seem too little for any guest.
     fn let_destination_catch_up(&mut self) -> Result<()> {
+        let mut lap = Lap::new();
         self.ping()?;
-        let begin = Instant::now();
+        let first = lap.time();
         self.ping()?;
-        self.round_trip = begin.elapsed();
+        self.round_trip = lap.time();
+        self.link_idle.set(self.link_idle.get() + self.round_trip + first.min(self.round_trip));
         Ok(())
     }
 

@@ -36,6 +36,7 @@ impl Migration<'_> {
             devices: self.job.status.downtime().actual.devices,
             sync: self.sync_took,
             round_trip: self.round_trip,
+            votes: self.votes,
             bandwidth: self.bandwidth(),
             hash: self.verify.as_ref().map_or(Duration::ZERO, |verify| verify.took),
         }
@@ -70,7 +71,7 @@ impl Migration<'_> {
         counters.channel_bytes.store(before.on_lanes + on_lanes, Ordering::Relaxed);
         counters.normal_pages.store(before.normal + normal, Ordering::Relaxed);
         counters.zero_pages.store(before.zero + zero, Ordering::Relaxed);
-        counters.bandwidth.store(self.rate.bandwidth(self.link_time()), Ordering::Relaxed);
+        counters.bandwidth.store(self.rate.of_window(self.link_time()), Ordering::Relaxed);
         store_time(&counters.downtime_limit, self.downtime_limit());
         if let Some(parts) = self.known().predict(left) {
             store_time(&counters.expected_downtime, parts.total());

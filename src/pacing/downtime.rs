@@ -19,6 +19,8 @@ pub struct Parts {
     pub load: Duration,
     /// The destination's run-state handlers and start hook.
     pub start: Duration,
+    /// Between two vmigs: GO on its way there and its answer back.
+    pub go: Duration,
     /// Option `verify`: hashing and comparing, and hashing again before GO.
     pub verify: Duration,
 }
@@ -26,7 +28,7 @@ pub struct Parts {
 impl Parts {
     /// All of it.
     pub fn total(&self) -> Duration {
-        let others = [self.devices, self.sync, self.ram, self.load, self.start, self.verify];
+        let others = [self.devices, self.sync, self.ram, self.load, self.start, self.go, self.verify];
         others.iter().fold(self.stop, |a, b| a.saturating_add(*b))
     }
 }
@@ -44,6 +46,8 @@ pub struct Known {
     pub sync: Duration,
     /// From a PING to its PONG.
     pub round_trip: Duration,
+    /// Two vmigs: GO and its answer are a round trip more.
+    pub votes: bool,
     /// Bytes per second.
     pub bandwidth: u64,
     /// What hashing all memory took, with option `verify`; it is done twice.
@@ -54,8 +58,9 @@ impl Known {
     /// What a switchover would take with `pending` bytes left; none while the bandwidth is unknown.
     pub fn predict(&self, pending: u64) -> Option<Parts> {
         let ram = time_for(pending, self.bandwidth)?;
-        let Self { stop, start, devices, sync, round_trip, hash, .. } = *self;
-        Some(Parts { stop, devices, sync, ram, load: round_trip, start, verify: hash.saturating_mul(2) })
+        let Self { stop, start, devices, sync, round_trip: load, votes, hash, .. } = *self;
+        let go = if votes { load } else { Duration::ZERO };
+        Some(Parts { stop, devices, sync, ram, load, start, go, verify: hash.saturating_mul(2) })
     }
 
     /// Bytes that may be left so that the guest stands still no longer than `limit`.
@@ -93,11 +98,14 @@ mod tests {
             devices: 3 * MS,
             sync: 4 * MS,
             round_trip: 5 * MS,
+            votes: false,
             bandwidth: 1_000_000,
             hash: 6 * MS,
         };
         let parts = known.predict(6000).unwrap();
         assert_eq!((parts.ram, parts.load, parts.total()), (6 * MS, 5 * MS, 33 * MS));
+        let parts = Known { votes: true, ..known }.predict(6000).unwrap();
+        assert_eq!((parts.go, parts.total()), (5 * MS, 38 * MS));
         assert!(Known::default().predict(1).is_none(), "no bandwidth yet");
     }
 

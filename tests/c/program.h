@@ -63,6 +63,16 @@ static inline void answer_status(vmig *m)
            vmig_wait(m, 0));
 }
 
+/* How long GO and its answer were to be under way, and were. */
+static inline void answer_go(vmig *m)
+{
+    vmig_downtime expected = VMIG_SIZED(vmig_downtime), actual = VMIG_SIZED(vmig_downtime);
+
+    need(vmig_get_expected_downtime(m, &expected), "expected downtime");
+    need(vmig_get_downtime(m, &actual), "downtime");
+    printf("value %" PRIu64 " %" PRIu64 "\n", expected.go, actual.go);
+}
+
 /* How slow the guest is made, and why. */
 static inline void answer_slow(vmig *m)
 {
@@ -162,6 +172,8 @@ static inline bool common_command(vmig *m, const char *verb, char *rest)
         answer_status(m);
     else if (strcmp(verb, "slow") == 0)
         answer_slow(m);
+    else if (strcmp(verb, "go") == 0)
+        answer_go(m);
     else if (strcmp(verb, "error") == 0)
         answer_text(vmig_get_error(m));
     else if (strcmp(verb, "qmp") == 0 && rest)

@@ -95,7 +95,8 @@ static void print_parts(void)
 
     CHECK(vmig_get_downtime(g.m, &d) == 0 && vmig_get_expected_downtime(g.m, &expected) == 0, "downtime");
     printf("parts load=%" PRIu64 " start=%" PRIu64 " total=%" PRIu64 " unexplained=%" PRIu64 " verify=%" PRIu64
-           " expected=%" PRIu64 "\n", d.load, d.start, d.total, d.unexplained, d.verify, expected.verify);
+           " go=%" PRIu64 " expected=%" PRIu64 "\n", d.load, d.start, d.total, d.unexplained, d.verify, d.go,
+           expected.verify);
 }
 
 static void print_text(char *text)
