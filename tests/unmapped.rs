@@ -189,6 +189,35 @@ fn nobody_arrives_where_memory_is_gone() {
     }
 }
 
+#[test]
+fn memory_that_goes_while_a_guest_arrives_is_named() {
+    for multifd in ["on", "off"] {
+        let dir = scratch("unmapped");
+        let case = Case { words: &["private", "marks"], tracker: "callback", ..TRACKED };
+        let mut source = start(&case, &dir, "source").unwrap();
+        source.must(&format!("set multifd {multifd}"));
+        source.must("set max-bandwidth 4M");
+        let mut destination = Program::start("destination", &dir, &c_program(case.program), &["private", "incoming"]);
+        assert_eq!(destination.reply(), "ready");
+        destination.send("incoming tcp:127.0.0.1:0");
+        let address = destination.listening();
+        source.must(&format!("migrate {address}"));
+        let end = Instant::now() + program::MOVE;
+        while destination.status("normal") == 0 {
+            assert!(Instant::now() < end, "nothing arrives");
+        }
+        destination.must("unmap 0");
+        source.must("set max-bandwidth 0");
+        source.must_end_in("failed");
+        destination.must_end_in("failed");
+        is_named(&case, &destination.command("error"));
+        is_named(&case, &source.command("error"));
+        runs(&case, &mut source);
+        destination.quit();
+        source.quit();
+    }
+}
+
 /// It was sent and not written since, so that nobody looks at it again but who hashes all of memory.
 #[test]
 fn what_is_gone_is_not_hashed() {

@@ -401,10 +401,11 @@ impl Tracker for KvmRing {
         let unprotected = {
             let mut rings = lock(&self.shared.rings);
             let mut slots = self.shared.slots.lock();
-            (rings.trouble, rings.suspended) = (None, false);
-            // What an earlier attempt left is of no interest, but would fill the rings.
+            rings.suspended = false;
+            // What an earlier attempt left is of no interest, even where it makes no sense any more, but would fill the rings.
             self.shared.harvest(&mut rings, &mut slots)?;
             slots.iter_mut().for_each(|noted| noted.kept.fill(0));
+            rings.trouble = None;
             rings.unprotected
         };
         if unprotected {

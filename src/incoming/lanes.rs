@@ -381,7 +381,7 @@ impl Lane<'_> {
                 let text = format!("a run of zero pages that does not fit RAM block '{}'", target.block.name());
                 return Err(Error::invalid(text).expected_got(format!("1 to {left} pages"), pages));
             };
-            target.zero_run(first, pages);
+            target.zero_run(first, pages)?;
             self.shared.zero.fetch_add(pages as u64, Ordering::Relaxed);
         }
         Ok(())
@@ -404,7 +404,14 @@ impl Lane<'_> {
         if let Some(scout) = &self.scout {
             scout.saw(block, whole);
         }
-        self.fill(&mut rooms)?;
+        let filled = self.fill(&mut rooms);
+        drop(rooms);
+        // The data was waited for: what the VMM unmapped meanwhile is not touched, and named.
+        let all = &pages[..normal + zero];
+        if let (Some(first), Some(last)) = (all.iter().min(), all.iter().max()) {
+            block.check_mapped(&(*first..last + 1))?;
+        }
+        filled?;
         if self.shared.checksum {
             self.check_pages(block, whole)?;
         }

@@ -1,5 +1,6 @@
 //! RAM bodies into guest memory.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -13,11 +14,16 @@ use crate::transport::stream::StreamInput;
 use crate::wire::input::{Input, Slice};
 use crate::wire::ram::{self, Record};
 
+/// Pages that are looked at together, whether they are still mapped.
+const LOOK_PAGES: usize = 256;
+
 /// Receives pages; remembers the block of the last record.
 #[derive(Debug)]
 pub(super) struct RamReceiver {
     targets: Targets,
     last: Option<(Arc<Target>, usize)>,
+    /// Pages of that block that were mapped when one of them came.
+    mapped: Range<usize>,
     /// Where in the stream it stands.
     at: u64,
     /// Has memory prepared ahead.
@@ -28,11 +34,12 @@ pub(super) struct RamReceiver {
 
 impl RamReceiver {
     pub(super) fn new(targets: &Targets, scout: Option<Scout>) -> Self {
-        Self { targets: Arc::clone(targets), last: None, at: 0, scout, normal: 0, zero: 0 }
+        Self { targets: Arc::clone(targets), last: None, mapped: 0..0, at: 0, scout, normal: 0, zero: 0 }
     }
 
     /// Takes one body.
     pub(super) fn load(&mut self, input: &mut StreamInput, status: &Status, lanes: Option<&Lanes>) -> Result<()> {
+        self.mapped = 0..0;
         match self.records(input, status, lanes) {
             Err(error) if error.errno() == libc::EBADMSG => Err(self.name_rejected(error, input)),
             result => result,
@@ -89,7 +96,7 @@ impl RamReceiver {
                         let text = format!("byte {at:#x}: a run of pages beyond the end of RAM block");
                         return Err(Error::invalid(format!("{text} '{}'", target.block.name())).at_byte(at));
                     }
-                    target.zero_run(page, pages);
+                    target.zero_run(page, pages)?;
                     self.zero += pages as u64;
                 }
                 Record::Page { name, offset } => {
@@ -143,6 +150,7 @@ impl RamReceiver {
                 return Err(Error::new(libc::ENOENT, text).at_byte(at));
             };
             self.last = Some((Arc::clone(target), 0));
+            self.mapped = 0..0;
         }
         let Some((target, last)) = &mut self.last else {
             return Err(Error::invalid(format!("byte {at:#x}: the first page names no RAM block")).at_byte(at));
@@ -155,6 +163,11 @@ impl RamReceiver {
         }
         let page = usize::try_from(offset / PAGE).map_err(|_| Error::invalid("a page out of reach"))?;
         *last = page;
+        if !self.mapped.contains(&page) {
+            let first = page - page % LOOK_PAGES;
+            self.mapped = first..(first + LOOK_PAGES).min(block.pages());
+            block.check_mapped(&self.mapped)?;
+        }
         Ok((target, page))
     }
 }

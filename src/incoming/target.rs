@@ -30,7 +30,7 @@ impl Target {
         self.written.set_range(first, count);
     }
 
-    /// A page is zero at the source. One that is zero here already is not touched: it need not even exist.
+    /// A page is zero at the source. One that is zero here already is not touched: it need not even exist. It is mapped.
     pub(super) fn zero(&self, page: usize) {
         self.came(page, 1);
         if self.written.test(page) {
@@ -41,15 +41,17 @@ impl Target {
 
 impl Target {
     /// Pages are zero at the source, see [`zero`](Self::zero).
-    pub(super) fn zero_run(&self, first: usize, pages: usize) {
+    pub(super) fn zero_run(&self, first: usize, pages: usize) -> Result<()> {
         self.came(first, pages);
         let (mut at, end) = (first, first + pages);
         while at < end
             && let Some((from, count)) = self.written.next_run(at, end - at).filter(|(from, _)| *from < end)
         {
             at = (from + count).min(end);
+            self.block.check_mapped(&(from..at))?;
             (from..at).for_each(|page| self.block.zero_page(page));
         }
+        Ok(())
     }
 
     fn came(&self, first: usize, count: usize) {

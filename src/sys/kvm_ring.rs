@@ -118,6 +118,9 @@ impl Ring {
     /// `Vm::reset_dirty_rings`.
     pub fn take(&mut self, most: usize, mut f: impl FnMut(u32, u64)) -> usize {
         self.found = self.found || self.find_next();
+        if !self.found {
+            return 0;
+        }
         let mut taken = 0;
         // One more turn than there is room for cannot be: what was taken is not given again before a reset.
         while taken < most.min(self.entries)

@@ -168,7 +168,8 @@ impl FdChannel {
 pub(super) fn is_end(result: &Result<usize>) -> bool {
     match result {
         Ok(n) => *n == 0,
-        Err(error) => error.errno() != libc::ECANCELED,
+        // Memory of ours that is gone says nothing of the connection.
+        Err(error) => !matches!(error.errno(), libc::ECANCELED | libc::EFAULT),
     }
 }
 
