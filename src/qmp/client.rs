@@ -54,6 +54,8 @@ pub struct Client {
     framer: Framer,
     unseen: VecDeque<u8>,
     fds: VecDeque<OwnedFd>,
+    /// They came with what is unseen: with its last message, and the kernel hands over those before it together with it.
+    fresh: bool,
     out: VecDeque<u8>,
     negotiated: bool,
     oob: bool,
@@ -76,6 +78,7 @@ impl Client {
             framer: Framer::default(),
             unseen: VecDeque::new(),
             fds: VecDeque::new(),
+            fresh: false,
             out: VecDeque::new(),
             negotiated: false,
             oob: false,
@@ -121,6 +124,7 @@ impl Client {
             Ok(Some(got)) => {
                 self.ended |= got.bytes == 0;
                 self.unseen.extend(&buf[..got.bytes]);
+                self.fresh = !got.fds.is_empty();
                 if !got.fds.is_empty() {
                     // Those of an earlier message that no command took are not for the commands to come.
                     self.fds = got.fds.into();
@@ -200,8 +204,7 @@ impl Client {
             Err((refusal, id)) => return self.nonsense(answer(Err(refusal), id)),
         };
         if !wants_fd(&request.name) {
-            // A descriptor is for the command that comes next, or for none.
-            self.fds.clear();
+            self.pass_over();
         }
         if !self.negotiated {
             let line = self.negotiate(request);
@@ -225,10 +228,19 @@ impl Client {
         }
     }
 
+    /// What was just taken needs no descriptor: one that came with it or before it is for no command, but one that came
+    /// with a later message may be for that.
+    fn pass_over(&mut self) {
+        let is_last = self.unseen.iter().all(|byte| matches!(byte, b'\r' | b'\n'));
+        if is_last || !self.fresh {
+            self.fds.clear();
+        }
+    }
+
     /// What is no request. Who begins with that over a network is no client: a browser can be made to send commands by a
     /// page, behind the lines of a request of its own.
     fn nonsense(&mut self, line: String) -> Option<Task> {
-        self.fds.clear();
+        self.pass_over();
         if self.remote && !self.negotiated {
             self.say(&line);
             self.ended = true;
@@ -273,6 +285,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::qmp::Qmp;
 
     #[test]
     fn one_who_does_not_read_events_is_let_go() {
@@ -285,6 +298,36 @@ mod tests {
         let told = (0..2 * UNREAD_MAX / 1000).take_while(|_| client.tell(&line)).count();
         assert!((UNREAD_MAX / 1100..=UNREAD_MAX / 1000).contains(&told), "{told}");
         assert!(client.is_over() && client.out.len() <= UNREAD_MAX);
+    }
+
+    #[test]
+    fn a_descriptor_is_for_the_message_that_it_came_with_or_the_next() {
+        let guest = Qmp::of_nothing();
+        let left = |messages: &[(&str, bool)]| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let mut client = Client::new(1, ours.into(), false);
+            client.negotiated = true;
+            for (text, with) in messages {
+                let fds = [theirs.as_fd()];
+                fdpass::send(theirs.as_fd(), text.as_bytes(), &fds[..usize::from(*with)]).unwrap();
+            }
+            let mut taken = 0;
+            while io::is_readable(client.fd()) {
+                client.read();
+                let jobs = client.look(&guest.face);
+                taken += jobs.iter().filter(|job| matches!(&job.task, Task::Run(_, Some(_)))).count();
+            }
+            (taken, client.fds.len())
+        };
+        let (status, take) = ("{\"execute\":\"query-status\"}\r\n", "{\"execute\":\"add-fd\"}\n");
+        assert_eq!(left(&[(status, false), (take, true)]), (1, 0), "both in one read");
+        assert_eq!(left(&[(status, false), (status, false), ("\n", false), (take, true), (take, true)]), (2, 0));
+        assert_eq!(left(&[(status, false), (" ", true), (take, false)]), (1, 0), "ahead of its command");
+        assert_eq!(left(&[("x\n", false), (" ", true), (take, false)]), (1, 0));
+        assert_eq!(left(&[(status, true), (take, false)]), (0, 0), "with another command");
+        assert_eq!(left(&[("x\n", true), (take, false)]), (0, 0));
+        assert_eq!(left(&[(" ", true), (status, false), (take, false)]), (0, 0), "another command comes next");
+        assert_eq!(left(&[(status, false), (status, true), (take, false)]), (0, 0));
     }
 
     #[test]

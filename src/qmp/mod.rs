@@ -191,3 +191,21 @@ impl Drop for Qmp {
         }
     }
 }
+
+#[cfg(test)]
+impl Qmp {
+    /// Of a guest that does nothing.
+    fn of_nothing() -> Self {
+        struct Nothing;
+        impl crate::vmm::Hooks for Nothing {
+            fn stop(&self) -> Result<()> {
+                Ok(())
+            }
+            fn start(&self) -> Result<()> {
+                Ok(())
+            }
+        }
+        let vmm = crate::vmm::Vmm::new(Box::new(Nothing), Arc::default(), Arc::default(), crate::machine::NEW_GUEST);
+        Self::new(Machine::new(vmm).unwrap())
+    }
+}
