@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use common::{c_program, run, scratch, without_kvm, words};
 use program::Program;
 use qmp::{Client, PATIENCE};
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn case(name: &str) {
     let socket = scratch("qmp-c").join("qmp");
@@ -195,6 +195,32 @@ fn behind_its_back<T>(vmm: &Program, f: impl FnOnce() -> T) -> T {
     let result = f();
     signal("CONT");
     result
+}
+
+#[test]
+fn what_one_who_vanished_asked_for_is_done() {
+    if without_kvm() {
+        return;
+    }
+    let (vmm, socket) = vmm();
+    let mut other = Client::ready(&socket);
+    let vanish = |words: &str| {
+        behind_its_back(&vmm, || UnixStream::connect(&socket).unwrap().write_all(words.as_bytes()).unwrap());
+    };
+    let mut until = |command: &str, done: &dyn Fn(&Value) -> bool| {
+        let end = Instant::now() + PATIENCE;
+        while !done(&other.run(command)) {
+            assert!(Instant::now() < end, "{command}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // Neither the greeting nor an answer is heard, and those are more than may wait.
+    vanish(r#"{"execute":"qmp_capabilities"}{"execute":"stop"}"#);
+    until("query-status", &|status| status["running"] == false);
+    let many = r#"{"execute":"query-qmp-schema"}"#.repeat(40);
+    vanish(&format!(r#"{{"execute":"qmp_capabilities"}}{many}{{"execute":"cont"}}"#));
+    until("query-status", &|status| status["running"] == true);
+    vmm.quit();
 }
 
 fn pass(client: &Client, bytes: &[u8], file: &fs::File) {

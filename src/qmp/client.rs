@@ -63,7 +63,9 @@ pub struct Client {
     request_bytes: usize,
     /// It sends no more.
     ended: bool,
-    /// Nothing goes to it any more.
+    /// It hears no more, but what it asked for is still done.
+    deaf: bool,
+    /// It is let go.
     gone: bool,
     /// It came over a network.
     remote: bool,
@@ -85,6 +87,7 @@ impl Client {
             requests: 0,
             request_bytes: 0,
             ended: false,
+            deaf: false,
             gone: false,
             remote,
         };
@@ -112,6 +115,11 @@ impl Client {
         self.gone || self.ended && self.requests == 0 && self.unseen.is_empty() && self.out.is_empty()
     }
 
+    /// Whether there is something to look at, and room for it.
+    pub fn wants_look(&self) -> bool {
+        !self.unseen.is_empty() && !self.is_full()
+    }
+
     fn is_full(&self) -> bool {
         self.requests >= REQUESTS_MAX || self.request_bytes + self.out.len() > BYTES_MAX
     }
@@ -131,7 +139,7 @@ impl Client {
                     self.fds.truncate(FDS_MAX);
                 }
             }
-            Err(_) => self.gone = true,
+            Err(_) => self.ended = true,
         }
     }
 
@@ -140,8 +148,10 @@ impl Client {
         let (first, second) = self.out.as_slices();
         match io::write(self.fd.as_fd(), FdKind::Socket, &[Piece::of(first), Piece::of(second)]) {
             Ok(written) => drop(self.out.drain(..written.unwrap_or(0))),
-            // It does not hear us, but what it asked for is still done.
-            Err(_) => self.gone = true,
+            Err(_) => {
+                self.deaf = true;
+                self.out.clear();
+            }
         }
         if self.out.is_empty() {
             self.out.shrink_to(READ_BYTES);
@@ -150,8 +160,10 @@ impl Client {
 
     /// What it is told next, a line.
     pub fn say(&mut self, line: &str) {
-        self.out.extend(line.as_bytes());
-        self.out.extend(b"\r\n");
+        if !self.deaf {
+            self.out.extend(line.as_bytes());
+            self.out.extend(b"\r\n");
+        }
     }
 
     /// Tells an event, if it is a client that hears events. False: it does not listen and is let go.
@@ -328,6 +340,26 @@ mod tests {
         assert_eq!(left(&[("x\n", true), (take, false)]), (0, 0));
         assert_eq!(left(&[(" ", true), (status, false), (take, false)]), (0, 0), "another command comes next");
         assert_eq!(left(&[(status, false), (status, true), (take, false)]), (0, 0));
+    }
+
+    #[test]
+    fn what_one_who_vanished_asked_for_is_done() {
+        let guest = Qmp::of_nothing();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut client = Client::new(1, ours.into(), false);
+        theirs.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"stop\"}").unwrap();
+        // Something unread is with it, so that reading fails, too.
+        io::write(client.fd(), FdKind::Socket, &[Piece::of(b"x")]).unwrap();
+        drop(theirs);
+        client.write();
+        assert!(!client.wants_write() && client.wants_read() && !client.is_over());
+        client.read();
+        let jobs = client.look(&guest.face);
+        assert!(matches!(&jobs[..], [Job { task: Task::Run(text, None), .. }] if text.ends_with(b"\"stop\"}")));
+        (0..2).for_each(|_| client.read());
+        assert!(!client.wants_read() && !client.is_over(), "the command runs");
+        client.answered(jobs[0].bytes, "done");
+        assert!(!client.wants_write() && client.is_over());
     }
 
     #[test]

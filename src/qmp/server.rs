@@ -190,14 +190,20 @@ impl Speaker {
             self.deliver();
             self.tell_news();
             for client in &mut self.clients {
-                let jobs = client.look(&self.shared.face);
-                if !jobs.is_empty() && !quit {
-                    lock(&self.shared.jobs).extend(jobs);
-                    self.shared.came.notify_one();
-                }
-                // Most often there is room, and no wait is needed.
-                if client.wants_write() {
-                    client.write();
+                loop {
+                    let jobs = client.look(&self.shared.face);
+                    if !jobs.is_empty() && !quit {
+                        lock(&self.shared.jobs).extend(jobs);
+                        self.shared.came.notify_one();
+                    }
+                    // Most often there is room, and no wait is needed.
+                    if client.wants_write() {
+                        client.write();
+                    }
+                    // What was written may have made room; nobody would wake us for that.
+                    if !client.wants_look() {
+                        break;
+                    }
                 }
             }
             if quit {
