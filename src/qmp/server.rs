@@ -187,8 +187,7 @@ impl Speaker {
     fn speak(&mut self) -> Result<()> {
         loop {
             let quit = self.shared.quit.load(Ordering::Acquire);
-            self.deliver();
-            self.tell_news();
+            self.tell();
             for client in &mut self.clients {
                 loop {
                     let jobs = client.look(&self.shared.face);
@@ -214,9 +213,12 @@ impl Speaker {
         }
     }
 
-    /// Answers of commands that were carried out.
-    fn deliver(&mut self) {
-        for done in std::mem::take(&mut *lock(&self.shared.done)) {
+    /// Tells what happened, and then the answers of commands that were carried out: what a command did comes before its
+    /// answer, so answers are taken first.
+    fn tell(&mut self) {
+        let answers = std::mem::take(&mut *lock(&self.shared.done));
+        self.tell_news();
+        for done in answers {
             if let Some(client) = self.clients.iter_mut().find(|client| client.id == done.client) {
                 client.answered(done.bytes, &done.line);
             }
@@ -281,5 +283,49 @@ impl Speaker {
                 self.paused = true;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::qmp::Qmp;
+    use crate::status::feed::News;
+
+    fn shared(guest: &Qmp) -> Arc<Shared> {
+        Arc::new(Shared {
+            face: Arc::clone(&guest.face),
+            jobs: Mutex::default(),
+            came: Condvar::new(),
+            done: Mutex::default(),
+            listeners: Mutex::default(),
+            bell: EventFd::new().unwrap(),
+            stopping: AtomicBool::new(false),
+            quit: AtomicBool::new(true),
+            runner: AtomicUsize::new(0),
+        })
+    }
+
+    #[test]
+    fn what_a_command_did_is_told_before_its_answer() {
+        let guest = Qmp::of_nothing();
+        let feed = guest.machine().vmm().feed();
+        let (shared, news) = (shared(&guest), feed.watch().unwrap());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        std::io::Write::write_all(&mut theirs, b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"stop\"}").unwrap();
+        let mut client = Client::new(1, ours.into(), false);
+        client.read();
+        let bytes = client.look(&guest.face)[0].bytes;
+        feed.push(News::Stop);
+        lock(&shared.done).push(Done { client: 1, bytes, line: "the answer".to_owned() });
+        Speaker { shared, news, clients: vec![client], last: 1, paused: false }.speak().unwrap();
+        let mut said = String::new();
+        theirs.read_to_string(&mut said).unwrap();
+        let (event, answer) = (said.find("STOP").unwrap(), said.find("the answer").unwrap());
+        assert!(event < answer, "{said}");
+        feed.unwatch();
     }
 }
