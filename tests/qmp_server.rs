@@ -257,8 +257,9 @@ fn a_descriptor_is_for_the_command_that_comes_next() {
     let null = fs::File::open("/dev/null").unwrap();
     let zero = fs::File::open("/dev/zero").unwrap();
     let getfd = r#"{"execute":"getfd","arguments":{"fdname":"a"}}"#;
+    let out_of_band = getfd.replace("execute", "exec-oob");
     let others = [&b"nonsense\n"[..], b"{\"execute\":\"query-status\"}\n", b"{\"execute\":\"nothing\"}\n"];
-    for bytes in others {
+    for bytes in others.into_iter().chain([out_of_band.as_bytes()]) {
         pass(&client, bytes, &null);
         assert!(client.hear().is_object());
         assert!(client.ask(getfd)["error"].is_object(), "the descriptor of {:?}", String::from_utf8_lossy(bytes));

@@ -124,23 +124,31 @@ impl Client {
         self.requests >= REQUESTS_MAX || self.request_bytes + self.out.len() > BYTES_MAX
     }
 
-    /// Reads once.
-    pub fn read(&mut self) {
+    /// Reads once; false: descriptors that came along were lost.
+    pub fn read(&mut self) -> bool {
         let mut buf = [0; READ_BYTES];
         match fdpass::receive(self.fd.as_fd(), &mut buf) {
             Ok(None) => (),
             Ok(Some(got)) => {
                 self.ended |= got.bytes == 0;
                 self.unseen.extend(&buf[..got.bytes]);
-                self.fresh = !got.fds.is_empty();
-                if !got.fds.is_empty() {
-                    // Those of an earlier message that no command took are not for the commands to come.
-                    self.fds = got.fds.into();
-                    self.fds.truncate(FDS_MAX);
-                }
+                return self.came_along(got.fds, got.dropped);
             }
             Err(_) => self.ended = true,
         }
+        true
+    }
+
+    /// Descriptors came with what was read; false: not all of them.
+    fn came_along(&mut self, fds: Vec<OwnedFd>, dropped: bool) -> bool {
+        self.fresh = !fds.is_empty();
+        let all = !dropped && fds.len() <= FDS_MAX;
+        if self.fresh || dropped {
+            // Those of an earlier message that no command took are not for the commands to come.
+            self.fds = fds.into();
+            self.fds.truncate(FDS_MAX);
+        }
+        all
     }
 
     /// Writes once.
@@ -215,7 +223,8 @@ impl Client {
             Ok(request) => request,
             Err((refusal, id)) => return self.nonsense(answer(Err(refusal), id)),
         };
-        if !wants_fd(&request.name) {
+        let wants_fd = wants_fd(&request.name) && !request.oob;
+        if !wants_fd {
             self.pass_over();
         }
         if !self.negotiated {
@@ -225,7 +234,7 @@ impl Client {
         }
         match (request.oob, self.oob) {
             (false, _) => {
-                let fd = if wants_fd(&request.name) { self.fds.pop_front() } else { None };
+                let fd = if wants_fd { self.fds.pop_front() } else { None };
                 Some(Task::Run(text, fd))
             }
             (true, false) => {
@@ -340,6 +349,9 @@ mod tests {
         assert_eq!(left(&[("x\n", true), (take, false)]), (0, 0));
         assert_eq!(left(&[(" ", true), (status, false), (take, false)]), (0, 0), "another command comes next");
         assert_eq!(left(&[(status, false), (status, true), (take, false)]), (0, 0));
+        let out_of_band = take.replace("execute", "exec-oob");
+        assert_eq!(left(&[(&out_of_band, true), (take, false)]), (0, 0), "one that was refused");
+        assert_eq!(left(&[(&out_of_band, false), (take, true)]), (1, 0));
     }
 
     #[test]
@@ -356,7 +368,7 @@ mod tests {
         client.read();
         let jobs = client.look(&guest.face);
         assert!(matches!(&jobs[..], [Job { task: Task::Run(text, None), .. }] if text.ends_with(b"\"stop\"}")));
-        (0..2).for_each(|_| client.read());
+        (0..2).for_each(|_| assert!(client.read()));
         assert!(!client.wants_read() && !client.is_over(), "the command runs");
         client.answered(jobs[0].bytes, "done");
         assert!(!client.wants_write() && client.is_over());
@@ -368,10 +380,13 @@ mod tests {
         let mut client = Client::new(1, ours.into(), false);
         let many: Vec<_> = (0..FDS_MAX + 5).map(|_| theirs.as_fd()).collect();
         fdpass::send(theirs.as_fd(), b" ", &many).unwrap();
-        client.read();
+        assert!(!client.read(), "some were lost");
         assert_eq!(client.fds.len(), FDS_MAX);
         theirs.write_all(b" ").unwrap();
-        client.read();
+        assert!(client.read());
         assert_eq!((client.fds.len(), client.unseen.len()), (FDS_MAX, 2));
+        // The kernel had no room for the next one: those before it are not for its command.
+        assert!(!client.came_along(Vec::new(), true));
+        assert!(client.fds.is_empty());
     }
 }

@@ -253,8 +253,10 @@ impl Speaker {
         }
         let (of_listeners, of_clients) = ready[2..].split_at(listeners.len());
         for (client, (read, write)) in self.clients.iter_mut().zip(of_clients) {
-            if *read {
-                client.read();
+            if *read && !client.read() {
+                let text =
+                    "descriptors that a QMP client sent were lost: too many came at once, or too many are open here";
+                self.shared.face.machine.vmm().log().to("qmp").warning(text);
             }
             if *write {
                 client.write();
