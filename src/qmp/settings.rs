@@ -105,18 +105,26 @@ pub fn set_capabilities(call: &mut Call<'_>) -> Outcome {
     }
     machine.set_all(&settings, |options| {
         let refuse = |text: &str| Err(crate::error::Error::invalid(text));
+        let sets = |names: &[Opt]| sets(&settings, names);
+        let (ack, limit) = (options.on(Opt::SwitchoverAck), options.on(Opt::DirtyLimit));
         match () {
-            () if options.on(Opt::SwitchoverAck) && !options.on(Opt::ReturnPath) => {
+            () if ack && !options.on(Opt::ReturnPath) && sets(&[Opt::SwitchoverAck, Opt::ReturnPath]) => {
                 refuse("Capability 'switchover-ack' requires capability 'return-path'")
             }
-            () if options.on(Opt::DirtyLimit) && options.on(Opt::AutoConverge) => {
+            () if limit && options.on(Opt::AutoConverge) && sets(&[Opt::DirtyLimit, Opt::AutoConverge]) => {
                 refuse("dirty-limit conflicts with auto-converge either of then available currently")
             }
-            () if options.on(Opt::DirtyLimit) && machine.ring().is_err() => refuse(NO_RING),
+            () if limit && sets(&[Opt::DirtyLimit]) && machine.ring().is_err() => refuse(NO_RING),
             () => Ok(()),
         }
     })?;
     done()
+}
+
+/// Whether one of these is among the settings. What does not go together is refused to who sets one of it, not to a client
+/// that sets something else after the VMM did.
+fn sets(settings: &[(&str, String)], names: &[Opt]) -> bool {
+    settings.iter().any(|(name, _)| names.iter().any(|opt| opt.name() == *name))
 }
 
 fn shape(row: &Row) -> Shape {
@@ -176,8 +184,11 @@ pub fn set_parameters(call: &mut Call<'_>) -> Outcome {
             settings.push((row.name, setting(row, value)?));
         }
     }
+    let throttle = [Opt::ThrottleInitial, Opt::ThrottleMax, Opt::Defaults];
     call.face.machine.set_all(&settings, |options| match options.get(Opt::ThrottleMax) {
-        max if max < options.get(Opt::ThrottleInitial) => Err(crate::error::Error::invalid(THROTTLE_MAX)),
+        max if max < options.get(Opt::ThrottleInitial) && sets(&settings, &throttle) => {
+            Err(crate::error::Error::invalid(THROTTLE_MAX))
+        }
         _ => Ok(()),
     })?;
     done()

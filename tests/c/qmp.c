@@ -50,6 +50,16 @@ static void case_strings(void)
     says("{\"execute\": \"calc-dirty-rate\", \"arguments\": {\"calc-time\": 61}}", "out of range");
     says("{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"fd:999\"}}", "fd 999");
     says("{\"execute\": \"getfd\", \"arguments\": {\"fdname\": \"x\"}}", "No file descriptor supplied");
+    /* What the VMM set is its business, until a client sets one of the same pair. */
+    CHECK(vmig_set(g.m, "cpu-throttle-initial", "99") == 0 && vmig_set(g.m, "max-cpu-throttle", "50") == 0, "throttles");
+    CHECK(vmig_set(g.m, "switchover-ack", "on") == 0 && vmig_set(g.m, "return-path", "off") == 0, "capabilities");
+    says("{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"max-bandwidth\": 5}}", "{\"return\":{}}");
+    says("{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"cpu-throttle-initial\": 98}}", "'max_cpu_throttle'");
+    says("{\"execute\": \"migrate-set-capabilities\", \"arguments\": {\"capabilities\": [{\"capability\": \"events\", "
+         "\"state\": true}]}}", "{\"return\":{}}");
+    says("{\"execute\": \"migrate-set-capabilities\", \"arguments\": {\"capabilities\": [{\"capability\": \"switchover-ack\", "
+         "\"state\": true}]}}", "requires capability 'return-path'");
+    says("{\"execute\": \"migrate-set-parameters\", \"arguments\": {\"defaults\": \"vmig\"}}", "{}");
     says("nonsense", "JSON parse error");
     says("{\"execute\": 1e999}", "JSON parse error");
     memset(deep, '[', sizeof deep), deep[sizeof deep - 1] = 0;
