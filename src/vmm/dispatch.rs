@@ -128,7 +128,8 @@ impl Dispatch {
         &self.home
     }
 
-    /// Callbacks wait here from now on, or no longer. On the VMM's thread, while no migration runs.
+    /// Callbacks wait here from now on, or no longer: then what waits is done. On the VMM's thread, while no migration runs,
+    /// outside of callbacks.
     pub fn set_manual(&self, manual: bool) -> Result<()> {
         if manual && self.fd.get().is_none() {
             // Only this thread sets it.
@@ -137,8 +138,22 @@ impl Dispatch {
         if !manual {
             self.run_queued();
         }
-        self.home.set_manual(manual);
+        {
+            // Under the lock: nobody puts into the queue what is not dispatched any more.
+            let _queue = lock(&self.queue);
+            self.home.set_manual(manual);
+        }
+        if !manual {
+            self.run_queued();
+            self.run_errands();
+        }
         Ok(())
+    }
+
+    /// The queue, if what is put into it is dispatched.
+    fn open_queue(&self) -> Option<MutexGuard<'_, Queue>> {
+        let queue = lock(&self.queue);
+        self.home.is_manual().then_some(queue)
     }
 
     /// How long a callback waits to be dispatched.
@@ -184,11 +199,14 @@ impl Dispatch {
         }
         let slot = Arc::new(Mutex::new(None));
         let (result, name) = (Arc::clone(&slot), what.to_owned());
-        let task = Box::new(move || *lock(&result) = Some(fence(name, f)));
-        let mut queue = lock(&self.queue);
-        let id = queue.push(task, false);
-        let (queue, _) = self.wait_for(queue, id);
-        drop(queue);
+        let task: Task = Box::new(move || *lock(&result) = Some(fence(name, f)));
+        match self.open_queue() {
+            Some(mut queue) => {
+                let id = queue.push(task, false);
+                drop(self.wait_for(queue, id));
+            }
+            None => task(),
+        }
         lock(&slot).take().unwrap_or_else(|| Err(self.nobody(what)))
     }
 
@@ -205,7 +223,7 @@ impl Dispatch {
         if let Some(_inside) = self.here() {
             return f();
         }
-        let mut queue = lock(&self.queue);
+        let Some(mut queue) = self.open_queue() else { return f() };
         queue.push(Box::new(f), false);
         self.ring();
     }
@@ -221,7 +239,7 @@ impl Dispatch {
         if let Some(_inside) = self.here() {
             return write(0);
         }
-        let mut queue = lock(&self.queue);
+        let Some(mut queue) = self.open_queue() else { return write(0) };
         if queue.lines == LINES_MAX {
             queue.lost += 1;
             return;
@@ -254,7 +272,7 @@ impl Dispatch {
 
     /// Returns when the task has run, or will not. Does not unwind.
     fn await_task(&self, task: Task, push: impl FnOnce(&mut Queue, Task) -> u64) {
-        let mut queue = lock(&self.queue);
+        let Some(mut queue) = self.open_queue() else { return task() };
         let id = push(&mut queue, task);
         let (mut queue, _) = self.wait_for(queue, id);
         let entry = queue.take_back(id);

@@ -203,3 +203,19 @@ fn an_errand_that_is_not_begun_is_not_done_and_callbacks_wait_as_ever() {
     });
     assert_eq!((dispatch.run_errands(), ran.load(Ordering::SeqCst)), (0, 0));
 }
+
+#[test]
+fn nothing_is_left_waiting_when_dispatch_is_auto_again() {
+    let dispatch = queue(60_000);
+    let here = crate::thread::current_token();
+    std::thread::scope(|scope| {
+        let errand = scope.spawn(|| dispatch.errand("it", || Ok(crate::thread::current_token())));
+        while !is_readable(&dispatch) {}
+        dispatch.set_manual(false).unwrap();
+        assert_eq!((dispatch.run_errands(), errand.join().unwrap()), (0, Ok(here)));
+    });
+    // One who found it manual just before does himself what nobody dispatches.
+    let nobody = || dispatch.ask("it", || Ok(crate::thread::current_token()), |queue, task| queue.push(task, false));
+    let ran_on = std::thread::scope(|scope| scope.spawn(nobody).join().unwrap());
+    assert!(ran_on.is_ok_and(|thread| thread != here));
+}
