@@ -35,6 +35,7 @@ struct Shared {
     word: Option<Resolution>,
     /// The word that the driver took, until it was obeyed or not.
     taken: Option<Resolution>,
+    /// Whether it was, until whoever left it has read that.
     obeyed: Option<Result<()>>,
     /// Which migration the attempts with these epochs belong to: those that arrived here.
     attempts: VecDeque<(Epoch, MigrationId)>,
@@ -203,11 +204,11 @@ impl Keeper {
         if shared.driver.is_none() || shared.side.phase.named().is_none() {
             return Err(Error::invalid("nothing to resolve: the guest has an owner, or is about to have one"));
         }
-        if shared.word.is_some() || shared.taken.is_some() {
+        // Whoever left the last one may not have read the answer yet.
+        if shared.word.is_some() || shared.taken.is_some() || shared.obeyed.is_some() {
             return Err(Error::new(libc::EBUSY, "another call to resolve is under way"));
         }
         shared.word = Some(word);
-        shared.obeyed = None;
         self.bell.set();
         Ok(())
     }
@@ -307,5 +308,22 @@ mod tests {
     fn there_is_nothing_to_resolve_without_a_driver() {
         let keeper = arrived();
         assert_eq!(keeper.resolve(Resolution::Run).unwrap_err().errno(), libc::EINVAL);
+    }
+    #[test]
+    fn an_answer_waits_for_who_asked() {
+        let keeper = Keeper::new().unwrap();
+        lock(&keeper.shared).side.phase = Phase::Held;
+        std::thread::scope(|scope| scope.spawn(|| keeper.drive()).join().unwrap());
+        let refused = || keeper.ask(Resolution::Run).unwrap_err().errno();
+        keeper.ask(Resolution::Run).unwrap();
+        assert_eq!(refused(), libc::EBUSY);
+        assert_eq!(keeper.take_word(), Some(Event::Resolve(Resolution::Run)));
+        assert_eq!(refused(), libc::EBUSY);
+        keeper.idle(None);
+        assert_eq!(refused(), libc::EBUSY, "the answer was not read");
+        assert_eq!(keeper.take_answer().unwrap().unwrap_err().errno(), libc::EAGAIN);
+        keeper.ask(Resolution::Discard).unwrap();
+        keeper.rest();
+        assert_eq!(keeper.take_answer().unwrap().unwrap_err().errno(), libc::EALREADY);
     }
 }
