@@ -85,7 +85,11 @@ impl Server {
             Ok(speaker) => Ok(Self { shared, speaker, runner }),
             Err(error) => {
                 feed.unwatch();
-                shared.stop_running(&runner);
+                shared.stop_running();
+                // Nobody asked it anything, so it does not wait for the VMM either.
+                if let Err(panic) = runner.join(None) {
+                    face.machine.vmm().log().to("qmp").error(panic);
+                }
                 Err(error)
             }
         }
@@ -118,14 +122,20 @@ impl Server {
 
     /// Ends: the command that runs is waited for, those behind it are not begun, clients are told what there is to tell.
     pub fn stop(self) {
-        self.shared.stop_running(&self.runner);
+        let machine = &self.shared.face.machine;
+        let log = machine.vmm().log();
+        machine.vmm().dispatch().close_errands();
+        self.shared.stop_running();
+        // The command that runs may have to call the VMM back.
+        if let Err(error) = machine.join(|limit| self.runner.join(limit)) {
+            log.to("qmp").error(error);
+        }
         self.shared.quit.store(true, Ordering::Release);
         self.shared.bell.set();
-        let log = self.shared.face.machine.vmm().log();
         if let Err(error) = self.speaker.join(None) {
             log.to("qmp").error(error);
         }
-        self.shared.face.machine.vmm().feed().unwatch();
+        machine.vmm().feed().unwatch();
     }
 }
 
@@ -157,7 +167,8 @@ impl Shared {
         }
     }
 
-    fn stop_running(&self, runner: &Handle<()>) {
+    /// Has the thread that carries out end after what it is at.
+    fn stop_running(&self) {
         {
             // Under the lock: the runner either sees the flag or is woken.
             let mut jobs = lock(&self.jobs);
@@ -165,11 +176,6 @@ impl Shared {
             jobs.clear();
         }
         self.came.notify_all();
-        self.face.machine.vmm().dispatch().close_errands();
-        // The command that runs may have to call the VMM back.
-        if let Err(error) = self.face.machine.join(|limit| runner.join(limit)) {
-            self.face.machine.vmm().log().to("qmp").error(error);
-        }
     }
 }
 
@@ -296,6 +302,7 @@ mod tests {
     use super::*;
     use crate::qmp::Qmp;
     use crate::status::feed::News;
+    use crate::thread::THREADS_MAX;
 
     fn shared(guest: &Qmp) -> Arc<Shared> {
         Arc::new(Shared {
@@ -329,5 +336,40 @@ mod tests {
         let (event, answer) = (said.find("STOP").unwrap(), said.find("the answer").unwrap());
         assert!(event < answer, "{said}");
         feed.unwatch();
+    }
+    #[test]
+    fn a_server_that_did_not_start_leaves_nothing_closed() {
+        let guest = Qmp::of_nothing();
+        let (threads, dispatch) = (guest.machine().threads(), guest.machine().vmm().dispatch());
+        dispatch.set_timeout(60_000);
+        dispatch.set_manual(true).unwrap();
+        // There is room for one of its threads.
+        let end = Arc::new(Mutex::new(()));
+        let held = lock(&end);
+        for _ in 1..THREADS_MAX {
+            let end = Arc::clone(&end);
+            threads
+                .spawn("one of many", move || {
+                    drop(lock(&end));
+                    Ok(())
+                })
+                .unwrap();
+        }
+        let elsewhere = || {
+            dispatch.post("a callback", || ());
+            guest.listen("tcp:127.0.0.1:0").unwrap_err()
+        };
+        let error = std::thread::scope(|scope| scope.spawn(elsewhere).join().unwrap());
+        assert!(error.errno() == libc::EAGAIN && error.text().contains(THREADS[0]), "{error}");
+        assert_eq!(dispatch.run_queued(), 1, "not on a thread that is not the VMM's");
+        drop(held);
+        std::thread::scope(|scope| {
+            let errand = scope.spawn(|| dispatch.errand("it", || Ok(1)));
+            let done = dispatch.pump(None, || {
+                dispatch.run_errands();
+                errand.is_finished().then_some(())
+            });
+            assert_eq!((done, errand.join().unwrap()), (Some(()), Ok(1)));
+        });
     }
 }
