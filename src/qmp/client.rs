@@ -11,6 +11,7 @@ use super::about;
 use super::fds::wants_fd;
 use super::frame::{Frame, Framer};
 use super::request::{self, Refusal, Request, answer, complaint};
+use super::table;
 use crate::sys::fdpass;
 use crate::sys::io::{self, FdKind, Piece};
 
@@ -232,6 +233,10 @@ impl Client {
             self.say(&line);
             return None;
         }
+        if self.deaf && request.name.starts_with("query-") && table::find(&request.name).is_some() {
+            // Ours do nothing but answer: thousands of them would keep others waiting for nobody.
+            return None;
+        }
         match (request.oob, self.oob) {
             (false, _) => {
                 let fd = if wants_fd { self.fds.pop_front() } else { None };
@@ -359,7 +364,9 @@ mod tests {
         let guest = Qmp::of_nothing();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut client = Client::new(1, ours.into(), false);
-        theirs.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"stop\"}").unwrap();
+        for command in ["qmp_capabilities", "query-status", "query-of-the-vmm", "stop"] {
+            write!(theirs, "{{\"execute\":\"{command}\"}}").unwrap();
+        }
         // Something unread is with it, so that reading fails, too.
         io::write(client.fd(), FdKind::Socket, &[Piece::of(b"x")]).unwrap();
         drop(theirs);
@@ -367,10 +374,12 @@ mod tests {
         assert!(!client.wants_write() && client.wants_read() && !client.is_over());
         client.read();
         let jobs = client.look(&guest.face);
-        assert!(matches!(&jobs[..], [Job { task: Task::Run(text, None), .. }] if text.ends_with(b"\"stop\"}")));
+        let is =
+            |job: &Job, name: &str| matches!(&job.task, Task::Run(text, None) if text.ends_with(name.as_bytes()));
+        assert!(is(&jobs[0], "vmm\"}") && is(&jobs[1], "stop\"}") && jobs.len() == 2, "an answer is for nobody");
         (0..2).for_each(|_| assert!(client.read()));
         assert!(!client.wants_read() && !client.is_over(), "the command runs");
-        client.answered(jobs[0].bytes, "done");
+        jobs.iter().for_each(|job| client.answered(job.bytes, "done"));
         assert!(!client.wants_write() && client.is_over());
     }
 
