@@ -337,6 +337,7 @@ mod tests {
         assert!(event < answer, "{said}");
         feed.unwatch();
     }
+
     #[test]
     fn a_server_that_did_not_start_leaves_nothing_closed() {
         let guest = Qmp::of_nothing();

@@ -309,6 +309,7 @@ mod tests {
         let keeper = arrived();
         assert_eq!(keeper.resolve(Resolution::Run).unwrap_err().errno(), libc::EINVAL);
     }
+
     #[test]
     fn an_answer_waits_for_who_asked() {
         let keeper = Keeper::new().unwrap();
