@@ -944,7 +944,7 @@ typedef struct vmig_downtime {
     /* What of the total none of the parts accounts for. */
     uint64_t unexplained;
     /* With option `verify`: hashing and comparing everything, and hashing memory again. Predicted: twice what hashing
-     * took while the guest still ran. Part of the total. */
+     * took while the guest still ran, and a round trip. Part of the total. */
     uint64_t verify;
     /* Between two vmigs: GO on its way to the destination and the answer on its way back, a round trip. Part of the total. */
     uint64_t go;

@@ -124,6 +124,7 @@ impl Text<'_> {
             ("load", parts.load),
             ("start", parts.start),
             ("go", parts.go),
+            ("verify", parts.verify),
         ];
         let seconds = all.map(|(part, time)| (part, time.as_secs_f64()));
         let lines: Vec<_> =

@@ -158,7 +158,7 @@ fn numbers(now: &Snapshot) -> Map<String, Value> {
 fn parts(parts: &Parts) -> Value {
     json!({"stop": nanos(parts.stop), "devices": nanos(parts.devices), "sync": nanos(parts.sync),
         "ram": nanos(parts.ram), "load": nanos(parts.load), "start": nanos(parts.start),
-        "go": nanos(parts.go), "total": nanos(parts.total())})
+        "go": nanos(parts.go), "verify": nanos(parts.verify), "total": nanos(parts.total())})
 }
 
 /// Writes until the migration has ended; the body of the thread `trace`.

@@ -179,7 +179,7 @@ pub struct vmig_downtime {
     /// What of the total none of the parts accounts for.
     pub unexplained: u64,
     /// With option `verify`: hashing and comparing everything, and hashing memory again. Predicted: twice what hashing
-    /// took while the guest still ran. Part of the total.
+    /// took while the guest still ran, and a round trip. Part of the total.
     pub verify: u64,
     /// Between two vmigs: GO on its way to the destination and the answer on its way back, a round trip. Part of the total.
     pub go: u64,

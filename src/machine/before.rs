@@ -154,7 +154,7 @@ impl Machine {
     fn question<'a>(&self, options: &Options, dirtying: &'a Dirtying, bandwidth: u64) -> Question<'a> {
         let [stop, start] = self.vmm.took();
         let (before, (devices, round_trip)) = (self.status.downtime(), *lock(&self.asked));
-        let hash = if options.on(Opt::Verify) { before.expected.verify / 2 } else { Duration::ZERO };
+        let hash = if options.on(Opt::Verify) { before.expected.hash() } else { Duration::ZERO };
         let known = Known {
             stop,
             start,

@@ -39,6 +39,7 @@ impl Migration<'_> {
             // A destination that goes on has prepared its memory.
             let survey = if self.resuming.goes_on() { None } else { Survey::new().ok() };
             self.introduce(survey.as_ref(), false)?;
+            self.resuming.ask(true);
             // Looked for while the destination compares; what that takes is not the destination's fault.
             let begun = Instant::now();
             if let Some(survey) = &survey {
@@ -46,7 +47,9 @@ impl Migration<'_> {
             }
             let answer_by = self.answer_by + begun.elapsed();
             answers.set_deadline(Some((answer_by, self.job.options.time(Opt::ConnectTimeout))));
-            match hello::read_answer(&mut answers)? {
+            let answer = hello::read_answer(&mut answers)?;
+            self.resuming.ask(false);
+            match answer {
                 Answer::Welcome(welcome) => {
                     answers.set_deadline(None);
                     self.take(&welcome, &mut answers)?;

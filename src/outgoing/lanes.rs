@@ -4,7 +4,7 @@
 //! and no lock is taken per page: batches go round between a free list and a queue.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,6 +41,8 @@ pub(super) struct Batch {
     /// With checksums: the pages as they are sent, and their sum.
     copy: Vec<u8>,
     sum: u32,
+    /// Pages it had when it was given to the lanes.
+    given: usize,
 }
 
 impl Batch {
@@ -123,6 +125,8 @@ struct Shared {
     normal: AtomicU64,
     zero: AtomicU64,
     packets: AtomicU64,
+    /// Pages that wait in batches.
+    waiting: AtomicUsize,
     find_zeros: bool,
     /// The destination takes runs of zero pages.
     zero_runs: bool,
@@ -198,6 +202,7 @@ impl Shared {
     }
 
     fn give_back(&self, mut batch: Batch) {
+        self.waiting.fetch_sub(batch.given, Ordering::Relaxed);
         batch.clear();
         let mut state = self.lock();
         state.under_way -= 1;
@@ -234,6 +239,7 @@ impl Lanes {
             normal: AtomicU64::new(0),
             zero: AtomicU64::new(0),
             packets: AtomicU64::new(0),
+            waiting: AtomicUsize::new(0),
             find_zeros,
             zero_runs,
             checksum,
@@ -300,7 +306,11 @@ impl Lanes {
         let mut state = self.shared.lock();
         match batch.is_empty() {
             true => state.free.push(batch),
-            false => state.queue.push_back(batch),
+            false => {
+                batch.given = batch.pages.len();
+                self.shared.waiting.fetch_add(batch.given, Ordering::Relaxed);
+                state.queue.push_back(batch);
+            }
         }
         let idle = state.idle > 0;
         drop(state);
@@ -310,12 +320,17 @@ impl Lanes {
         Ok(())
     }
 
-    /// Waits until every page given so far is written, followed by one sync packet on every channel.
-    pub(super) fn meet(&self) -> Result<()> {
+    /// Every channel sends a sync packet behind the pages given so far.
+    pub(super) fn call_meeting(&self) {
         let mut state = self.shared.lock();
         state.meeting += 1;
         state.arrived = 0;
         self.shared.work.notify_all();
+    }
+
+    /// Waits until these are written.
+    pub(super) fn await_meeting(&self) -> Result<()> {
+        let mut state = self.shared.lock();
         while state.error.is_none() && state.arrived < self.lanes.len() {
             state = self.shared.wait(state);
         }
@@ -331,10 +346,17 @@ impl Lanes {
         (get(&self.shared.written), get(&self.shared.normal), get(&self.shared.zero))
     }
 
-    /// Whether everything that was given was written, and is with the destination's system.
-    pub(super) fn are_drained(&self) -> bool {
+    /// Pages that were given and are not written yet.
+    pub(super) fn waiting(&self) -> usize {
+        self.shared.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that the destination's system does not have yet; none where that cannot be known, or not all is written.
+    pub(super) fn on_its_way(&self) -> Option<u64> {
         let state = self.shared.lock();
-        state.queue.is_empty() && state.under_way == 0 && state.channels.iter().all(|channel| channel.is_drained())
+        let written = state.queue.is_empty() && state.under_way == 0;
+        let all = || state.channels.iter().map(|channel| channel.on_its_way()).sum();
+        if written { all() } else { None }
     }
 
     /// Whether a channel broke: the destination may know why.

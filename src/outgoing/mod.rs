@@ -11,6 +11,7 @@ mod hand;
 mod handover;
 mod lanes;
 mod numbers;
+mod patience;
 mod replies;
 mod resume;
 pub mod route;
@@ -57,6 +58,7 @@ use complete::{Lap, Saved};
 use farewell::Farewell;
 use hand::HandOver;
 use handover::Rest;
+use patience::Patience;
 use replies::Replies;
 use resume::Resuming;
 use route::Route;
@@ -434,11 +436,11 @@ impl<'a> Migration<'a> {
         stream::put_command(&mut bytes, Command::Ping(self.pings));
         self.out.write(&bytes)?;
         let limit = self.job.options.time(Opt::StallTimeout);
-        let deadline = Instant::now() + limit;
+        let mut patience = Patience::new(limit);
         while !replies.has_caught_up(self.pings, SLICE.min(limit)) {
             self.job.status.check()?;
             // The guest must not be handed over to somebody who is silent already.
-            if Instant::now() >= deadline {
+            if patience.is_over(self.on_its_way()) {
                 let what = "the destination, which has everything that was sent, answered no ping for";
                 return Err(Error::timeout(STALL, limit, what));
             }
@@ -468,9 +470,14 @@ impl<'a> Migration<'a> {
         }
     }
 
+    /// Bytes that the destination's system does not have yet; none where that cannot be known.
+    fn on_its_way(&self) -> Option<u64> {
+        Some(self.channel.on_its_way()?.saturating_add(self.sender.on_its_way()?))
+    }
+
     /// Does what the VMM may take its time for.
     fn beside_the_link<T>(&self, f: impl FnOnce() -> T) -> T {
-        let idle = self.channel.is_drained() && self.sender.is_drained();
+        let idle = self.on_its_way() == Some(0);
         let begin = Instant::now();
         let done = f();
         if idle {

@@ -63,7 +63,7 @@ impl Migration<'_> {
     /// Brings the numbers others look at up to date.
     pub(super) fn publish(&self) {
         let counters = &self.job.status.counters;
-        let left = self.dirty_pages() as u64 * PAGE;
+        let left = (self.dirty_pages() + self.sender.waiting()) as u64 * PAGE;
         counters.remaining.store(left, Ordering::Relaxed);
         let (on_lanes, normal, zero) = self.sender.counts();
         let before = &self.resuming.before;

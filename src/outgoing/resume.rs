@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::farewell::Farewell;
 use super::handover::Rest;
+use super::patience::Patience;
 use super::sections::SectionSaver;
 use super::toll::Toll;
 use super::{LAST_WORDS, Migration, Outcome, aftermath, new_sender};
@@ -40,6 +41,8 @@ const TRY: Duration = Duration::from_secs(2);
 pub(super) struct Resuming {
     /// The option is on.
     on: bool,
+    /// The destination was asked, and may agree before we hear of it.
+    asked: bool,
     /// The destination agreed.
     agreed: bool,
     /// Connections tried before this one.
@@ -62,7 +65,7 @@ pub(super) struct Before {
 
 impl Resuming {
     pub(super) fn new(on: bool) -> Self {
-        Self { on, agreed: false, attempt: 0, linked: Instant::now(), before: Before::default() }
+        Self { on, asked: false, agreed: false, attempt: 0, linked: Instant::now(), before: Before::default() }
     }
 
     /// Whether the option asks for it.
@@ -73,6 +76,11 @@ impl Resuming {
     /// Whether this connection goes on from another.
     pub(super) fn goes_on(&self) -> bool {
         self.attempt > 0
+    }
+
+    /// The hello is written; or its answer is here, which may have agreed.
+    pub(super) fn ask(&mut self, waits: bool) {
+        self.asked = self.on && waits;
     }
 
     /// Whether the destination agreed to go on after this connection breaks.
@@ -154,23 +162,34 @@ impl Migration<'_> {
     }
 
     /// Numbers a point, behind a meeting of the lanes. At most one is under way, so that what may have to be sent again
-    /// is no more than two of them apart.
+    /// is no more than two of them apart. A round that ends before that is acknowledged goes without: on a long way, waiting
+    /// would keep the link idle.
     pub(super) fn number_point(&mut self) -> Result<()> {
-        let (Some(sent), Some(replies)) = (&mut self.sender.sent, &self.replies) else { return Ok(()) };
+        if self.replies.is_none() || self.is_awaited(Duration::ZERO) && !self.is_point_due() {
+            return Ok(());
+        }
         let limit = self.job.options.time(Opt::StallTimeout);
-        let deadline = Instant::now() + limit;
-        while let Some(point) = sent.awaited() {
-            sent.acknowledge(replies.point(point - 1, super::SLICE.min(limit)));
+        let mut patience = Patience::new(limit);
+        while self.is_awaited(super::SLICE.min(limit)) {
             self.job.status.check()?;
-            if sent.awaited().is_some() && Instant::now() >= deadline {
+            if patience.is_over(self.on_its_way()) {
                 let what = "the destination acknowledged nothing of what was sent for";
                 return Err(Error::timeout(STALL, limit, what));
             }
         }
-        let Some(number) = sent.number() else { return Ok(()) };
+        let Some(number) = self.sender.sent.as_mut().and_then(Sent::number) else { return Ok(()) };
         let mut bytes = Vec::new();
         stream::put_command(&mut bytes, Command::SyncPoint(number));
         self.write(&bytes)
+    }
+
+    /// Whether a point is under way still, after at most `limit`.
+    fn is_awaited(&mut self, limit: Duration) -> bool {
+        let (Some(sent), Some(replies)) = (&mut self.sender.sent, &self.replies) else { return false };
+        if let Some(point) = sent.awaited() {
+            sent.acknowledge(replies.point(point - 1, limit));
+        }
+        sent.awaited().is_some()
     }
 
     /// Does something; if it fails only by the connection, from which a destination that agreed goes on, the reason.
@@ -315,6 +334,6 @@ impl Migration<'_> {
     /// For a destination that may be waiting for us when the migration is over.
     pub(super) fn farewell(&self) -> Option<Farewell> {
         let words = || knock_of(self.job.migration, self.resuming.attempt.saturating_add(1), true);
-        self.resuming.agreed.then(|| Farewell(words()))
+        (self.resuming.asked || self.resuming.agreed).then(|| Farewell(words()))
     }
 }

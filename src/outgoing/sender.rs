@@ -121,9 +121,9 @@ impl RamSender {
         self.stretches.owed()
     }
 
-    /// Whether nothing of what was sent over lanes is under way.
-    pub(super) fn is_drained(&self) -> bool {
-        self.lanes.as_ref().is_none_or(Lanes::are_drained)
+    /// Bytes sent over lanes that the destination's system does not have yet; none where that cannot be known.
+    pub(super) fn on_its_way(&self) -> Option<u64> {
+        self.lanes.as_ref().map_or(Some(0), Lanes::on_its_way)
     }
 
     /// Whether a lane broke: the destination may know why.
@@ -167,6 +167,11 @@ impl RamSender {
         (written, self.normal + normal, self.zero + zero)
     }
 
+    /// Pages that wait to be written by the lanes.
+    pub(super) fn waiting(&self) -> usize {
+        self.lanes.as_ref().map_or(0, Lanes::waiting)
+    }
+
     /// A new round: from the start.
     pub(super) fn new_round(&mut self) {
         self.stretches.new_round();
@@ -208,20 +213,20 @@ impl RamSender {
         out.write(&bytes)
     }
 
-    /// Ends a section; with `meet` all lanes meet first, so that what was sent before it has arrived before what
-    /// follows is read.
+    /// Ends a section; with `meet` all lanes meet here, so that what was sent before it has arrived before what
+    /// follows is read. The destination is told before they do: over a slow link that takes long, and it would miss us.
     pub(super) fn end_section(&mut self, out: &mut StreamOutput, meet: bool) -> Result<()> {
+        let meet = meet || self.meet_each_section;
         let mut bytes = Vec::new();
-        if let Some(lanes) = &self.lanes
-            && (meet || self.meet_each_section)
-        {
-            lanes.meet()?;
+        if let Some(lanes) = self.lanes.as_ref().filter(|_| meet) {
+            lanes.call_meeting();
             if !self.meet_each_section {
                 ram::put_flush(&mut bytes);
             }
         }
         self.put_end(&mut bytes);
-        out.write(&bytes)
+        out.write(&bytes)?;
+        self.lanes.as_ref().filter(|_| meet).map_or(Ok(()), Lanes::await_meeting)
     }
 
     /// Ends a section that is open, so that something else can follow it.

@@ -26,6 +26,11 @@ pub struct Parts {
 }
 
 impl Parts {
+    /// Of a prediction: what hashing all memory once takes.
+    pub fn hash(&self) -> Duration {
+        self.verify.saturating_sub(self.load) / 2
+    }
+
     /// All of it.
     pub fn total(&self) -> Duration {
         let others = [self.devices, self.sync, self.ram, self.load, self.start, self.go, self.verify];
@@ -60,7 +65,10 @@ impl Known {
         let ram = time_for(pending, self.bandwidth)?;
         let Self { stop, start, devices, sync, round_trip: load, votes, hash, .. } = *self;
         let go = if votes { load } else { Duration::ZERO };
-        Some(Parts { stop, devices, sync, ram, load, start, go, verify: hash.saturating_mul(2) })
+        // What came of it is compared, which is a way there and back, too.
+        let compared = if hash.is_zero() { Duration::ZERO } else { load };
+        let verify = hash.saturating_mul(2).saturating_add(compared);
+        Some(Parts { stop, devices, sync, ram, load, start, go, verify })
     }
 
     /// Bytes that may be left so that the guest stands still no longer than `limit`.
@@ -103,9 +111,10 @@ mod tests {
             hash: 6 * MS,
         };
         let parts = known.predict(6000).unwrap();
-        assert_eq!((parts.ram, parts.load, parts.total()), (6 * MS, 5 * MS, 33 * MS));
+        assert_eq!((parts.ram, parts.load, parts.total()), (6 * MS, 5 * MS, 38 * MS));
         let parts = Known { votes: true, ..known }.predict(6000).unwrap();
-        assert_eq!((parts.go, parts.total()), (5 * MS, 38 * MS));
+        assert_eq!((parts.go, parts.total()), (5 * MS, 43 * MS));
+        assert_eq!(parts.hash(), 6 * MS);
         assert!(Known::default().predict(1).is_none(), "no bandwidth yet");
     }
 

@@ -399,11 +399,12 @@ pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
     unsafe { libc::poll(&raw mut polled, 1, 0) > 0 }
 }
 
-/// Whether the peer's system has all that was written to a socket; false where that cannot be known.
-pub fn is_drained(fd: BorrowedFd<'_>) -> bool {
+/// Bytes written to a socket that the peer's system does not have yet; none where that cannot be known.
+pub fn on_its_way(fd: BorrowedFd<'_>) -> Option<u64> {
     let mut count: libc::c_int = 0;
     // SAFETY: TIOCOUTQ, which is SIOCOUTQ for sockets, writes one int.
-    unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) == 0 && count == 0 }
+    let known = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) == 0 };
+    u64::try_from(count).ok().filter(|_| known)
 }
 
 /// Bytes in a pipe that its reader did not take yet.

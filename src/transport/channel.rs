@@ -225,8 +225,9 @@ impl Channel for FdChannel {
         lock(&self.fd).clone()
     }
 
-    fn is_drained(&self) -> bool {
-        self.kind == FdKind::Socket && self.fd().is_ok_and(|fd| io::is_drained(fd.as_fd()))
+    fn on_its_way(&self) -> Option<u64> {
+        let fd = self.fd().ok().filter(|_| self.kind == FdKind::Socket)?;
+        io::on_its_way(fd.as_fd())
     }
 
     fn passes_fds(&self) -> bool {

@@ -69,9 +69,9 @@ pub trait Channel: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// Whether the peer's system has all that was written; false where that cannot be known.
-    fn is_drained(&self) -> bool {
-        false
+    /// Bytes written that the peer's system does not have yet; none where that cannot be known.
+    fn on_its_way(&self) -> Option<u64> {
+        None
     }
 
     /// Everything but the last byte was written to a peer that does not answer: fails if it can be known within `limit`

@@ -30,7 +30,7 @@ pub(crate) struct Point {
 }
 
 /// Parts of a blackout, in their order.
-pub(crate) const PARTS: [&str; 7] = ["stop", "devices", "sync", "ram", "load", "start", "go"];
+pub(crate) const PARTS: [&str; 8] = ["stop", "devices", "sync", "ram", "load", "start", "go", "verify"];
 
 /// How long the guest stood still, in nanoseconds.
 #[derive(Clone, Copy, Default)]
