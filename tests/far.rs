@@ -47,8 +47,8 @@ impl Link {
         thread::spawn(move || {
             let mut piece = vec![0; if self.rate > 0 { 1 << 14 } else { 1 << 18 }];
             while let Ok(n @ 1..) = from.read(&mut piece) {
-                if self.rate > 0 {
-                    thread::sleep(Duration::from_micros(n as u64 * 1_000_000 / self.rate));
+                if let Some(micros) = (n as u64 * 1_000_000).checked_div(self.rate) {
+                    thread::sleep(Duration::from_micros(micros));
                 }
                 if sender.send((Instant::now() + self.way, piece[..n].to_vec())).is_err() {
                     break;
