@@ -175,18 +175,28 @@ fn nobody_arrives_where_memory_is_gone() {
             let mut destination = Program::start("destination", &dir, &c_program(case.program), &words);
             assert_eq!(destination.reply(), "ready");
             destination.must(unmap);
-            destination.send("incoming tcp:127.0.0.1:0");
-            let address = destination.listening();
-            source.must(&format!("migrate {address}"));
-            source.must_end_in("failed");
-            destination.must_end_in("failed");
-            is_named(&case, &destination.command("error"));
-            is_named(&case, &source.command("error"));
-            runs(&case, &mut source);
-            destination.quit();
+            leaves(&mut source, &mut destination);
+            stays(&case, &mut source, destination);
         }
         source.quit();
     }
+}
+
+/// A guest sets out to a destination.
+fn leaves(source: &mut Program, destination: &mut Program) {
+    destination.send("incoming tcp:127.0.0.1:0");
+    let address = destination.listening();
+    source.must(&format!("migrate {address}"));
+}
+
+/// It does not arrive, both sides know why, and it runs.
+fn stays(case: &Case, source: &mut Program, mut destination: Program) {
+    source.must_end_in("failed");
+    destination.must_end_in("failed");
+    is_named(case, &destination.command("error"));
+    is_named(case, &source.command("error"));
+    runs(case, source);
+    destination.quit();
 }
 
 #[test]
@@ -199,21 +209,14 @@ fn memory_that_goes_while_a_guest_arrives_is_named() {
         source.must("set max-bandwidth 4M");
         let mut destination = Program::start("destination", &dir, &c_program(case.program), &["private", "incoming"]);
         assert_eq!(destination.reply(), "ready");
-        destination.send("incoming tcp:127.0.0.1:0");
-        let address = destination.listening();
-        source.must(&format!("migrate {address}"));
+        leaves(&mut source, &mut destination);
         let end = Instant::now() + program::MOVE;
         while destination.status("normal") == 0 {
             assert!(Instant::now() < end, "nothing arrives");
         }
         destination.must("unmap 0");
         source.must("set max-bandwidth 0");
-        source.must_end_in("failed");
-        destination.must_end_in("failed");
-        is_named(&case, &destination.command("error"));
-        is_named(&case, &source.command("error"));
-        runs(&case, &mut source);
-        destination.quit();
+        stays(&case, &mut source, destination);
         source.quit();
     }
 }

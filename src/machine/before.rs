@@ -145,7 +145,7 @@ impl Machine {
         if options.on(Opt::HandOver) {
             return Some("with option 'hand-over' memory is handed over, not copied, and its size does not matter");
         }
-        let hash = self.status.downtime().expected.verify;
+        let hash = self.status.downtime().expected.hash();
         (options.on(Opt::Verify) && hash.is_zero()).then_some(
             "option 'verify' hashes all memory with the guest stopped, and how long that takes was never measured",
         )
