@@ -57,6 +57,8 @@ impl KvmRing {
     /// case; KVM then says again that the ring is full. Any thread.
     pub fn ring_full(&self, vcpu: usize) -> Result<()> {
         let begin = Instant::now();
+        // Emptying a ring takes time as well, which is not its limit's doing.
+        let mut held_up: Option<Instant> = None;
         let mut rings = lock(&self.shared.rings);
         let many = rings.vcpus.len();
         if vcpu >= many {
@@ -72,11 +74,11 @@ impl KvmRing {
             if taken.is_err() || suspended || has_room || left.is_zero() {
                 break taken;
             }
+            held_up.get_or_insert_with(Instant::now);
             rings = self.shared.lifted.wait_timeout(rings, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
         };
-        let meter = &mut rings.vcpus[vcpu].meter;
-        if meter.limit() > 0 {
-            meter.stood(begin.elapsed());
+        if let Some(since) = held_up {
+            rings.vcpus[vcpu].meter.stood(since.elapsed());
         }
         result
     }
