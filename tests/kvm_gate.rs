@@ -31,8 +31,8 @@ fn until(program: &mut Program, what: &str, is: impl Fn(&mut Program) -> bool) {
     let end = Instant::now() + program::MOVE;
     while !is(program) {
         if Instant::now() > end {
-            let why = program.command("error");
-            program.fail(&format!("it is not {what}: {why}"));
+            let (why, now) = (program.command("error"), program.command("status"));
+            program.fail(&format!("it is not {what}: {why}, {now}"));
         }
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -71,14 +71,15 @@ fn moves(source: &mut Program, destination: &mut Program, tracker: &str, breaks:
     let stops = number(source, "stops");
     for turn in 0..breaks {
         // In the middle of whatever it carries, so that pages of it are lost.
-        let links = relay.links();
+        let again = relay.again();
         relay.cut_after(1 + (turn * 77_777) % 500_000);
-        until(source, "connected again", |_| relay.links() > links);
+        until(source, "connected again", |_| relay.again() > again);
         until(source, "active", active);
         until(destination, "active", active);
         source.must("flash 1");
         runs(source);
     }
+    relay.cut_after(u64::MAX);
     assert_eq!(number(source, "stops"), stops, "the guest runs on");
     assert!(source.command("tracker").contains(tracker));
     source.must("set max-bandwidth 0");

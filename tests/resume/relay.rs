@@ -11,23 +11,36 @@ use std::{
     },
     thread,
 };
+use vmig::wire::knock;
+
+/// How a source begins that comes again.
+const KNOCK: [u8; 4] = knock::MAGIC.to_be_bytes();
 
 pub(crate) struct Relay {
     /// Where the source connects.
     pub(crate) uri: String,
-    /// Both ends of every connection, the main one first.
-    links: Arc<Mutex<Vec<[TcpStream; 2]>>>,
     /// Connections of which the destination does not know that they broke.
-    kept: Mutex<Vec<[TcpStream; 2]>>,
-    shut: Arc<AtomicBool>,
+    kept: Mutex<Vec<Link>>,
+    shared: Arc<Shared>,
+}
+
+/// Both ends of a connection: the source's, the destination's.
+type Link = [TcpStream; 2];
+
+struct Shared {
+    /// The connections since the source came last, the main one first.
+    links: Mutex<Vec<Link>>,
+    shut: AtomicBool,
     /// A connection that ends at one side goes on at the other, which hears nothing of it.
-    half: Arc<AtomicBool>,
+    half: AtomicBool,
     /// How often everything that was there went deaf.
-    deaf: Arc<AtomicU64>,
+    deaf: AtomicU64,
+    /// How often the source came again.
+    again: AtomicU64,
     /// What the source said first.
-    first: Arc<Mutex<Vec<u8>>>,
+    first: Mutex<Vec<u8>>,
     /// Bytes that may still go to the destination before everything breaks, wherever that is.
-    left: Arc<AtomicU64>,
+    left: AtomicU64,
 }
 
 impl Relay {
@@ -35,45 +48,47 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let uri = format!("tcp:{}", listener.local_addr().unwrap());
         let there = destination.strip_prefix("tcp:").unwrap().to_owned();
-        let relay = Relay {
-            uri,
-            links: Arc::default(),
-            kept: Mutex::default(),
-            shut: Arc::default(),
-            half: Arc::default(),
-            deaf: Arc::default(),
-            first: Arc::default(),
-            left: Arc::new(AtomicU64::new(u64::MAX)),
-        };
-        let (links, shut, left) = (Arc::clone(&relay.links), Arc::clone(&relay.shut), Arc::clone(&relay.left));
-        let (half, first, deaf) = (Arc::clone(&relay.half), Arc::clone(&relay.first), Arc::clone(&relay.deaf));
+        let shared = Arc::new(Shared {
+            links: Mutex::default(),
+            shut: AtomicBool::default(),
+            half: AtomicBool::default(),
+            deaf: AtomicU64::default(),
+            again: AtomicU64::default(),
+            first: Mutex::default(),
+            left: AtomicU64::new(u64::MAX),
+        });
+        let relay = Relay { uri, kept: Mutex::default(), shared: Arc::clone(&shared) };
         thread::spawn(move || {
             for source in listener.incoming() {
-                if shut.load(Ordering::SeqCst) {
+                if shared.shut.load(Ordering::SeqCst) {
                     continue;
                 }
                 let (Ok(source), Ok(destination)) = (source, TcpStream::connect(&there)) else { continue };
                 let clone = |stream: &TcpStream| stream.try_clone().unwrap();
-                links.lock().unwrap().push([clone(&source), clone(&destination)]);
-                let (from, to, left) = (clone(&source), clone(&destination), Arc::clone(&left));
-                let (ours, theirs, first) = (Arc::clone(&half), Arc::clone(&half), Arc::clone(&first));
-                let (deaf, since) = (Arc::clone(&deaf), deaf.load(Ordering::SeqCst));
-                let hears = move || deaf.load(Ordering::SeqCst) == since;
-                thread::spawn(move || carry(from, to, &ours, Some((&left, &first, &hears))));
-                thread::spawn(move || carry(destination, source, &theirs, None));
+                shared.links.lock().unwrap().push([clone(&source), clone(&destination)]);
+                let (from, to) = (clone(&source), clone(&destination));
+                let (there, back) = (Arc::clone(&shared), Arc::clone(&shared));
+                let deaf = shared.deaf.load(Ordering::SeqCst);
+                thread::spawn(move || carry(from, to, &there, &mut There { shared: &there, deaf, came: None }));
+                thread::spawn(move || carry(destination, source, &back, &mut Back));
             }
         });
         relay
     }
 
-    /// How many connections there are.
+    /// How many connections there are, since the source came last.
     pub(crate) fn links(&self) -> usize {
-        self.links.lock().unwrap().len()
+        self.shared.links.lock().unwrap().len()
+    }
+
+    /// How often the source came again.
+    pub(crate) fn again(&self) -> u64 {
+        self.shared.again.load(Ordering::SeqCst)
     }
 
     /// Breaks one connection, counted from the newest main one.
     pub(crate) fn cut(&self, number: usize) {
-        let links = self.links.lock().unwrap();
+        let links = self.shared.links.lock().unwrap();
         if let Some(link) = links.get(number) {
             shut(link);
         }
@@ -81,83 +96,127 @@ impl Relay {
 
     /// Breaks all connections, and forgets them.
     pub(crate) fn cut_all(&self) {
-        self.links.lock().unwrap().drain(..).for_each(|link| shut(&link));
+        self.shared.links.lock().unwrap().drain(..).for_each(|link| shut(&link));
     }
 
     /// The source's ends break, and the destination hears nothing of it: its own stay as they are.
     pub(crate) fn lose_sources(&self) {
-        self.half.store(true, Ordering::SeqCst);
-        let mut links = self.links.lock().unwrap();
+        self.shared.half.store(true, Ordering::SeqCst);
+        let mut links = self.shared.links.lock().unwrap();
         links.iter().for_each(|link| drop(link[0].shutdown(Shutdown::Both)));
         self.kept.lock().unwrap().extend(links.drain(..));
     }
 
     /// What the source says over the connections that there are goes nowhere, nor does the destination hear them end.
     pub(crate) fn swallow(&self) {
-        self.half.store(true, Ordering::SeqCst);
-        self.deaf.fetch_add(1, Ordering::SeqCst);
+        self.shared.half.store(true, Ordering::SeqCst);
+        self.shared.deaf.fetch_add(1, Ordering::SeqCst);
     }
 
     /// What ends at one side ends at the other again.
     pub(crate) fn whole(&self) {
-        self.half.store(false, Ordering::SeqCst);
+        self.shared.half.store(false, Ordering::SeqCst);
     }
 
     /// The id of the migration, from the hello.
     pub(crate) fn migration(&self) -> [u8; 16] {
-        let first = self.first.lock().unwrap();
+        let first = self.shared.first.lock().unwrap();
         let text = String::from_utf8_lossy(&first).into_owned();
         let digits = text.split("\"migration\":\"").nth(1).and_then(|rest| rest.get(..32)).expect("a hello");
         u128::from_str_radix(digits, 16).unwrap().to_be_bytes()
     }
 
-    /// Everything breaks after so many more bytes of the source.
+    /// Everything breaks after so many more bytes of the source; `u64::MAX`: nothing does.
     pub(crate) fn cut_after(&self, bytes: u64) {
-        self.left.store(bytes, Ordering::SeqCst);
+        self.shared.left.store(bytes, Ordering::SeqCst);
     }
 
     /// Who connects from now on is hung up on, or is not.
     pub(crate) fn close(&self, close: bool) {
-        self.shut.store(close, Ordering::SeqCst);
+        self.shared.shut.store(close, Ordering::SeqCst);
     }
 }
 
-fn shut(link: &[TcpStream; 2]) {
+fn shut(link: &Link) {
     link.iter().for_each(|end| drop(end.shutdown(Shutdown::Both)));
 }
 
-/// Of what the source says: after so many bytes it breaks, what it said first, whether it is passed on.
-type There<'a> = (&'a AtomicU64, &'a Mutex<Vec<u8>>, &'a dyn Fn() -> bool);
+/// What happens to bytes on their way.
+trait Way {
+    /// How many of them are passed on; with fewer than all the connection breaks.
+    fn pass(&mut self, from: &TcpStream, bytes: &[u8]) -> usize;
+    /// Whether they get lost unnoticed.
+    fn is_deaf(&self) -> bool;
+}
 
-fn carry(mut from: TcpStream, mut to: TcpStream, half: &AtomicBool, there: Option<There<'_>>) {
+/// From the source to the destination.
+struct There<'a> {
+    shared: &'a Shared,
+    /// What went deaf before this connection was there.
+    deaf: u64,
+    /// How often the source had come again when it said the first thing here.
+    came: Option<u64>,
+}
+
+impl Way for There<'_> {
+    fn pass(&mut self, from: &TcpStream, bytes: &[u8]) -> usize {
+        let shared = self.shared;
+        if self.came.is_none() && bytes.starts_with(&KNOCK) {
+            let mut links = shared.links.lock().unwrap();
+            let newest = links.iter().position(|link| link[0].peer_addr().ok() == from.peer_addr().ok());
+            links.drain(..newest.unwrap_or(0));
+            shared.again.fetch_add(1, Ordering::SeqCst);
+        }
+        let now = shared.again.load(Ordering::SeqCst);
+        // What is left of an older connection breaks nothing, or the one that is meant would not break.
+        let is_current = *self.came.get_or_insert(now) == now;
+        let mut first = shared.first.lock().unwrap();
+        if first.len() < 64 << 10 {
+            first.extend_from_slice(bytes);
+        }
+        drop(first);
+        let take = |have: u64| (is_current && have != u64::MAX).then(|| have.saturating_sub(bytes.len() as u64));
+        let Ok(have) = shared.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take) else { return bytes.len() };
+        let pass = bytes.len().min(usize::try_from(have).unwrap_or(usize::MAX));
+        if pass < bytes.len() {
+            // This connection breaks in the middle of whatever it carries; the next ones go through.
+            shared.left.store(u64::MAX, Ordering::SeqCst);
+        }
+        pass
+    }
+
+    fn is_deaf(&self) -> bool {
+        self.shared.deaf.load(Ordering::SeqCst) != self.deaf
+    }
+}
+
+/// From the destination to the source.
+struct Back;
+
+impl Way for Back {
+    fn pass(&mut self, _: &TcpStream, bytes: &[u8]) -> usize {
+        bytes.len()
+    }
+
+    fn is_deaf(&self) -> bool {
+        false
+    }
+}
+
+fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, way: &mut dyn Way) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(n) = from.read(&mut buffer)
         && n > 0
     {
-        let mut pass = n;
-        if let Some((left, first, hears)) = there {
-            if !hears() {
-                continue;
-            }
-            let mut first = first.lock().unwrap();
-            if first.len() < 64 << 10 {
-                first.extend_from_slice(&buffer[..n]);
-            }
-            drop(first);
-            let take = |have: u64| (have != u64::MAX).then(|| have.saturating_sub(n as u64));
-            if let Ok(have) = left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take) {
-                pass = n.min(usize::try_from(have).unwrap_or(n));
-                if pass < n {
-                    // This connection breaks in the middle of whatever it carries; the next ones go through.
-                    left.store(u64::MAX, Ordering::SeqCst);
-                }
-            }
+        if way.is_deaf() {
+            continue;
         }
+        let pass = way.pass(&from, &buffer[..n]);
         if to.write_all(&buffer[..pass]).is_err() || pass < n {
             break;
         }
     }
-    if half.load(Ordering::SeqCst) {
+    if shared.half.load(Ordering::SeqCst) {
         return; // the other ends are kept with the links
     }
     let _ = to.shutdown(Shutdown::Both);
