@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use super::common::Rng;
 use super::{Guest, PAGES, cost};
 use vmig::machine::Machine;
+use vmig::wire::{hello, knock};
 
 #[derive(Clone, Debug)]
 pub(crate) enum What {
@@ -79,6 +80,9 @@ struct State {
     /// One for each acknowledged point, by number; the first is the beginning.
     marks: Vec<Mark>,
     cuts: u64,
+    /// How many connections there were, and of the main ones: which, and how many cuts came before.
+    accepted: usize,
+    mains: Vec<(usize, u64)>,
     /// Since the last cut, over connections of before it: nothing of it counts.
     stale: u64,
     /// At the last cut: what was sent, what of it may come again, and what was written.
@@ -149,6 +153,15 @@ impl Drop for Relay {
 }
 
 impl State {
+    /// How many cuts came before a connection that begins like this. A channel is as old as the main one that the source
+    /// opened before it, also when it was accepted much later.
+    fn age(&mut self, accepted: (usize, u64), begin: &[u8]) -> u64 {
+        if begin.starts_with(&hello::MAGIC.to_be_bytes()) || begin.starts_with(&knock::MAGIC.to_be_bytes()) {
+            self.mains.push(accepted);
+        }
+        self.mains.iter().filter(|main| main.0 <= accepted.0).max().unwrap_or(&accepted).1
+    }
+
     /// Breaks a connection, or all.
     fn cut(&mut self, which: Option<usize>) {
         let count = self.links.len();
@@ -204,22 +217,24 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener, there: &str) {
         let (Ok(source), Ok(destination)) = (source, UnixStream::connect(there)) else { continue };
         let clone = |stream: &UnixStream| stream.try_clone().unwrap();
         state.links.push([clone(&source), clone(&destination)]);
-        let age = state.cuts;
+        let (number, age) = (state.accepted, state.cuts);
+        state.accepted += 1;
         drop(state);
         let (to_source, from_destination) = (clone(&source), clone(&destination));
         let (ours, theirs) = (Arc::clone(shared), Arc::clone(shared));
-        carriers.push(std::thread::spawn(move || carry_there(&ours, source, destination, age)));
+        carriers.push(std::thread::spawn(move || carry_there(&ours, source, destination, (number, age))));
         carriers.push(std::thread::spawn(move || carry_back(&theirs, from_destination, to_source)));
     }
     carriers.into_iter().for_each(|carrier| carrier.join().unwrap());
 }
 
-fn carry_there(shared: &Shared, mut from: UnixStream, mut to: UnixStream, age: u64) {
-    let (mut buffer, mut alive) = (vec![0; 16 << 10], true);
+fn carry_there(shared: &Shared, mut from: UnixStream, mut to: UnixStream, accepted: (usize, u64)) {
+    let (mut buffer, mut alive, mut age) = (vec![0; 16 << 10], true, None);
     while let Ok(n) = from.read(&mut buffer)
         && n > 0
     {
         let mut bytes = &buffer[..n];
+        let age = *age.get_or_insert_with(|| shared.state.lock().unwrap().age(accepted, bytes));
         while !bytes.is_empty() {
             let mut state = shared.state.lock().unwrap();
             let pass = usize::try_from(state.room()).unwrap_or(usize::MAX).min(bytes.len());
