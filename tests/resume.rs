@@ -265,12 +265,12 @@ fn breaks_again_and_again(name: &str, channels: u32) {
     let mut pair = Pair::new(name, channels, 60_000);
     pair.begin();
     for _ in 0..6 {
-        let again = pair.relay.again();
+        let came = pair.relay.came();
         pair.relay.cut_after(1 + draw.below(1 << 20));
         std::thread::sleep(Duration::from_millis(20 + draw.below(80)));
         pair.relay.cut(usize::try_from(draw.below(u64::from(channels) + 1)).unwrap());
         let end = Instant::now() + program::MOVE;
-        while pair.relay.again() == again {
+        while pair.relay.came() == came {
             assert!(Instant::now() < end, "{}", pair.source.command("error"));
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -280,6 +280,7 @@ fn breaks_again_and_again(name: &str, channels: u32) {
         progresses(&mut pair.destination);
         assert_eq!(value(&mut pair.source, "counts"), "1", "the guest runs on");
     }
+    // After GO none may break.
     pair.relay.cut_after(u64::MAX);
     pair.arrives();
     pair.quit();

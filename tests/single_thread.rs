@@ -144,9 +144,9 @@ fn arrives(mut a: Program, mut b: Program) {
 fn breaks(a: &mut Program, b: &mut Program, relay: &Relay, cut: impl Fn()) {
     let setups = |vmm: &mut Program| fact(vmm, "setups");
     let (here, there, end) = (setups(a), setups(b), Instant::now() + program::MOVE);
-    let again = relay.again();
+    let came = relay.came();
     cut();
-    while relay.again() == again || setups(a) == here || setups(b) == there {
+    while relay.came() == came || setups(a) == here || setups(b) == there {
         if Instant::now() > end {
             let why = a.command("error");
             a.fail(&format!("there is no other connection: {why}"));

@@ -2,6 +2,10 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+#[path = "mains.rs"]
+mod mains;
+
+use mains::Mains;
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
@@ -11,32 +15,34 @@ use std::{
     },
     thread,
 };
-use vmig::wire::knock;
-
-/// How a source begins that comes again.
-const KNOCK: [u8; 4] = knock::MAGIC.to_be_bytes();
 
 pub(crate) struct Relay {
     /// Where the source connects.
     pub(crate) uri: String,
     /// Connections of which the destination does not know that they broke.
-    kept: Mutex<Vec<Link>>,
+    kept: Mutex<Vec<(usize, Link)>>,
     shared: Arc<Shared>,
 }
 
 /// Both ends of a connection: the source's, the destination's.
 type Link = [TcpStream; 2];
 
+#[derive(Default)]
+struct Links {
+    /// How many there ever were.
+    made: usize,
+    mains: Mains,
+    /// Those since the source came last, by number.
+    open: Vec<(usize, Link)>,
+}
+
 struct Shared {
-    /// The connections since the source came last, the main one first.
-    links: Mutex<Vec<Link>>,
+    links: Mutex<Links>,
     shut: AtomicBool,
     /// A connection that ends at one side goes on at the other, which hears nothing of it.
     half: AtomicBool,
     /// How often everything that was there went deaf.
     deaf: AtomicU64,
-    /// How often the source came again.
-    again: AtomicU64,
     /// What the source said first.
     first: Mutex<Vec<u8>>,
     /// Bytes that may still go to the destination before everything breaks, wherever that is.
@@ -53,7 +59,6 @@ impl Relay {
             shut: AtomicBool::default(),
             half: AtomicBool::default(),
             deaf: AtomicU64::default(),
-            again: AtomicU64::default(),
             first: Mutex::default(),
             left: AtomicU64::new(u64::MAX),
         });
@@ -65,12 +70,16 @@ impl Relay {
                 }
                 let (Ok(source), Ok(destination)) = (source, TcpStream::connect(&there)) else { continue };
                 let clone = |stream: &TcpStream| stream.try_clone().unwrap();
-                shared.links.lock().unwrap().push([clone(&source), clone(&destination)]);
+                let mut links = shared.links.lock().unwrap();
+                let number = links.made;
+                links.made += 1;
+                links.open.push((number, [clone(&source), clone(&destination)]));
+                drop(links);
                 let (from, to) = (clone(&source), clone(&destination));
-                let (there, back) = (Arc::clone(&shared), Arc::clone(&shared));
-                let deaf = shared.deaf.load(Ordering::SeqCst);
-                thread::spawn(move || carry(from, to, &there, &mut There { shared: &there, deaf, came: None }));
-                thread::spawn(move || carry(destination, source, &back, &mut Back));
+                let (ours, theirs) = (Arc::clone(&shared), Arc::clone(&shared));
+                let there = There { number, deaf: shared.deaf.load(Ordering::SeqCst), main: None };
+                thread::spawn(move || carry(from, to, &ours, Some(there)));
+                thread::spawn(move || carry(destination, source, &theirs, None));
             }
         });
         relay
@@ -78,33 +87,33 @@ impl Relay {
 
     /// How many connections there are, since the source came last.
     pub(crate) fn links(&self) -> usize {
-        self.shared.links.lock().unwrap().len()
+        self.shared.links.lock().unwrap().open.len()
     }
 
-    /// How often the source came again.
-    pub(crate) fn again(&self) -> u64 {
-        self.shared.again.load(Ordering::SeqCst)
+    /// How often the source came.
+    pub(crate) fn came(&self) -> usize {
+        self.shared.links.lock().unwrap().mains.count()
     }
 
     /// Breaks one connection, counted from the newest main one.
     pub(crate) fn cut(&self, number: usize) {
         let links = self.shared.links.lock().unwrap();
-        if let Some(link) = links.get(number) {
+        if let Some((_, link)) = links.open.get(number) {
             shut(link);
         }
     }
 
     /// Breaks all connections, and forgets them.
     pub(crate) fn cut_all(&self) {
-        self.shared.links.lock().unwrap().drain(..).for_each(|link| shut(&link));
+        self.shared.links.lock().unwrap().open.drain(..).for_each(|(_, link)| shut(&link));
     }
 
     /// The source's ends break, and the destination hears nothing of it: its own stay as they are.
     pub(crate) fn lose_sources(&self) {
         self.shared.half.store(true, Ordering::SeqCst);
-        let mut links = self.shared.links.lock().unwrap();
-        links.iter().for_each(|link| drop(link[0].shutdown(Shutdown::Both)));
-        self.kept.lock().unwrap().extend(links.drain(..));
+        let open = &mut self.shared.links.lock().unwrap().open;
+        open.iter().for_each(|(_, link)| drop(link[0].shutdown(Shutdown::Both)));
+        self.kept.lock().unwrap().extend(open.drain(..));
     }
 
     /// What the source says over the connections that there are goes nowhere, nor does the destination hear them end.
@@ -141,40 +150,29 @@ fn shut(link: &Link) {
     link.iter().for_each(|end| drop(end.shutdown(Shutdown::Both)));
 }
 
-/// What happens to bytes on their way.
-trait Way {
-    /// How many of them are passed on; with fewer than all the connection breaks.
-    fn pass(&mut self, from: &TcpStream, bytes: &[u8]) -> usize;
-    /// Whether they get lost unnoticed.
-    fn is_deaf(&self) -> bool;
-}
-
-/// From the source to the destination.
-struct There<'a> {
-    shared: &'a Shared,
-    /// What went deaf before this connection was there.
+/// A connection's way from the source to the destination.
+struct There {
+    number: usize,
+    /// What went deaf before it was there.
     deaf: u64,
-    /// How often the source had come again when it said the first thing here.
-    came: Option<u64>,
+    /// The connection it belongs to, known when it begins.
+    main: Option<usize>,
 }
 
-impl Way for There<'_> {
-    fn pass(&mut self, from: &TcpStream, bytes: &[u8]) -> usize {
-        let shared = self.shared;
-        if self.came.is_none() && bytes.starts_with(&KNOCK) {
-            let mut links = shared.links.lock().unwrap();
-            let newest = links.iter().position(|link| link[0].peer_addr().ok() == from.peer_addr().ok());
-            links.drain(..newest.unwrap_or(0));
-            shared.again.fetch_add(1, Ordering::SeqCst);
-        }
-        let now = shared.again.load(Ordering::SeqCst);
-        // What is left of an older connection breaks nothing, or the one that is meant would not break.
-        let is_current = *self.came.get_or_insert(now) == now;
+impl There {
+    fn is_deaf(&self, shared: &Shared) -> bool {
+        shared.deaf.load(Ordering::SeqCst) != self.deaf
+    }
+
+    /// How many of these bytes are passed on; with fewer than all the connection breaks.
+    fn pass(&mut self, shared: &Shared, bytes: &[u8]) -> usize {
         let mut first = shared.first.lock().unwrap();
         if first.len() < 64 << 10 {
             first.extend_from_slice(bytes);
         }
         drop(first);
+        // What is left of an older connection breaks nothing, or the one that is meant would not break.
+        let is_current = self.is_current(&mut shared.links.lock().unwrap(), bytes);
         let take = |have: u64| (is_current && have != u64::MAX).then(|| have.saturating_sub(bytes.len() as u64));
         let Ok(have) = shared.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take) else { return bytes.len() };
         let pass = bytes.len().min(usize::try_from(have).unwrap_or(usize::MAX));
@@ -185,33 +183,24 @@ impl Way for There<'_> {
         pass
     }
 
-    fn is_deaf(&self) -> bool {
-        self.shared.deaf.load(Ordering::SeqCst) != self.deaf
+    /// Whether the source did not come again since it opened this one.
+    fn is_current(&mut self, links: &mut Links, bytes: &[u8]) -> bool {
+        let main = *self.main.get_or_insert_with(|| links.mains.of(self.number, bytes));
+        let newest = links.mains.newest().unwrap_or(main);
+        links.open.retain(|(number, _)| *number >= newest);
+        main >= newest
     }
 }
 
-/// From the destination to the source.
-struct Back;
-
-impl Way for Back {
-    fn pass(&mut self, _: &TcpStream, bytes: &[u8]) -> usize {
-        bytes.len()
-    }
-
-    fn is_deaf(&self) -> bool {
-        false
-    }
-}
-
-fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, way: &mut dyn Way) {
+fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, mut there: Option<There>) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(n) = from.read(&mut buffer)
         && n > 0
     {
-        if way.is_deaf() {
+        if there.as_ref().is_some_and(|there| there.is_deaf(shared)) {
             continue;
         }
-        let pass = way.pass(&from, &buffer[..n]);
+        let pass = there.as_mut().map_or(n, |there| there.pass(shared, &buffer[..n]));
         if to.write_all(&buffer[..pass]).is_err() || pass < n {
             break;
         }

@@ -1,6 +1,9 @@
 //! A schedule, and the relay that carries it out: what happens when the destination acknowledged so many points and the
 //! source sent so many bytes since.
 
+#[path = "mains.rs"]
+mod mains;
+
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -11,8 +14,8 @@ use std::thread::JoinHandle;
 
 use super::common::Rng;
 use super::{Guest, PAGES, cost};
+use mains::Mains;
 use vmig::machine::Machine;
-use vmig::wire::{hello, knock};
 
 #[derive(Clone, Debug)]
 pub(crate) enum What {
@@ -80,9 +83,10 @@ struct State {
     /// One for each acknowledged point, by number; the first is the beginning.
     marks: Vec<Mark>,
     cuts: u64,
-    /// How many connections there were, and of the main ones: which, and how many cuts came before.
-    accepted: usize,
-    mains: Vec<(usize, u64)>,
+    /// How many connections there were, also when the last cut came.
+    made: usize,
+    made_at_cut: usize,
+    mains: Mains,
     /// Since the last cut, over connections of before it: nothing of it counts.
     stale: u64,
     /// At the last cut: what was sent, what of it may come again, and what was written.
@@ -153,15 +157,6 @@ impl Drop for Relay {
 }
 
 impl State {
-    /// How many cuts came before a connection that begins like this. A channel is as old as the main one that the source
-    /// opened before it, also when it was accepted much later.
-    fn age(&mut self, accepted: (usize, u64), begin: &[u8]) -> u64 {
-        if begin.starts_with(&hello::MAGIC.to_be_bytes()) || begin.starts_with(&knock::MAGIC.to_be_bytes()) {
-            self.mains.push(accepted);
-        }
-        self.mains.iter().filter(|main| main.0 <= accepted.0).max().unwrap_or(&accepted).1
-    }
-
     /// Breaks a connection, or all.
     fn cut(&mut self, which: Option<usize>) {
         let count = self.links.len();
@@ -176,7 +171,7 @@ impl State {
             // What the source wrote is still read, and counted.
             let _ = source.shutdown(Shutdown::Write);
         }
-        (self.cuts, self.stale) = (self.cuts + 1, 0);
+        (self.cuts, self.stale, self.made_at_cut) = (self.cuts + 1, 0, self.made);
         // The last point that passed may not have been heard of, and the source numbered the one before when it had heard of
         // the one before that: since then everything may be sent again. So may what was written since, or is yet to be.
         let mark = self.marks[self.marks.len().saturating_sub(3)];
@@ -217,29 +212,29 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener, there: &str) {
         let (Ok(source), Ok(destination)) = (source, UnixStream::connect(there)) else { continue };
         let clone = |stream: &UnixStream| stream.try_clone().unwrap();
         state.links.push([clone(&source), clone(&destination)]);
-        let (number, age) = (state.accepted, state.cuts);
-        state.accepted += 1;
+        let number = state.made;
+        state.made += 1;
         drop(state);
         let (to_source, from_destination) = (clone(&source), clone(&destination));
         let (ours, theirs) = (Arc::clone(shared), Arc::clone(shared));
-        carriers.push(std::thread::spawn(move || carry_there(&ours, source, destination, (number, age))));
+        carriers.push(std::thread::spawn(move || carry_there(&ours, source, destination, number)));
         carriers.push(std::thread::spawn(move || carry_back(&theirs, from_destination, to_source)));
     }
     carriers.into_iter().for_each(|carrier| carrier.join().unwrap());
 }
 
-fn carry_there(shared: &Shared, mut from: UnixStream, mut to: UnixStream, accepted: (usize, u64)) {
-    let (mut buffer, mut alive, mut age) = (vec![0; 16 << 10], true, None);
+fn carry_there(shared: &Shared, mut from: UnixStream, mut to: UnixStream, number: usize) {
+    let (mut buffer, mut alive, mut main) = (vec![0; 16 << 10], true, None);
     while let Ok(n) = from.read(&mut buffer)
         && n > 0
     {
         let mut bytes = &buffer[..n];
-        let age = *age.get_or_insert_with(|| shared.state.lock().unwrap().age(accepted, bytes));
+        let main = *main.get_or_insert_with(|| shared.state.lock().unwrap().mains.of(number, bytes));
         while !bytes.is_empty() {
             let mut state = shared.state.lock().unwrap();
             let pass = usize::try_from(state.room()).unwrap_or(usize::MAX).min(bytes.len());
             state.sent += pass as u64;
-            state.stale += if state.cuts > age { pass as u64 } else { 0 };
+            state.stale += if main < state.made_at_cut { pass as u64 } else { 0 };
             drop(state);
             alive = alive && to.write_all(&bytes[..pass]).is_ok();
             bytes = &bytes[pass..];
